@@ -125,7 +125,16 @@ def _convert_type(raw: Any, hint: Any, where: str) -> Any:
         items = [item.strip() for item in raw.split(",") if item.strip()] if isinstance(raw, str) else list(raw)
         return tuple(_convert_type(item, typing.get_args(hint)[0], where) for item in items)
     if hint is bool:
-        words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+        words = {
+            "1": True,
+            "true": True,
+            "yes": True,
+            "on": True,
+            "0": False,
+            "false": False,
+            "no": False,
+            "off": False,
+        }
         if isinstance(raw, bool):
             return raw
         if isinstance(raw, str) and raw.lower() in words:

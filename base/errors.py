@@ -1,4 +1,4 @@
-"""The one error tree. Each class says in one sentence what went wrong; foreign errors are translated at the boundary only.
+"""The one error tree. Each class says in one sentence what went wrong; foreign errors are translated at the boundary.
 
 An expected refusal inside a process is a value with a reason; these are for what crosses a boundary or ends a start-up.
 """

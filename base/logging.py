@@ -1,7 +1,7 @@
 """Structured logs: one JSON object a line, or rich on a terminal. Never prompts or keys.
 
-    log = get_logger("router")
-    log.info("request done", request_id=rid, output_tokens=12)
+log = get_logger("router")
+log.info("request done", request_id=rid, output_tokens=12)
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 _EXTRA = "tokenrelay_fields"
 
@@ -68,7 +68,12 @@ class _JsonFormatter(logging.Formatter):
         self._common = {"service": service, "incarnation": incarnation}
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {"time": round(time.time(), 3), "level": record.levelname.lower(), **self._common, "message": record.getMessage()}
+        line = {
+            "time": round(time.time(), 3),
+            "level": record.levelname.lower(),
+            **self._common,
+            "message": record.getMessage(),
+        }
         line.update(getattr(record, _EXTRA, {}))
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
@@ -76,7 +81,7 @@ class _JsonFormatter(logging.Formatter):
 
 
 class _TerminalFormatter(logging.Formatter):
-    _COLOURS = {"DEBUG": "\033[2m", "INFO": "", "WARNING": "\033[33m", "ERROR": "\033[31m"}
+    _COLOURS: ClassVar = {"DEBUG": "\033[2m", "INFO": "", "WARNING": "\033[33m", "ERROR": "\033[31m"}
 
     def __init__(self, service: str) -> None:
         super().__init__()

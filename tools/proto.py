@@ -14,7 +14,13 @@ def generate(out: Path) -> None:
     from grpc_tools import protoc
 
     names = sorted(path.name for path in (ROOT / "proto").glob("*.proto"))
-    args = ["protoc", f"-Itokenrelay/proto={ROOT / 'proto'}", f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}"]
+    args = [
+        "protoc",
+        f"-Itokenrelay/proto={ROOT / 'proto'}",
+        f"--python_out={out}",
+        f"--pyi_out={out}",
+        f"--grpc_python_out={out}",
+    ]
     status = protoc.main(args + [f"tokenrelay/proto/{name}" for name in names])
     if status:
         raise SystemExit(status)
@@ -25,7 +31,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         generate(Path(folder))
         fresh = {path.name: path.read_text() for path in (Path(folder) / "tokenrelay" / "proto").iterdir()}
-    stale = [name for name, text in fresh.items() if not (ROOT / "proto" / name).exists() or (ROOT / "proto" / name).read_text() != text]
+    stale = [
+        name
+        for name, text in fresh.items()
+        if not (ROOT / "proto" / name).exists() or (ROOT / "proto" / name).read_text() != text
+    ]
     if "--check" in sys.argv[1:]:
         if stale:
             raise SystemExit(f"stale generated code: {', '.join(sorted(stale))}; run `make proto`")
