@@ -21,7 +21,7 @@ LINE_BYTES_MAX = 65536
 
 
 class StatusPipe:
-    """The writing end. A supervisor that went away is no reason for the child to fail: it is told by its parent's death."""
+    """The writing end. A reader that went away is no reason to fail: a child learns its parent's death elsewhere."""
 
     def __init__(self, fd: int | None) -> None:
         self._fd = fd
