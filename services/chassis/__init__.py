@@ -1,0 +1,1 @@
+"""What every service shares: lifecycle, gRPC plumbing, the Session and its client. Imports proto and base only."""
