@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tokenrelay.base.errors import ConfigError
 from tokenrelay.cli.machine import usable_cpus
@@ -43,8 +43,11 @@ class SupervisorLimits:
     stop_s: float = 3.0  # between asking a child to stop at once and killing it
 
 
-class Observer(Protocol):
-    """Who tells the user. Called on the event loop; must not block."""
+class Observer:
+    """Who tells the user; this one tells nobody. Called on the event loop; must not block."""
+
+    def starting(self, child: str) -> None:
+        """A child was spawned."""
 
     def progress(self, child: str, what: str, done: int, total: int) -> None:
         """`done` of `total` of `what` stand in a child that starts."""
@@ -147,6 +150,7 @@ class Supervisor:
         """One start: spawn, follow, ready. Raises ChildFailed with the child gone."""
         life = ChildProcess.spawn(spec, child_environment(spec.name, os.environ, usable_cpus()))
         self._lives[spec.name] = life
+        self._observer.starting(spec.name)
         try:
             facts = await life.wait_ready(
                 lambda what, done, total: self._observer.progress(spec.name, what, done, total),

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenrelay.cli.process import STATUS_FD, ChildSpec
-from tokenrelay.cli.supervisor import Supervisor, SupervisorLimits
+from tokenrelay.cli.supervisor import Observer, Supervisor, SupervisorLimits
 
 
-class Printer:
+class Printer(Observer):
     """An observer that prints each call."""
 
     def progress(self, child: str, what: str, done: int, total: int) -> None:
