@@ -1,0 +1,3 @@
+"""The native extension; see csrc/."""
+
+def isa_features() -> list[str]: ...

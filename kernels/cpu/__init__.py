@@ -1,0 +1,1 @@
+"""CPU kernels in C++; registered where the native extension is built."""

@@ -1,0 +1,76 @@
+"""How a layer's KV cache lies in memory. The one description: the executor allocates by it, kernels read by it, and
+transfer receives it as bytes per block.
+
+    layout = MlaLayout(rank=512, rope=64, block_tokens=64)
+    cache = torch.empty(layout.shape(blocks=1024), dtype=torch.bfloat16)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK_TOKENS_MAX = 1024
+
+
+def _positive(layout: object, *names: str) -> None:
+    for name in names:
+        value = getattr(layout, name)
+        if not isinstance(value, int) or value <= 0:
+            raise ValueError(f"{type(layout).__name__}.{name} is {value!r}, expected a whole number above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class MlaLayout:
+    """A cache of compressed latents: `[blocks, block_tokens, rank + rope]`, latent then rope, row-major."""
+
+    rank: int
+    rope: int
+    block_tokens: int
+
+    def __post_init__(self) -> None:
+        _positive(self, "rank", "rope", "block_tokens")
+
+    @property
+    def width(self) -> int:
+        """Elements of one token."""
+        return self.rank + self.rope
+
+    def shape(self, blocks: int) -> tuple[int, ...]:
+        """The shape of one layer's region of `blocks` blocks."""
+        return (blocks, self.block_tokens, self.width)
+
+    def bytes_per_block(self, dtype: torch.dtype) -> int:
+        """Bytes of one block of one layer."""
+        return self.block_tokens * self.width * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class GqaLayout:
+    """A cache of keys and values: `[blocks, 2, kv_heads, block_tokens, head_dim]`, keys at index 0, row-major."""
+
+    kv_heads: int
+    head_dim: int
+    block_tokens: int
+
+    def __post_init__(self) -> None:
+        _positive(self, "kv_heads", "head_dim", "block_tokens")
+
+    @property
+    def width(self) -> int:
+        """Elements of one token, keys and values of all heads."""
+        return 2 * self.kv_heads * self.head_dim
+
+    def shape(self, blocks: int) -> tuple[int, ...]:
+        """The shape of one layer's region of `blocks` blocks."""
+        return (blocks, 2, self.kv_heads, self.block_tokens, self.head_dim)
+
+    def bytes_per_block(self, dtype: torch.dtype) -> int:
+        """Bytes of one block of one layer."""
+        return self.block_tokens * self.width * dtype.itemsize
+
+
+KvLayout = MlaLayout | GqaLayout
