@@ -1,0 +1,100 @@
+"""Grouped-query attention over a paged cache (arXiv:2305.13245), with Qwen3's norm of queries and keys where asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tokenrelay.kernels import ops
+from tokenrelay.runtime.layers.linear import Linear, Split
+from tokenrelay.runtime.layers.norm import RmsNorm
+from tokenrelay.runtime.layers.sources import WeightSource
+from tokenrelay.runtime.placement import Boundary, Partial, Port, Shard, edges
+
+
+@dataclass(frozen=True)
+class Gqa:
+    """Hyperparameters of grouped-query attention; `heads` is a multiple of `kv_heads`."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+
+
+class GqaCore(nn.Module):
+    """From stacked projections to the heads' outputs: norm, rotation, cache write, attention."""
+
+    def __init__(self, gqa: Gqa, eps: float, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.heads = gqa.heads
+        self.head_dim = gqa.head_dim
+        self.split = (gqa.heads, gqa.kv_heads, gqa.kv_heads)
+        self.scale = gqa.head_dim**-0.5
+        self.q_norm = RmsNorm("q_norm", gqa.head_dim, eps, dtype=dtype) if gqa.qk_norm else None
+        self.k_norm = RmsNorm("k_norm", gqa.head_dim, eps, dtype=dtype) if gqa.qk_norm else None
+        cut = {"tensor": Shard(-1)}
+        whole_heads = math.gcd(gqa.heads, gqa.kv_heads)  # q, k and v are each cut by heads
+        self.boundary = Boundary(
+            {"qkv": Port((None, sum(self.split) * gqa.head_dim), cut, pieces=whole_heads)},
+            {"y": Port((None, gqa.heads * gqa.head_dim), cut, pieces=whole_heads)},
+        )
+
+    def sources(self, prefix: str) -> Iterator[WeightSource]:
+        """q_norm and k_norm below `prefix`, where there are any."""
+        if self.q_norm is not None and self.k_norm is not None:
+            yield from self.q_norm.sources(prefix)
+            yield from self.k_norm.sources(prefix)
+
+    def forward(self, qkv: Tensor, cos_sin: Tensor, batch: ops.AttentionBatch, cache: Tensor) -> Tensor:
+        """[t, (h + 2 hk) * hd] -> [t, h * hd]; writes this step's keys and values to `cache`."""
+        t = qkv.shape[0]
+        q, k, v = qkv.view(t, -1, self.head_dim).split_with_sizes(
+            self.split, dim=1
+        )  # [t, h, hd], [t, hk, hd], [t, hk, hd]
+        if self.q_norm is not None and self.k_norm is not None:
+            q = self.q_norm(q.reshape(-1, self.head_dim)).view(q.shape)
+            k = self.k_norm(k.reshape(-1, self.head_dim)).view(k.shape)
+        q, k = ops.rotary(q, k, batch.positions, cos_sin, False)
+        ops.gqa_cache_write(k, v, cache, batch.cache_slots)
+        decodes = batch.decodes
+        if decodes == t:
+            y = ops.gqa_decode(q, cache, batch, self.scale)
+        elif decodes == 0:
+            y = ops.gqa_prefill(q, cache, batch, self.scale)
+        else:
+            decoded = ops.gqa_decode(q[:decodes], cache, batch, self.scale)
+            y = torch.cat([decoded, ops.gqa_prefill(q[decodes:], cache, batch, self.scale)])
+        return y.reshape(t, self.heads * self.head_dim)
+
+
+class GqaAttention(nn.Module):
+    """x [t, d] -> [t, d] (a sum over the tensor axis)."""
+
+    def __init__(self, gqa: Gqa, hidden: int, eps: float, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        q_width, kv_width = gqa.heads * gqa.head_dim, gqa.kv_heads * gqa.head_dim
+        outputs = {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}
+        self.qkv = Linear(hidden, outputs, split=Split.COLUMNS, bias=gqa.qkv_bias, dtype=dtype)
+        self.core = GqaCore(gqa, eps, dtype=dtype)
+        self.out = Linear(q_width, {"o_proj": hidden}, split=Split.ROWS, bias=gqa.out_bias, dtype=dtype)
+        self.boundary = Boundary(
+            {"x": Port((None, hidden))},
+            {"y": Port((None, hidden), {"tensor": Partial()})},
+            edges=edges("x -> qkv.x", "qkv.y -> core.qkv", "core.y -> out.x", "out.y -> y"),
+        )
+
+    def sources(self, prefix: str) -> Iterator[WeightSource]:
+        """q_proj, k_proj, v_proj, o_proj and the norms below `prefix`."""
+        for module in (self.qkv, self.core, self.out):
+            yield from module.sources(prefix)
+
+    def forward(self, x: Tensor, cos_sin: Tensor, batch: ops.AttentionBatch, cache: Tensor) -> Tensor:
+        """[t, d] -> [t, d]; `cache` is this layer's [blocks, 2, hk, block_tokens, hd]."""
+        return self.out(self.core(self.qkv(x), cos_sin, batch, cache))  # type: ignore[no-any-return]

@@ -1,0 +1,68 @@
+"""Token embedding and the output head, which may share one table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, parameter
+from tokenrelay.runtime.placement import Boundary, Partial, Port, Shard
+
+
+class Embedding(nn.Module):
+    """Token ids -> rows of a table [vocab, d]."""
+
+    def __init__(self, name: str, vocab: int, width: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.name = name
+        self.weight = parameter(vocab, width, dtype=dtype)
+        # Cut by vocabulary: a rank gives zeros for ids that are not its own, so the output is a sum.
+        self.boundary = Boundary(
+            {"token_ids": Port((None,))},
+            {"y": Port((None, width), {"tensor": Partial()})},
+            {"weight": {"tensor": Shard(0)}},
+        )
+
+    def sources(self, prefix: str) -> Iterator[WeightSource]:
+        """`<prefix><name>.weight`."""
+        yield WeightSource(f"{prefix}{self.name}.weight", tuple(self.weight.shape), (WeightPart(self, "weight"),))
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """int64 [t] -> [t, d]."""
+        return F.embedding(token_ids, self.weight)
+
+
+class Head(nn.Module):
+    """[s, d] -> float32 logits [s, vocab]. With `tied` it has no table of its own and uses the embedding's."""
+
+    def __init__(self, name: str, vocab: int, width: int, *, tied: Embedding | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.name = name
+        self.width = width
+        self.vocab = vocab
+        self._tied = [tied] if tied is not None else []  # in a list: not a child, so that it is counted and loaded once
+        if tied is None:
+            self.weight = parameter(vocab, width, dtype=dtype)
+        self.boundary = Boundary(
+            {"x": Port((None, width))},
+            {"y": Port((None, vocab), {"tensor": Shard(-1)})},
+            {} if tied is not None else {"weight": {"tensor": Shard(0)}},
+        )
+
+    @property
+    def tied(self) -> bool:
+        """Whether the embedding's table is used."""
+        return bool(self._tied)
+
+    def sources(self, prefix: str) -> Iterator[WeightSource]:
+        """`<prefix><name>.weight`, or nothing when tied."""
+        if not self._tied:
+            yield WeightSource(f"{prefix}{self.name}.weight", (self.vocab, self.width), (WeightPart(self, "weight"),))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[s, d] -> float32 [s, vocab]."""
+        table = self._tied[0].weight if self._tied else self.weight
+        return F.linear(x, table).float()

@@ -1,0 +1,76 @@
+"""Linear layers, several checkpoint matrices stacked into one where they share their input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, parameter
+from tokenrelay.runtime.placement import Boundary, Layout, Partial, Port, Shard
+
+
+class Split(Enum):
+    """How a matrix is cut over mesh axes, after Megatron-LM (arXiv:1909.08053, section 3)."""
+
+    COLUMNS = "columns"  # outputs are dealt out; the input is whole
+    ROWS = "rows"  # inputs are dealt out; the output is a sum over ranks
+    WHOLE = "whole"
+
+
+class Linear(nn.Module):
+    """y [t, out] = x [t, in] W^T + b, with W [out, in] as PyTorch has it.
+
+    `outputs` maps checkpoint names to widths; their matrices are stacked in that order. `axes` are the mesh axes that
+    `split` is over.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        outputs: Mapping[str, int],
+        *,
+        split: Split,
+        dtype: torch.dtype,
+        bias: bool = False,
+        axes: tuple[str, ...] = ("tensor",),
+    ) -> None:
+        super().__init__()
+        self.outputs = dict(outputs)
+        self.width = width
+        out = sum(self.outputs.values())
+        self.weight = parameter(out, width, dtype=dtype)
+        self.bias = parameter(out, dtype=dtype) if bias else None
+        self.boundary = _boundary(width, out, split, axes, bias)
+
+    def sources(self, prefix: str) -> Iterator[WeightSource]:
+        """`<prefix><name>.weight` and `.bias` for each stacked matrix."""
+        first = 0
+        for name, width in self.outputs.items():
+            rows = (slice(first, first + width),)
+            yield WeightSource(f"{prefix}{name}.weight", (width, self.width), (WeightPart(self, "weight", rows),))
+            if self.bias is not None:
+                yield WeightSource(f"{prefix}{name}.bias", (width,), (WeightPart(self, "bias", rows),))
+            first += width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[t, in] -> [t, out]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+def _boundary(width: int, out: int, split: Split, axes: tuple[str, ...], bias: bool) -> Boundary:
+    inputs: Layout = dict.fromkeys(axes, Shard(-1)) if split is Split.ROWS else {}
+    weight: Layout = {}
+    outputs: Layout = {}
+    if split is Split.COLUMNS:
+        weight, outputs = dict.fromkeys(axes, Shard(0)), dict.fromkeys(axes, Shard(-1))
+    elif split is Split.ROWS:
+        weight, outputs = dict.fromkeys(axes, Shard(1)), dict.fromkeys(axes, Partial())
+    parameters = {"weight": weight}
+    if bias:
+        # A bias after a row split belongs to the sum: of the ranks that hold it, one adds it.
+        parameters["bias"] = dict.fromkeys(axes, Shard(0)) if split is Split.COLUMNS else {}
+    return Boundary({"x": Port((None, width), inputs)}, {"y": Port((None, out), outputs)}, parameters)

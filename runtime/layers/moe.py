@@ -1,0 +1,142 @@
+"""Mixture of experts: a router, stacked experts, and a shared expert where the model has one (arXiv:2401.06066)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenrelay.kernels import ops
+from tokenrelay.runtime.layers.mlp import SwiGlu
+from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, parameter
+from tokenrelay.runtime.placement import Boundary, Layout, Partial, Port, Shard, edges
+
+EXPERT_AXES = ("tensor", "expert")
+
+
+@dataclass(frozen=True)
+class Moe:
+    """Hyperparameters of a mixture of experts.
+
+    Scores are softmax or sigmoid of the router's logits. `groups_top_k` of `groups` equal groups of experts stand,
+    ranked by the best score ("max", DeepSeek-V2) or the sum of the two best ("top2", DeepSeek-V3, section 2.1.2 of
+    arXiv:2412.19437); among their experts the `top_k` best are taken. `bias` adds a learnt correction for the choice
+    only.
+    """
+
+    experts: int
+    top_k: int
+    width: int
+    shared_width: int  # 0: no shared expert
+    scoring: Literal["softmax", "sigmoid"]
+    normalize: bool  # the chosen experts' weights add up to 1 before `scale`
+    scale: float = 1.0
+    groups: int = 1
+    groups_top_k: int = 1
+    group_score: Literal["max", "top2"] = "max"
+    bias: bool = False
+
+
+class Router(nn.Module):
+    """x [t, d] -> (experts int32 [t, k], weights float32 [t, k]). Scores are float32 whatever the model's dtype is."""
+
+    def __init__(self, moe: Moe, hidden: int) -> None:
+        super().__init__()
+        self.moe = moe
+        self.weight = parameter(moe.experts, hidden, dtype=torch.float32)
+        self.bias = parameter(moe.experts, dtype=torch.float32) if moe.bias else None
+        chosen = Port((None, moe.top_k))
+        parameters: dict[str, Layout] = {"weight": {}, "bias": {}} if moe.bias else {"weight": {}}
+        self.boundary = Boundary({"x": Port((None, hidden))}, {"experts": chosen, "weights": chosen}, parameters)
+
+    def sources(self, prefix: str) -> Iterator[WeightSource]:
+        """`gate.weight` and, where the model has it, `gate.e_score_correction_bias` below `prefix`."""
+        yield WeightSource(f"{prefix}gate.weight", tuple(self.weight.shape), (WeightPart(self, "weight"),))
+        if self.bias is not None:
+            name = f"{prefix}gate.e_score_correction_bias"
+            yield WeightSource(name, tuple(self.bias.shape), (WeightPart(self, "bias"),))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[t, d] -> ([t, k], [t, k])."""
+        moe = self.moe
+        return ops.moe_route(
+            F.linear(x.float(), self.weight),
+            self.bias,
+            top_k=moe.top_k,
+            groups=moe.groups,
+            groups_top_k=moe.groups_top_k,
+            scoring=moe.scoring,
+            normalize=moe.normalize,
+            scale=moe.scale,
+            group_score=moe.group_score,
+        )
+
+
+class Experts(nn.Module):
+    """All routed experts of a layer: w_gate_up [E, 2f, d], w_down [E, d, f]."""
+
+    def __init__(self, moe: Moe, hidden: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.moe = moe
+        self.hidden = hidden
+        self.w_gate_up = parameter(moe.experts, 2 * moe.width, hidden, dtype=dtype)
+        self.w_down = parameter(moe.experts, hidden, moe.width, dtype=dtype)
+        chosen = Port((None, moe.top_k))
+        self.boundary = Boundary(
+            {"x": Port((None, hidden)), "experts": chosen, "weights": chosen},
+            # A rank adds what its own experts, and its part of their width, give to each token.
+            {"y": Port((None, hidden), dict.fromkeys(EXPERT_AXES, Partial()))},
+            {
+                "w_gate_up": {"expert": Shard(0), "tensor": Shard(1)},
+                "w_down": {"expert": Shard(0), "tensor": Shard(2)},
+            },
+        )
+
+    def sources(self, prefix: str) -> Iterator[WeightSource]:
+        """`experts.{e}.gate_proj`, `up_proj` and `down_proj` below `prefix`."""
+        f, d = self.moe.width, self.hidden
+        for e in range(self.moe.experts):
+            name = f"{prefix}experts.{e}."
+            gate, up = (e, slice(0, f)), (e, slice(f, 2 * f))
+            yield WeightSource(f"{name}gate_proj.weight", (f, d), (WeightPart(self, "w_gate_up", gate),))
+            yield WeightSource(f"{name}up_proj.weight", (f, d), (WeightPart(self, "w_gate_up", up),))
+            yield WeightSource(f"{name}down_proj.weight", (d, f), (WeightPart(self, "w_down", (e,)),))
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """[t, d], [t, k], [t, k] -> [t, d]."""
+        return ops.moe(x, experts, weights, self.w_gate_up, self.w_down)
+
+
+class MoeMlp(nn.Module):
+    """The routed experts' weighted sum plus the shared expert: [t, d] -> [t, d]."""
+
+    def __init__(self, moe: Moe, hidden: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.router = Router(moe, hidden)
+        self.experts = Experts(moe, hidden, dtype=dtype)
+        self.shared = SwiGlu(hidden, moe.shared_width, axes=EXPERT_AXES, dtype=dtype) if moe.shared_width else None
+        wires = ["x -> router.x", "x -> experts.x", "router.experts -> experts.experts"]
+        wires += ["router.weights -> experts.weights", "experts.y -> y"]
+        wires += ["x -> shared.x", "shared.y -> y"] if self.shared is not None else []
+        self.boundary = Boundary(
+            {"x": Port((None, hidden))},
+            {"y": Port((None, hidden), dict.fromkeys(EXPERT_AXES, Partial()))},
+            edges=edges(*wires),
+        )
+
+    def sources(self, prefix: str) -> Iterator[WeightSource]:
+        """The router, all experts and `shared_experts` below `prefix`."""
+        yield from self.router.sources(prefix)
+        yield from self.experts.sources(prefix)
+        if self.shared is not None:
+            yield from self.shared.sources(f"{prefix}shared_experts.")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[t, d] -> [t, d]."""
+        experts, weights = self.router(x)
+        routed: Tensor = self.experts(x, experts, weights)
+        return routed if self.shared is None else routed + self.shared(x)

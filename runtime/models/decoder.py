@@ -1,0 +1,160 @@
+"""The decoder-only transformer that every family here is: embedding, layers, norm, head.
+
+One flat token axis [t]: decode rows' tokens come first, then the prefill rows', as `AttentionBatch` says. Nothing here
+synchronises with the device or reads metadata per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from tokenrelay.kernels import ops
+from tokenrelay.runtime.layers.attention import GqaAttention
+from tokenrelay.runtime.layers.embedding import Embedding, Head
+from tokenrelay.runtime.layers.mla import Mla, MlaAttention
+from tokenrelay.runtime.layers.mlp import SwiGlu
+from tokenrelay.runtime.layers.moe import EXPERT_AXES, MoeMlp
+from tokenrelay.runtime.layers.norm import AddRmsNorm
+from tokenrelay.runtime.layers.rope import cos_sin_table
+from tokenrelay.runtime.layers.sources import WeightSource
+from tokenrelay.runtime.models.config import Architecture, ModelConfig
+from tokenrelay.runtime.placement import Boundary, Layout, Partial, Port, edges
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each after a norm and added to the residual stream (pre-norm)."""
+
+    def __init__(self, architecture: Architecture, layer: int, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        hidden, eps = architecture.hidden, architecture.norm_eps
+        self.scopes = (architecture.attention_scope, architecture.mlp_scope)
+        self.input_norm = AddRmsNorm("input_layernorm", hidden, eps, dtype=dtype)
+        self.attention: nn.Module
+        if isinstance(architecture.attention, Mla):
+            self.attention = MlaAttention(architecture.attention, hidden, dtype=dtype)
+        else:
+            self.attention = GqaAttention(architecture.attention, hidden, eps, dtype=dtype)
+        self.post_norm = AddRmsNorm("post_attention_layernorm", hidden, eps, dtype=dtype)
+        self.mlp: nn.Module
+        self.sparse = architecture.moe is not None and layer in architecture.moe_layers
+        out: Layout = {"tensor": Partial()}
+        if architecture.moe is not None and self.sparse:
+            self.mlp = MoeMlp(architecture.moe, hidden, dtype=dtype)
+            out = dict.fromkeys(EXPERT_AXES, Partial())
+        else:
+            self.mlp = SwiGlu(hidden, architecture.mlp_width, bias=architecture.mlp_bias, dtype=dtype)
+        port = Port((None, hidden))
+        self.boundary = Boundary(
+            {"x": port, "residual": port},
+            {"y": Port((None, hidden), out), "residual": port},
+            edges=edges(
+                "x -> input_norm.x",
+                "residual -> input_norm.residual",
+                "input_norm.y -> attention.x",
+                "attention.y -> post_norm.x",
+                "input_norm.residual -> post_norm.residual",
+                "post_norm.y -> mlp.x",
+                "mlp.y -> y",
+                "post_norm.residual -> residual",
+            ),
+        )
+
+    def sources(self, prefix: str) -> Iterator[WeightSource]:
+        """All tensors of the layer below `prefix`."""
+        attention_scope, mlp_scope = self.scopes
+        yield from self.input_norm.sources(prefix)
+        yield from self.attention.sources(prefix + attention_scope)  # type: ignore[operator]
+        yield from self.post_norm.sources(prefix)
+        yield from self.mlp.sources(prefix + mlp_scope)  # type: ignore[operator]
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        cos_sin: Tensor,
+        batch: ops.AttentionBatch,
+        cache: Tensor,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x [t, d] and the residual stream before it (None: x is its start) -> (y, residual), both [t, d].
+
+        `rows` int64 [s]: after attention, go on with these tokens only ([s, d]).
+        """
+        if residual is None:
+            residual = x
+            normed = self.input_norm(x)
+        else:
+            normed, residual = self.input_norm.add(x, residual)
+        attended = self.attention(normed, cos_sin, batch, cache)
+        if rows is not None:
+            attended, residual = attended.index_select(0, rows), residual.index_select(0, rows)
+        normed, residual = self.post_norm.add(attended, residual)
+        return self.mlp(normed), residual
+
+
+class Model(nn.Module):
+    """A loaded model. Made by `runtime.weights.loader.load_model`."""
+
+    config: ModelConfig
+
+    def __init__(self, architecture: Architecture, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.architecture = architecture
+        vocab, hidden = architecture.vocab_size, architecture.hidden
+        self.embed = Embedding("embed_tokens", vocab, hidden, dtype=dtype)
+        self.layers = nn.ModuleList(DecoderLayer(architecture, i, dtype=dtype) for i in range(architecture.layers))
+        self.norm = AddRmsNorm("norm", hidden, architecture.norm_eps, dtype=dtype)
+        tied = self.embed if architecture.tied else None
+        self.head = Head("lm_head", vocab, hidden, tied=tied, dtype=dtype)
+        self.cos_sin = torch.empty(0)  # [context_tokens, rotated width], set by `finish`
+        self.boundary = Boundary(
+            {"token_ids": Port((None,))}, {"logits": Port((None, vocab))}, edges=edges(*self._wires())
+        )
+
+    def _wires(self) -> Iterator[str]:
+        yield "token_ids -> embed.token_ids"
+        x = residual = "embed.y"
+        for i in range(len(self.layers)):
+            yield f"{x} -> layers.{i}.x"
+            yield f"{residual} -> layers.{i}.residual"
+            x, residual = f"layers.{i}.y", f"layers.{i}.residual"
+        yield f"{x} -> norm.x"
+        yield f"{residual} -> norm.residual"
+        yield "norm.y -> head.x"
+        yield "head.y -> logits"
+
+    def sources(self) -> Iterator[WeightSource]:
+        """Every tensor that a checkpoint of this architecture holds, under the names that Hugging Face uses."""
+        yield from self.embed.sources("model.")
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            yield from layer.sources(f"model.layers.{i}.")
+        yield from self.norm.sources("model.")
+        yield from self.head.sources("")
+
+    def finish(self, config: ModelConfig, device: torch.device) -> None:
+        """After the parameters are filled: what is computed from the configuration alone."""
+        self.config = config
+        self.cos_sin = cos_sin_table(self.architecture.rope, config.context_tokens, device)
+        self.eval()
+
+    def forward(
+        self, token_ids: Tensor, batch: ops.AttentionBatch, caches: list[Tensor], sample_rows: Tensor
+    ) -> Tensor:
+        """token_ids int64 [t], one cache per layer, sample_rows int64 [s] -> float32 logits [s, vocab].
+
+        Writes this step's keys and values into `caches`. The last layer's MLP, the norm and the head run for
+        `sample_rows` only. No gradients are recorded (no parameter asks for one).
+        """
+        x: Tensor = self.embed(token_ids)
+        residual: Tensor | None = None
+        last = len(caches) - 1
+        for i, layer in enumerate(self.layers):
+            rows = sample_rows if i == last else None
+            x, residual = layer(x, residual, self.cos_sin, batch, caches[i], rows)
+        assert residual is not None  # a model has at least one layer
+        normed, _ = self.norm.add(x, residual)
+        return self.head(normed)  # type: ignore[no-any-return]

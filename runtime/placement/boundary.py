@@ -1,0 +1,64 @@
+"""A module's boundary as data: what goes in and out, how it is placed, and how its children are wired.
+
+A module carries `boundary: Boundary`, set by its constructor. Names of ports are the module's own words ("x", "y").
+An edge of a composite is written `"child.port -> child.port"`; a bare port name is the composite's own, and `a.b.port`
+reaches the port of a grandchild. `"down.y[0:512] -> norm.x"` passes a slice of the last dimension on.
+Several edges into one port add up.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tokenrelay.runtime.placement.placements import Layout
+
+
+@dataclass(frozen=True)
+class Port:
+    """One tensor that crosses a boundary. `shape` is the whole tensor's, None for a size known at run time (tokens).
+
+    `pieces` says into how many parts a sharded dimension may be cut at most (attention heads must stay whole); 0: any.
+    """
+
+    shape: tuple[int | None, ...]
+    layout: Layout = field(default_factory=dict)
+    pieces: int = 0
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A tensor's way: from port `source` to port `target`, both relative to the module that declares the edge.
+
+    `part` is the range of the last dimension that is passed on; None: all of it.
+    """
+
+    source: str
+    target: str
+    part: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """What a module promises: its ports, the placement of its own parameters, and the edges among its children."""
+
+    inputs: Mapping[str, Port]
+    outputs: Mapping[str, Port]
+    parameters: Mapping[str, Layout] = field(default_factory=dict)
+    edges: tuple[Edge, ...] = ()
+
+
+_LINE = re.compile(r"\s*([\w.]+)(?:\[(\d+):(\d+)\])?\s*->\s*([\w.]+)\s*")
+
+
+def edges(*lines: str) -> tuple[Edge, ...]:
+    """Edges from lines like `"attention.y -> norm.x"`. Raises ValueError for a line of another form."""
+    made = []
+    for line in lines:
+        found = _LINE.fullmatch(line)
+        if found is None:
+            raise ValueError(f"an edge is written 'a.y -> b.x' or 'a.y[0:8] -> b.x', not {line!r}")
+        source, first, end, target = found.groups()
+        made.append(Edge(source, target, None if first is None else (int(first), int(end))))
+    return tuple(made)

@@ -1,0 +1,158 @@
+"""From a checkpoint folder to a model that can run.
+
+    model = load_model(Path("Qwen3-0.6B"), dtype=torch.bfloat16, device="cpu", progress=bar.update)
+
+Order matters: the folder is read and checked against the architecture (every name, shape and dtype) before memory is
+allocated, parameters are allocated once, and each tensor is copied, converted on the way, from the map into its place
+in its (often fused) parameter. Peak memory is the model plus one tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tokenrelay.base.errors import CheckpointError
+from tokenrelay.base.logging import get_logger
+from tokenrelay.runtime.layers.sources import WeightSource
+from tokenrelay.runtime.models.config import ModelConfig
+from tokenrelay.runtime.models.decoder import Model
+from tokenrelay.runtime.models.registry import architecture_of
+from tokenrelay.runtime.placement import Mesh, check
+from tokenrelay.runtime.weights.checkpoint import Checkpoint
+from tokenrelay.runtime.weights.identity import model_identity
+
+Progress = Callable[[int, int], None]  # (bytes loaded, bytes in all), after each tensor
+
+FLOATS = ("F32", "BF16", "F16", "F64")
+MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")  # old exports carry what the configuration says already
+
+log = get_logger("weights")
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    block_tokens: int = 64,
+    context_tokens: int | None = None,
+) -> Model:
+    """Load the checkpoint in `folder`.
+
+    `dtype` None takes the checkpoint's own (see `default_dtype`). `block_tokens` goes into `config.kv_layout`.
+    `context_tokens` lowers the model's context. Raises CheckpointError with one sentence for whatever is wrong.
+    """
+    device = torch.device(device)
+    with Checkpoint(Path(folder)) as checkpoint:
+        name, architecture = architecture_of(checkpoint.config)
+        dtype = dtype or default_dtype(checkpoint, device)
+        if dtype not in MODEL_DTYPES:
+            raise CheckpointError(f"cannot load a model as {dtype}; one of {', '.join(map(str, MODEL_DTYPES))}")
+        with torch.device("meta"):
+            model = Model(architecture, dtype=dtype)
+        check(model, Mesh())
+        sources = _match(checkpoint, model)
+        config = ModelConfig(
+            name=checkpoint.folder.resolve().name,
+            architecture=name,
+            vocab_size=architecture.vocab_size,
+            layers=architecture.layers,
+            context_tokens=min(architecture.context_tokens, context_tokens or architecture.context_tokens),
+            eos_token_ids=checkpoint.eos_token_ids(),
+            kv_layout=architecture.kv_layout(block_tokens),
+            dtype=dtype,
+            identity=model_identity(checkpoint, name, architecture, dtype),
+        )
+        _allocate(model, device, checkpoint)
+        _fill(checkpoint, sources, progress)
+        model.finish(config, device)
+    return model
+
+
+def default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """The dtype that config.json names, else the embedding's. float16 becomes float32 on a CPU: it is slow there."""
+    named = str(checkpoint.config.raw("dtype") or checkpoint.config.raw("torch_dtype") or "").removeprefix("torch.")
+    found = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(named)
+    if found is None:
+        embedding = checkpoint.where.get("model.embed_tokens.weight")
+        kind = embedding.entries["model.embed_tokens.weight"].dtype if embedding else "F32"
+        found = {"BF16": torch.bfloat16, "F16": torch.float16}.get(kind, torch.float32)
+    return torch.float32 if found is torch.float16 and device.type == "cpu" else found
+
+
+def _match(checkpoint: Checkpoint, model: Model) -> dict[str, WeightSource]:
+    """Every tensor that the model needs, checked; logs what is left out. Raises CheckpointError for any difference."""
+    sources = {source.name: source for source in model.sources()}
+    for name, source in sources.items():
+        if name not in checkpoint.where:
+            file = checkpoint.files[0].path if len(checkpoint.files) == 1 else checkpoint.folder
+            message = f"{file} lacks the tensor {name}, expected with shape {list(source.shape)}"
+            raise CheckpointError(message, file=str(file), tensor=name)
+        entry, path = checkpoint.entry(name), checkpoint.where[name].path
+        if entry.shape != source.shape:
+            found, expected = list(entry.shape), list(source.shape)
+            message = f"{path}: {name} has shape {found}; config.json makes it {expected}"
+            raise CheckpointError(message, file=str(path), tensor=name)
+        if entry.dtype not in FLOATS:
+            message = f"{path}: {name} has dtype {entry.dtype}; expected one of {', '.join(FLOATS)}"
+            raise CheckpointError(message, file=str(path), tensor=name)
+    _leave_out(checkpoint, model, set(sources))
+    return sources
+
+
+def _leave_out(checkpoint: Checkpoint, model: Model, needed: set[str]) -> None:
+    """Note what a checkpoint may hold beyond the model, refuse the rest: a lost tensor changes the answers."""
+    architecture = model.architecture
+    predictions = []
+    for name in checkpoint.where:
+        if name in needed or _DERIVED.search(name):
+            continue
+        layer = _LAYER.match(name)
+        if layer is not None and int(layer[1]) >= architecture.layers:
+            predictions.append(name)
+        elif not (architecture.tied and name == "lm_head.weight"):
+            path = checkpoint.where[name].path
+            message = f"{path}: {name} has no place in this architecture ({checkpoint.config.file} describes none)"
+            raise CheckpointError(message, file=str(path), tensor=name)
+    if predictions:
+        # Multi-token prediction, kept for speculative decoding.
+        log.info("left out the multi-token prediction layers", tensors=len(predictions), first=predictions[0])
+
+
+def _allocate(model: Model, device: torch.device, checkpoint: Checkpoint) -> None:
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    try:
+        model.to_empty(device=device)
+    except (RuntimeError, MemoryError) as error:  # torch's CPU allocator raises a plain RuntimeError
+        message = f"{checkpoint.folder} needs {size / 2**30:.1f} GiB for its parameters, which {device} does not have"
+        raise CheckpointError(message, file=str(checkpoint.folder)) from error
+
+
+def _fill(checkpoint: Checkpoint, sources: dict[str, WeightSource], progress: Progress | None) -> None:
+    """Copy every tensor into its place, file by file in the order of their data."""
+    total = sum(checkpoint.entry(name).size_bytes for name in sources)
+    done = 0
+    for file in checkpoint.files:
+        for name, entry in file.entries.items():
+            if name not in sources:
+                continue
+            _copy(sources[name], file.tensor(name))
+            file.release(name)
+            done += entry.size_bytes
+            if progress is not None:
+                progress(done, total)
+
+
+@torch.no_grad()
+def _copy(source: WeightSource, tensor: torch.Tensor) -> None:
+    viewed = tensor.view(source.view) if source.view is not None else tensor
+    for part in source.parts:
+        place = part.module.get_parameter(part.parameter)
+        place[part.at].copy_(viewed[part.take])
