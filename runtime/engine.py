@@ -1,0 +1,429 @@
+"""The step loop: take events, commit what ended, plan and launch what is next, publish. It knows no role.
+
+    engine = Engine(scheduler, executor, vocab_size=…, on_step=deliver)
+    engine.start()
+    engine.submit(EngineRequest(sequence_id=1, token_ids=…, output_start=…, tokens_max=64))
+    engine.abort(1)
+
+The loop runs in a thread of its own and sleeps on one condition, which submit, abort and the end of a step wake. One
+plan is made ahead: while step N runs, N + 1 is planned and queued. `on_step(outputs, stats)` is called from that
+thread, at most once per turn of the loop. Every accepted sequence gets exactly one output with a `finish`, whatever
+fails.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tokenrelay.base.deadlines import Deadline
+from tokenrelay.base.errors import DeadlineExceeded, InvalidRequest, Overloaded, TokenRelayError, Unavailable
+from tokenrelay.base.logging import get_logger
+from tokenrelay.runtime.executor.executor import Step, StepResult
+from tokenrelay.runtime.executor.plan import Plan
+from tokenrelay.runtime.requests import (
+    EngineOutput,
+    EngineRequest,
+    EngineStats,
+    Finish,
+    Reject,
+    SamplingParams,
+    TokenIds,
+)
+
+log = get_logger("engine")
+
+OnStep = Callable[[list[EngineOutput], EngineStats], None]
+STEP_MAX_S = 600.0  # a step that runs longer hangs: the engine gives up, its process is started anew
+CHECK_INTERVAL_S = 10.0  # the idle integrity check costs O(pool): not before each short pause
+
+
+class Scheduler(Protocol):
+    """libscheduler's, as the loop drives it (docs/contracts.md)."""
+
+    def submit(self, sequence_id: int, token_ids: Any, **facts: Any) -> Any:
+        """None, or why it is refused."""
+
+    def abort(self, sequence_id: int, now_us: int) -> Any:
+        """Whether it was there."""
+
+    def plan(self, now_us: int) -> Any:
+        """The next step, or None."""
+
+    def commit(self, step: int, token_ids: Any, now_us: int) -> Any:
+        """What the step brought."""
+
+    def counts(self) -> Any:
+        """Counters."""
+
+    def token_ids(self, sequence_id: int) -> Any:
+        """Prompt and output so far."""
+
+    def check(self) -> None:
+        """Raise AssertionError when anything is broken."""
+
+
+class Launcher(Protocol):
+    """The executor, as the loop drives it."""
+
+    def launch(
+        self,
+        plan: Plan,
+        requests: Any,
+        token_ids_of: Callable[[int], TokenIds | None],
+        on_done: Callable[[], None],
+    ) -> Step:
+        """Queue a plan; returns at once."""
+
+    def close(self) -> None:
+        """Let what was launched end."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Bounds of the loop."""
+
+    commands_max: int = 2048  # submitted and not yet seen by the loop
+    steps_in_flight: int = 2  # as the scheduler's
+
+
+@dataclass(slots=True)
+class _Launched:
+    """A step on its way."""
+
+    step: Step
+    plan: Plan
+    samples: int  # rows that sample
+    at_s: float = field(default_factory=time.monotonic)
+
+
+class Engine:
+    """One scheduler and one executor. submit, abort, drain, close and stats are for any thread."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Launcher,
+        *,
+        vocab_size: int,
+        on_step: OnStep,
+        on_fatal: Callable[[BaseException], None] | None = None,
+        options: EngineOptions | None = None,
+    ) -> None:
+        self._scheduler = scheduler
+        self._executor = executor
+        self._vocab_size = vocab_size
+        self._on_step = on_step
+        self._on_fatal = on_fatal
+        self._options = options or EngineOptions()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        # Shared, under the condition.
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)  # the loop sleeps here, and nobody else
+        self._quiet = threading.Condition(self._lock)  # drain sleeps here until nothing is owed
+        self._submitted: deque[EngineRequest] = deque()
+        self._aborts: set[int] = set()  # of accepted sequences only, so bounded by them
+        self._accepted: set[int] = set()  # owed one terminal output
+        self._step_ended = False
+        self._draining = False
+        self._closing = False
+        self._dead: TokenRelayError | None = None
+        # The loop's own.
+        self._open: dict[int, EngineRequest] = {}  # in the scheduler
+        self._params: dict[int, SamplingParams] = {}  # of `_open`, as the executor asks for it
+        self._deadlines: list[tuple[float, int]] = []  # heap of (instant, sequence); entries of ended ones are skipped
+        self._launched: deque[_Launched] = deque()
+        self._step_time_us = 0
+        self._steps = 0
+        self._checked_at = 0.0
+        self._stats = EngineStats()
+
+    # -- any thread ---------------------------------------------------------------------------------------------------
+    def start(self) -> None:
+        """Begin to run."""
+        self._stats = self._count()
+        self._thread.start()
+
+    def submit(self, request: EngineRequest) -> None:
+        """Accept a sequence: exactly one terminal output follows through `on_step`.
+
+        Raises Overloaded when the loop lags behind, Unavailable when it drains or is dead, InvalidRequest for an id
+        that is open; nothing follows then.
+        """
+        with self._lock:
+            if self._dead is not None or self._closing or self._draining:
+                raise self._dead or Unavailable("the engine drains")
+            if len(self._submitted) >= self._options.commands_max:
+                raise Overloaded(f"{len(self._submitted)} requests wait for the engine")
+            if request.sequence_id in self._accepted:
+                raise InvalidRequest(f"sequence {request.sequence_id} is open")
+            self._accepted.add(request.sequence_id)
+            self._submitted.append(request)
+            self._wake.notify()
+
+    def abort(self, sequence_id: int) -> None:
+        """End a sequence: its terminal output comes at once, unless it has ended already."""
+        with self._lock:
+            if sequence_id in self._accepted:
+                self._aborts.add(sequence_id)
+                self._wake.notify()
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counters as of the last turn of the loop."""
+        return self._stats
+
+    def drain(self, deadline: Deadline) -> bool:
+        """Refuse what is new and wait until nothing is open. False when that did not happen before the deadline."""
+        with self._lock:
+            self._draining = True
+            timeout_s = None if deadline.at_s == float("inf") else deadline.left_s()
+            return self._quiet.wait_for(lambda: not self._accepted or self._dead is not None, timeout_s)
+
+    def close(self) -> None:
+        """Stop after the steps in flight; whatever is open gets an error. Idempotent."""
+        with self._lock:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._executor.close()
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+    def _run(self) -> None:
+        try:
+            while (commands := self._next_commands()) is not None:
+                outputs: list[EngineOutput] = []
+                self._take(*commands, outputs)
+                self._expire(outputs)
+                self._commit_ended(outputs)
+                self._launch_next()
+                self._publish(outputs)
+            self._end_open(Unavailable("the engine was closed"))
+        except BaseException as error:
+            log.exception("the engine's loop failed; it does not go on", steps=self._steps)
+            self._end_open(TokenRelayError(f"the engine failed: {error!r}"))
+            if self._on_fatal is not None:
+                self._on_fatal(error)
+
+    def _next_commands(self) -> tuple[list[EngineRequest], set[int]] | None:
+        """Sleep until a command came, a step ended or a deadline passed; None when closing."""
+        while True:
+            with self._lock:
+                if self._closing:
+                    return None
+                timeout_s = self._sleep_max_s()
+                if self._submitted or self._aborts or self._step_ended or timeout_s == 0.0:
+                    self._step_ended = False
+                    # Taken together, or an abort could overtake its submit.
+                    commands = list(self._submitted), self._aborts
+                    self._submitted.clear()
+                    self._aborts = set()
+                    return commands
+                idle = not self._open and not self._launched
+                if not idle or time.monotonic() - self._checked_at < CHECK_INTERVAL_S:
+                    self._wake.wait(timeout_s)
+                    continue
+            self._checked_at = time.monotonic()
+            self._scheduler.check()
+
+    def _sleep_max_s(self) -> float | None:
+        """Until the next deadline, or until the running step must have ended; None: for ever."""
+        if self._launched and not self._launched[0].step.done:
+            left_s = self._launched[0].at_s + STEP_MAX_S - time.monotonic()
+            if left_s <= 0:
+                raise TokenRelayError(f"step {self._launched[0].plan.step} did not end within {STEP_MAX_S} s")
+        else:
+            left_s = float("inf")
+        if self._deadlines:
+            left_s = min(left_s, max(0.0, self._deadlines[0][0] - time.monotonic()))
+        return None if left_s == float("inf") else left_s
+
+    def _wake_up(self) -> None:
+        """From the executor's thread: a step has ended."""
+        with self._lock:
+            self._step_ended = True
+            self._wake.notify()
+
+    def _take(self, submitted: list[EngineRequest], aborts: set[int], outputs: list[EngineOutput]) -> None:
+        """Submits first: an abort of one of them finds it."""
+        for request in submitted:
+            refusal = self._submit(request)
+            if refusal is not None:
+                outputs.append(refusal)
+        for sequence_id in aborts:
+            if sequence_id in self._open:
+                self._scheduler.abort(sequence_id, _now_us())
+                outputs.append(self._ended(EngineOutput(sequence_id, finish=Finish.ABORT)))
+
+    def _submit(self, request: EngineRequest) -> EngineOutput | None:
+        problem = request.problem(self._vocab_size)
+        if problem is not None:
+            return self._refusal(request.sequence_id, Reject.INVALID, InvalidRequest(problem))
+        answer = self._scheduler.submit(
+            request.sequence_id,
+            request.token_ids,
+            output_start=request.output_start,
+            tokens_max=request.tokens_max,
+            stop_token_ids=request.stop_token_ids,
+            priority=request.priority,
+            salt=request.salt,
+            now_us=_now_us(),
+        )
+        if answer is not None:
+            return self._refusal(request.sequence_id, *_refused(answer))
+        self._open[request.sequence_id] = request
+        self._params[request.sequence_id] = request.sampling
+        if request.deadline.at_s != float("inf"):
+            self._remember_deadline(request)
+        return None
+
+    def _expire(self, outputs: list[EngineOutput]) -> None:
+        """Abort what is past its deadline."""
+        now_s = time.monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            _, sequence_id = heapq.heappop(self._deadlines)
+            request = self._open.get(sequence_id)
+            if request is not None and request.deadline.passed:
+                error = DeadlineExceeded("the request was not done before its deadline")
+                outputs.append(self._abort_with(sequence_id, error))
+
+    def _commit_ended(self, outputs: list[EngineOutput]) -> None:
+        while self._launched and self._launched[0].step.done:
+            launched = self._launched.popleft()
+            try:
+                result = launched.step.wait()
+            except Exception as error:
+                self._commit_failed(launched, error, outputs)
+            else:
+                self._commit(launched, result, outputs)
+
+    def _commit(self, launched: _Launched, result: StepResult, outputs: list[EngineOutput]) -> None:
+        outcome = self._scheduler.commit(launched.plan.step, result.token_ids, _now_us())
+        self._steps += 1
+        self._step_time_us += result.run_us
+        logprobs = result.logprobs
+        for sequence_id, token_id, finish, row, first, cached_tokens in zip(
+            outcome.sequence_ids.tolist(),
+            outcome.token_ids.tolist(),
+            outcome.finish.tolist(),
+            outcome.rows.tolist(),
+            outcome.first.tolist(),
+            outcome.cached_tokens.tolist(),
+            strict=True,
+        ):
+            output = EngineOutput(sequence_id, (token_id,), Finish(finish), bool(first), cached_tokens)
+            if logprobs is not None and row in logprobs:
+                output.logprobs = (logprobs[row],)
+            outputs.append(self._ended(output) if finish else output)
+
+    def _commit_failed(self, launched: _Launched, error: Exception, outputs: list[EngineOutput]) -> None:
+        """A step raised: its sequences end with an error, and nothing it may have written is ever read.
+
+        They are aborted before the step is committed, so that the scheduler frees the blocks it wrote unsealed.
+        """
+        log.error("a step failed", step=launched.plan.step, error=repr(error))
+        failure = TokenRelayError(f"step {launched.plan.step} failed: {type(error).__name__}: {error}"[:500])
+        for sequence_id in launched.plan.sequence_ids.tolist():
+            if sequence_id in self._open:
+                outputs.append(self._abort_with(sequence_id, failure))
+        self._scheduler.commit(launched.plan.step, np.zeros(launched.samples, np.uint32), _now_us())
+        self._steps += 1
+
+    def _launch_next(self) -> None:
+        while len(self._launched) < self._options.steps_in_flight:
+            plan = self._scheduler.plan(_now_us())
+            if plan is None:
+                return
+            step = self._executor.launch(plan, self._params, self._token_ids_of, self._wake_up)
+            self._launched.append(_Launched(step, plan, int(np.count_nonzero(plan.samples))))
+
+    def _publish(self, outputs: list[EngineOutput]) -> None:
+        self._stats = self._count()
+        if outputs:
+            self._on_step(outputs, self._stats)
+
+    # -- ends ---------------------------------------------------------------------------------------------------------
+    def _ended(self, output: EngineOutput) -> EngineOutput:
+        """Note that this is the one terminal output of its sequence."""
+        sequence_id = output.sequence_id
+        self._open.pop(sequence_id, None)
+        self._params.pop(sequence_id, None)
+        with self._lock:
+            assert sequence_id in self._accepted, f"a second terminal output for sequence {sequence_id}"
+            self._accepted.discard(sequence_id)
+            self._aborts.discard(sequence_id)
+            if not self._accepted:
+                self._quiet.notify_all()
+        return output
+
+    def _refusal(self, sequence_id: int, reject: Reject, error: TokenRelayError) -> EngineOutput:
+        return self._ended(EngineOutput(sequence_id, finish=Finish.REJECTED, reject=reject, error=error))
+
+    def _abort_with(self, sequence_id: int, error: TokenRelayError) -> EngineOutput:
+        self._scheduler.abort(sequence_id, _now_us())
+        return self._ended(EngineOutput(sequence_id, finish=Finish.ERROR, error=error))
+
+    def _end_open(self, error: TokenRelayError) -> None:
+        """The loop is over: whoever is still owed an answer gets `error`."""
+        with self._lock:
+            self._dead = error
+            owed = sorted(self._accepted)
+            self._submitted.clear()
+        outputs = [self._ended(EngineOutput(sequence_id, finish=Finish.ERROR, error=error)) for sequence_id in owed]
+        if outputs:
+            self._on_step(outputs, self._stats)
+
+    # -- small things -------------------------------------------------------------------------------------------------
+    def _token_ids_of(self, sequence_id: int) -> TokenIds | None:
+        token_ids: npt.NDArray[np.uint32] | None = self._scheduler.token_ids(sequence_id)
+        return token_ids
+
+    def _remember_deadline(self, request: EngineRequest) -> None:
+        if len(self._deadlines) > 2 * len(self._open) + 1024:  # mostly of sequences that ended long before theirs
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._open]
+            heapq.heapify(self._deadlines)
+        heapq.heappush(self._deadlines, (request.deadline.at_s, request.sequence_id))
+
+    def _count(self) -> EngineStats:
+        counts = self._scheduler.counts()
+        return EngineStats(
+            blocks_free=counts.blocks_free,
+            blocks_cached=counts.blocks_cached,
+            blocks_active=counts.blocks_active,
+            sequences_waiting=counts.sequences_waiting,
+            sequences_running=counts.sequences_running,
+            steps=self._steps,
+            prompt_tokens=counts.prompt_tokens,
+            cached_tokens=counts.cached_tokens,
+            output_tokens=counts.output_tokens,
+            preemptions=counts.preemptions,
+            aborts=counts.aborts,
+            step_time_us=self._step_time_us,
+        )
+
+
+def _now_us() -> int:
+    return time.monotonic_ns() // 1000
+
+
+_REFUSALS: dict[str, tuple[Reject, type[TokenRelayError], str]] = {
+    "QUEUE_FULL": (Reject.QUEUE_FULL, Overloaded, "the worker's queue is full"),
+    "PROMPT_TOO_LONG": (Reject.PROMPT_TOO_LONG, InvalidRequest, "prompt and output do not fit in the context"),
+    "DUPLICATE_ID": (Reject.DUPLICATE_ID, InvalidRequest, "the sequence id is open"),
+}
+
+
+def _refused(answer: Any) -> tuple[Reject, TokenRelayError]:
+    """The scheduler's typed refusal in this package's words."""
+    name = str(getattr(answer, "name", answer)).rpartition(".")[2].upper()
+    reject, cls, message = _REFUSALS.get(name, (Reject.INVALID, InvalidRequest, f"the scheduler refused it: {name}"))
+    return reject, cls(message)

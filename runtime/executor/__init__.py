@@ -1,0 +1,1 @@
+"""Plan -> Batch -> forward -> sampled tokens."""

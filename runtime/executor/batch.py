@@ -1,0 +1,102 @@
+"""Plan -> Batch: the tensors of one step, made once and shared by all layers.
+
+Vector operations only: a step of 64 decode rows costs as many Python calls as a step of one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tokenrelay.kernels.batch import AttentionBatch
+from tokenrelay.runtime.executor.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """t tokens of n rows, s of them sampled; the tensors are on the model's device."""
+
+    token_ids: Tensor  # int64 [t]
+    feedback_at: Tensor | None  # int64 [f] positions in token_ids that the device fills from what it sampled last
+    feedback_slots: Tensor | None  # int64 [f] whose token goes there
+    attention: AttentionBatch
+    sample_rows: Tensor  # int64 [s] token indices after which a token is sampled
+    sample_slots: npt.NDArray[np.int64]  # [s] host
+    sample_slots_device: Tensor  # int64 [s]
+    sample_ends: npt.NDArray[np.int64]  # [s] host: tokens of the sequence before the sampled one
+
+
+class BatchBuilder:
+    """Makes batches over the scheduler's persistent block table."""
+
+    def __init__(self, block_table: npt.NDArray[np.int32], block_tokens: int, device: torch.device) -> None:
+        self._table = block_table
+        self._shift = block_tokens.bit_length() - 1
+        self._mask = block_tokens - 1
+        self._device = device
+        self._table_view = _shared(block_table) if device.type == "cpu" else None
+
+    def build(self, plan: Plan) -> Batch:
+        """The tensors of `plan`. Reads the block table as it is now, so call it before the next plan is made."""
+        slots, starts, lengths = plan.slots, plan.starts, plan.lengths
+        rows = len(slots)
+        ends = starts + lengths
+        offsets = np.zeros(rows + 1, dtype=np.int32)
+        np.cumsum(lengths, out=offsets[1:])
+        if plan.decodes == rows:
+            positions = starts.astype(np.int64)
+            blocks = self._table[slots, starts >> self._shift]
+        else:
+            row_of = np.repeat(np.arange(rows), lengths)
+            positions = np.arange(offsets[-1], dtype=np.int64) + (starts - offsets[:-1])[row_of]
+            blocks = self._table[slots[row_of], positions >> self._shift]
+        cache_slots = (blocks.astype(np.int64) << self._shift) | (positions & self._mask)
+        context_max = int(ends.max())
+        sampled = np.flatnonzero(plan.samples)
+        sample_slots = slots[sampled].astype(np.int64)
+        feedback = np.flatnonzero(plan.feedback)
+        table, table_slots = self._table_of(slots, context_max)
+        return Batch(
+            token_ids=self._to_device(plan.token_ids.astype(np.int64)),
+            feedback_at=self._to_device(offsets[feedback].astype(np.int64)) if feedback.size else None,
+            feedback_slots=self._to_device(slots[feedback].astype(np.int64)) if feedback.size else None,
+            attention=AttentionBatch(
+                block_table=table,
+                slots=table_slots,
+                starts=self._to_device(starts.copy()),
+                lengths=self._to_device(lengths.copy()),
+                offsets=self._to_device(offsets),
+                positions=self._to_device(positions),
+                cache_slots=self._to_device(cache_slots),
+                decodes=int(plan.decodes),
+                context_max=context_max,
+            ),
+            sample_rows=self._to_device(offsets[1:][sampled].astype(np.int64) - 1),
+            sample_slots=sample_slots,
+            sample_slots_device=self._to_device(sample_slots),
+            sample_ends=ends[sampled].astype(np.int64),
+        )
+
+    def _table_of(self, slots: npt.NDArray[np.int32], context_max: int) -> tuple[Tensor, Tensor]:
+        """The block table as the kernels read it: the scheduler's own on a CPU, the rows in use elsewhere."""
+        if self._table_view is not None:
+            return self._table_view, torch.from_numpy(slots.copy())
+        used = (context_max + self._mask) >> self._shift
+        rows = np.ascontiguousarray(self._table[slots, :used])
+        return self._to_device(rows), torch.arange(len(slots), dtype=torch.int32, device=self._device)
+
+    def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
+
+
+def _shared(array: npt.NDArray[np.int32]) -> Tensor:
+    """A tensor over the same memory. The scheduler's view is read-only for Python; nothing here writes it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        return torch.from_numpy(array)

@@ -1,0 +1,170 @@
+"""Runs plans in order, in a thread of its own, behind the engine's.
+
+    executor = Executor(model, caches, block_table, slots=64)
+    step = executor.launch(plan, requests, token_ids_of, on_done=wake)      # returns at once
+    result = step.wait()                                                    # raises what the step raised
+
+The next plan is made while a step runs. What a step needs from the host is gathered by `launch`, in the caller's
+thread, because the block table changes with the next plan; the token that a sequence sampled last stays on the device
+and goes from step to step there.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tokenrelay.base.errors import TokenRelayError
+from tokenrelay.kernels.batch import AttentionBatch
+from tokenrelay.runtime.executor.batch import Batch, BatchBuilder
+from tokenrelay.runtime.executor.plan import Plan
+from tokenrelay.runtime.executor.sampler import Sampler, SampleWork
+from tokenrelay.runtime.requests import SamplingParams, TokenIds, TokenLogprobs
+
+STEP_WAIT_MAX_S = 600.0  # a step that takes longer hangs: the caller gets an error instead of waiting for ever
+
+
+class Runnable(Protocol):
+    """The model, as the executor needs it."""
+
+    def __call__(
+        self, token_ids: Tensor, batch: AttentionBatch, caches: list[Tensor], sample_rows: Tensor, /
+    ) -> Tensor:
+        """Logits f32 [s, V] after the tokens `sample_rows` [s] of `token_ids` [t]."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step sampled."""
+
+    token_ids: npt.NDArray[np.uint32]  # [s], in row order
+    logprobs: dict[int, TokenLogprobs] | None  # by sampled row, for those that asked
+    run_us: int  # time it ran, without waiting for its turn
+
+
+class Step:
+    """A launched step."""
+
+    def __init__(self, number: int, batch: Batch, work: SampleWork, on_done: Callable[[], None]) -> None:
+        self.number = number
+        self._batch: Batch | None = batch
+        self._work: SampleWork | None = work
+        self._on_done = on_done
+        self._ended = threading.Event()
+        self._result: StepResult | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether `wait` returns at once."""
+        return self._ended.is_set()
+
+    def wait(self, timeout_s: float = STEP_WAIT_MAX_S) -> StepResult:
+        """What it sampled. Raises what it raised, or TokenRelayError when it does not end in time."""
+        if not self._ended.wait(timeout_s):
+            raise TokenRelayError(f"step {self.number} did not end within {timeout_s} s")
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+    def take(self) -> tuple[Batch, SampleWork]:
+        """What to run; given once, so that a finished step holds no tensors."""
+        assert self._batch is not None and self._work is not None, "a step runs once"
+        batch, work = self._batch, self._work
+        self._batch = self._work = None
+        return batch, work
+
+    def finish(self, result: StepResult | None, error: BaseException | None) -> None:
+        """Called once, by the executor."""
+        self._result, self._error = result, error
+        self._ended.set()
+        self._on_done()
+
+
+class Executor:
+    """One model, its caches, and the slots' sampling state."""
+
+    def __init__(
+        self,
+        model: Runnable,
+        caches: list[Tensor],
+        block_table: npt.NDArray[np.int32],
+        *,
+        block_tokens: int,
+        vocab_size: int,
+        steps_in_flight: int = 2,
+        threads: int | None = None,
+    ) -> None:
+        """`block_table` int32 [slots, blocks]: the scheduler's, shared. `threads`: of torch; None: its default."""
+        self._model = model
+        self._caches = caches
+        self._device = caches[0].device
+        slots = block_table.shape[0]
+        self._batches = BatchBuilder(block_table, block_tokens, self._device)
+        self._sampler = Sampler(slots, vocab_size, self._device)
+        self._last_token = torch.zeros(slots, dtype=torch.int64, device=self._device)  # [slots] sampled last
+        self._queue: queue.Queue[Step | None] = queue.Queue(steps_in_flight + 1)
+        self._threads = threads
+        self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
+        self._thread.start()
+
+    def launch(
+        self,
+        plan: Plan,
+        requests: Mapping[int, SamplingParams],
+        token_ids_of: Callable[[int], TokenIds | None],
+        on_done: Callable[[], None],
+    ) -> Step:
+        """Queue `plan` behind the step that runs. `requests` and `token_ids_of` are asked for sequences it admits.
+
+        `on_done` is called from the executor's thread when the step has ended, however it ended.
+        """
+        batch = self._batches.build(plan)
+        work = self._sampler.prepare(plan, batch.sample_slots, batch.sample_ends, requests, token_ids_of)
+        step = Step(plan.step, batch, work, on_done)
+        self._queue.put_nowait(step)  # full: more steps in flight than agreed, a programmer's error
+        return step
+
+    def close(self) -> None:
+        """Let what was launched end, then the thread."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join(STEP_WAIT_MAX_S)
+
+    # -- executor's thread --------------------------------------------------------------------------------------------
+    def _run(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        with torch.inference_mode():
+            while (step := self._queue.get()) is not None:
+                started = time.perf_counter_ns()
+                try:
+                    token_ids, logprobs = self._forward(*step.take())
+                except Exception as error:  # the engine answers for it; the thread goes on with the next step
+                    step.finish(None, error)
+                else:
+                    step.finish(StepResult(token_ids, logprobs, (time.perf_counter_ns() - started) // 1000), None)
+                del step  # or its result would live until the next one comes
+
+    def _forward(
+        self, batch: Batch, work: SampleWork
+    ) -> tuple[npt.NDArray[np.uint32], dict[int, TokenLogprobs] | None]:
+        token_ids = batch.token_ids
+        if batch.feedback_at is not None and batch.feedback_slots is not None:
+            token_ids[batch.feedback_at] = self._last_token[batch.feedback_slots]
+        logits = self._model(token_ids, batch.attention, self._caches, batch.sample_rows)
+        if not len(batch.sample_slots):
+            return np.zeros(0, np.uint32), None
+        sampled, logprobs = self._sampler.run(work, logits)
+        self._last_token[batch.sample_slots_device] = sampled
+        return sampled.cpu().numpy().astype(np.uint32), logprobs

@@ -1,0 +1,125 @@
+"""How many KV blocks: from a memory budget, or from what is free; and their allocation.
+
+The pool gets a quarter of the memory that is free after the weights are loaded (the rest is for activations, page
+cache and the other processes of a shared machine), but no more than all slots could use, and at least one context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tokenrelay.base.errors import ConfigError
+from tokenrelay.base.logging import get_logger
+
+log = get_logger("memory")
+
+FREE_FRACTION = 0.25
+FREE_FRACTION_GPU = 0.9  # a device of one's own
+SHARED_BLOCKS_FACTOR = 2  # room for cached prefixes beside what running sequences hold
+BLOCKS_MAX = 1 << 24
+
+
+class KvLayout(Protocol):
+    """The cache of one layer, as far as sizes go (kernels/layout.py)."""
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens per block."""
+
+    def shape(self, blocks: int) -> tuple[int, ...]:
+        """Of the tensor that holds so many blocks."""
+
+    def bytes_per_block(self, dtype: torch.dtype) -> int:
+        """Of one layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The KV pool of a worker."""
+
+    blocks: int
+    context_tokens: int  # of one sequence, at most
+    bytes: int  # all layers
+
+
+def plan_pool(
+    layout: KvLayout,
+    layers: int,
+    dtype: torch.dtype,
+    *,
+    slots: int,
+    context_tokens: int,
+    context_asked: bool,
+    kv_memory_bytes: int | None = None,
+    blocks: int | None = None,
+    device: torch.device | None = None,
+) -> Pool:
+    """Size the pool. `blocks` decides if given, else `kv_memory_bytes`, else what is free.
+
+    Where one whole context does not fit, the context is lowered, or refused if it was asked for (`context_asked`).
+    Raises ConfigError that says how much is needed and how much there is.
+    """
+    block_tokens = layout.block_tokens
+    block_bytes = layers * layout.bytes_per_block(dtype)
+    if blocks is None:
+        if kv_memory_bytes is None:
+            budget, origin = default_budget(device or torch.device("cpu")), "of the memory that is free"
+        else:
+            budget, origin = kv_memory_bytes, "of --kv-memory"
+        blocks = min(budget // block_bytes, BLOCKS_MAX)
+        if kv_memory_bytes is None:
+            context_blocks = -(-context_tokens // block_tokens)
+            blocks = min(blocks, SHARED_BLOCKS_FACTOR * slots * context_blocks)
+    else:
+        budget, origin = blocks * block_bytes, "of --blocks"
+    if blocks < 2:
+        raise ConfigError(f"two KV blocks of {block_bytes} bytes do not fit in {budget} bytes {origin}")
+    capacity = blocks * block_tokens
+    if capacity < context_tokens:
+        if context_asked:
+            needed = -(-context_tokens // block_tokens) * block_bytes
+            raise ConfigError(
+                f"a context of {context_tokens} tokens needs {needed} bytes of KV, and there are {budget} {origin}"
+            )
+        log.warning("context lowered to what the KV pool holds", model_tokens=context_tokens, context_tokens=capacity)
+        context_tokens = capacity
+    return Pool(blocks=blocks, context_tokens=context_tokens, bytes=blocks * block_bytes)
+
+
+def allocate_caches(
+    layout: KvLayout, layers: int, pool: Pool, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> list[Tensor]:
+    """One zeroed region per layer. On a CPU pages are taken when they are first touched. Raises ConfigError."""
+    try:
+        return [torch.zeros(layout.shape(pool.blocks), dtype=dtype, device=device) for _ in range(layers)]
+    except RuntimeError as error:
+        raise ConfigError(f"cannot allocate {pool.bytes} bytes for {pool.blocks} KV blocks: {error}") from error
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes for KV when nobody says how many."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * FREE_FRACTION_GPU)
+    return int(available_bytes() * FREE_FRACTION)
+
+
+def available_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory this process may still take: MemAvailable (proc(5)), less where a control group says less (cgroups(7))."""
+    available = 4 << 30  # where the kernel does not say
+    try:
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    except OSError:
+        return available
+    try:
+        limit, used = (cgroup / "memory.max").read_text().strip(), int((cgroup / "memory.current").read_text())
+    except (OSError, ValueError):
+        return available
+    return available if limit == "max" else min(available, max(0, int(limit) - used))

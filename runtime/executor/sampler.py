@@ -1,0 +1,180 @@
+"""Per-slot sampling state, and the choice of the next tokens.
+
+What a sequence asks is written once, when it takes a slot. A step gathers it by slot; steps of the same slots reuse the
+gathered tensors. Penalties, bias, masks and log-probabilities cost only the rows that ask for them.
+Random numbers are keyed by (seed, choice, output position): preemption and migration do not change them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tokenrelay.kernels import ops
+from tokenrelay.kernels.batch import SamplingBatch
+from tokenrelay.runtime.executor.penalties import PenaltyAdmission, PenaltyState
+from tokenrelay.runtime.executor.plan import Plan
+from tokenrelay.runtime.requests import SamplingParams, TokenIds, TokenLogprobs
+
+Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class SampleWork:
+    """What one step samples: made when it is launched, used when it runs."""
+
+    batch: SamplingBatch
+    admissions: list[PenaltyAdmission] = field(default_factory=list)
+    penalty_rows: Int64s | None = None  # sampled rows that ask for penalties or biases
+    penalty_slots: Int64s | None = None
+    masks: tuple[Int64s, Int64s] | None = None  # row, token: not to be chosen
+    logprob_rows: Int64s | None = None
+    logprob_counts: Int64s | None = None  # how many most likely ones each of those rows wants
+
+
+class Sampler:
+    """The state of `slots` slots. `prepare` belongs to the engine's thread, `run` to the executor's."""
+
+    def __init__(self, slots: int, vocab_size: int, device: torch.device) -> None:
+        self._device = device
+        self._vocab_size = vocab_size
+        self._params: list[SamplingParams | None] = [None] * slots
+        self._temperature = np.zeros(slots, np.float32)
+        self._top_p = np.ones(slots, np.float32)
+        self._top_k = np.zeros(slots, np.int32)
+        self._min_p = np.zeros(slots, np.float32)
+        self._seed = np.zeros(slots, np.int64)
+        self._choice = np.zeros(slots, np.int32)
+        self._output_start = np.zeros(slots, np.int64)
+        self._special = np.zeros(slots, np.bool_)  # asks for penalties, bias, masks or log-probabilities
+        self._penalties = PenaltyState(device)
+        self._last_slots: Int64s | None = None  # the slots of the last step, whose gathered tensors are below
+        self._last_batch: SamplingBatch | None = None
+
+    # -- engine's thread ----------------------------------------------------------------------------------------------
+    def prepare(
+        self,
+        plan: Plan,
+        slots: Int64s,
+        ends: Int64s,
+        requests: Mapping[int, SamplingParams],
+        token_ids_of: Callable[[int], TokenIds | None],
+    ) -> SampleWork:
+        """Take over the sequences that the plan admits, and gather what the sampled rows ask.
+
+        `slots`, `ends`: [s] of the sampled rows; `ends` counts the tokens before the one to sample.
+        """
+        admissions = self._admit(plan, requests, token_ids_of) if len(plan.admitted_ids) else []
+        positions = ends - self._output_start[slots]
+        work = SampleWork(batch=self._gather(slots, positions), admissions=admissions)
+        if self._special[slots].any():
+            self._prepare_special(work, slots, positions)
+        return work
+
+    def _admit(
+        self, plan: Plan, requests: Mapping[int, SamplingParams], token_ids_of: Callable[[int], TokenIds | None]
+    ) -> list[PenaltyAdmission]:
+        admissions = []
+        ids, slots, output_starts = plan.admitted_ids, plan.admitted_slots, plan.admitted_output_start
+        for sequence_id, slot, output_start in zip(ids.tolist(), slots.tolist(), output_starts.tolist(), strict=True):
+            params = requests[sequence_id]
+            self._params[slot] = params
+            self._temperature[slot] = params.temperature
+            self._top_p[slot] = params.top_p
+            self._top_k[slot] = params.top_k
+            self._min_p[slot] = params.min_p
+            self._seed[slot] = params.seed - (1 << 64) if params.seed >> 63 else params.seed
+            self._choice[slot] = params.choice
+            self._output_start[slot] = output_start
+            self._special[slot] = bool(
+                params.penalized or params.logit_bias or params.logprobs or (params.tokens_min and params.end_token_ids)
+            )
+            if params.penalized or params.logit_bias:
+                token_ids = token_ids_of(sequence_id)
+                assert token_ids is not None, f"sequence {sequence_id} was admitted and is unknown"
+                admissions.append(PenaltyAdmission(slot, params, np.array(token_ids, np.int64), output_start))
+        self._last_slots = None
+        return admissions
+
+    def _gather(self, slots: Int64s, positions: Int64s) -> SamplingBatch:
+        last, previous = self._last_batch, self._last_slots
+        position = self._to_device(positions)
+        if last is not None and previous is not None and np.array_equal(slots, previous):
+            return SamplingBatch(last.temperature, last.top_p, last.top_k, last.min_p, last.seed, last.choice, position)
+        self._last_slots = slots
+        self._last_batch = SamplingBatch(
+            temperature=self._to_device(self._temperature[slots]),
+            top_p=self._to_device(self._top_p[slots]),
+            top_k=self._to_device(self._top_k[slots]),
+            min_p=self._to_device(self._min_p[slots]),
+            seed=self._to_device(self._seed[slots]),
+            choice=self._to_device(self._choice[slots]),
+            position=position,
+        )
+        return self._last_batch
+
+    def _prepare_special(self, work: SampleWork, slots: Int64s, positions: Int64s) -> None:
+        """Per-row work, only for the rows that ask."""
+        penalized: list[int] = []
+        masks: list[tuple[int, int]] = []
+        logprobs: list[tuple[int, int]] = []
+        for row in np.flatnonzero(self._special[slots]).tolist():
+            params = self._params[slots[row]]
+            assert params is not None
+            if params.penalized or params.logit_bias:
+                penalized.append(row)
+            if positions[row] < params.tokens_min:
+                masks += [(row, token) for token in params.end_token_ids if token < self._vocab_size]
+            if params.logprobs:
+                logprobs.append((row, params.logprobs - 1))
+        if penalized:
+            work.penalty_rows = np.array(penalized, np.int64)
+            work.penalty_slots = slots[work.penalty_rows]
+        if masks:
+            rows, tokens = zip(*masks, strict=True)
+            work.masks = (np.array(rows, np.int64), np.array(tokens, np.int64))
+        if logprobs:
+            rows, counts = zip(*logprobs, strict=True)
+            work.logprob_rows, work.logprob_counts = np.array(rows, np.int64), np.array(counts, np.int64)
+
+    # -- executor's thread --------------------------------------------------------------------------------------------
+    def run(self, work: SampleWork, logits: Tensor) -> tuple[Tensor, dict[int, TokenLogprobs] | None]:
+        """Sample from `logits` f32 [s, V] (which it may change). Tokens int64 [s], and log-probabilities by row."""
+        for admission in work.admissions:
+            self._penalties.admit(admission)
+        raw = None
+        if work.logprob_rows is not None:
+            raw = logits[self._to_device(work.logprob_rows)]  # indexing copies: what follows does not change it
+        if work.penalty_rows is not None and work.penalty_slots is not None:
+            ops.apply_penalties(logits, self._penalties.batch(work.penalty_rows, work.penalty_slots))
+        if work.masks is not None:
+            rows, tokens = work.masks
+            logits[self._to_device(rows), self._to_device(tokens)] = float("-inf")
+        token_ids = ops.sample(logits, work.batch)
+        if work.penalty_rows is not None and work.penalty_slots is not None:
+            self._penalties.count(work.penalty_slots, token_ids[self._to_device(work.penalty_rows)])
+        return token_ids, None if raw is None else self._logprobs(work, raw, token_ids)
+
+    def _logprobs(self, work: SampleWork, raw: Tensor, token_ids: Tensor) -> dict[int, TokenLogprobs]:
+        assert work.logprob_rows is not None and work.logprob_counts is not None
+        top_k = min(int(work.logprob_counts.max()), self._vocab_size)
+        chosen = token_ids[self._to_device(work.logprob_rows)]
+        logprob, top_ids, top_logprobs = ops.token_logprobs(raw, chosen, top_k)
+        rows = zip(
+            work.logprob_rows.tolist(),
+            work.logprob_counts.tolist(),
+            logprob.tolist(),
+            top_ids.tolist(),
+            top_logprobs.tolist(),
+            strict=True,
+        )
+        return {row: TokenLogprobs(value, ids[:count], values[:count]) for row, count, value, ids, values in rows}
+
+    def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)

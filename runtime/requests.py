@@ -1,0 +1,163 @@
+"""What goes into an engine and what comes out: requests, sampling parameters, outputs, counters.
+
+An engine runs sequences. n choices of one request are n sequences with the same seed and choice 0..n-1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from tokenrelay.base.deadlines import Deadline
+from tokenrelay.base.errors import TokenRelayError
+
+TokenIds = npt.NDArray[np.uint32]
+
+# Bounds of what one request may ask; the router refuses earlier and names the parameter.
+LOGIT_BIAS_MAX = 4096
+STOP_TOKEN_IDS_MAX = 64
+LOGPROBS_MAX = 64
+
+
+class Finish(IntEnum):
+    """Why a sequence ended; other than NONE it is the one terminal output. Same numbers as on the wire."""
+
+    NONE = 0
+    STOP = 1
+    LENGTH = 2
+    ABORT = 3
+    REJECTED = 4
+    ERROR = 5
+
+
+class Reject(IntEnum):
+    """Why a sequence was refused at admission. Same numbers as on the wire."""
+
+    NONE = 0
+    QUEUE_FULL = 1
+    PROMPT_TOO_LONG = 2
+    DUPLICATE_ID = 3
+    DRAINING = 4
+    INVALID = 5
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token of a sequence is chosen. Random numbers are keyed by (seed, choice, output position)."""
+
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0  # 1: off
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0  # 0: off
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0  # 1: off
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    tokens_min: int = 0  # `end_token_ids` are masked until so many output tokens
+    end_token_ids: tuple[int, ...] = ()
+    logprobs: int = 0  # 0: none, k + 1: the sampled token's and those of the k most likely
+    seed: int = 0  # 64 bits, unsigned
+    choice: int = 0
+
+    @property
+    def penalized(self) -> bool:
+        """Whether the tokens so far change the next one's logits."""
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+    def problem(self, vocab_size: int) -> str | None:
+        """Why this cannot be run, or None."""
+        numbers = (self.temperature, self.top_p, self.min_p, self.presence_penalty, self.frequency_penalty)
+        if not all(map(math.isfinite, (*numbers, self.repetition_penalty))):
+            return "a sampling parameter is not a finite number"
+        checks = (
+            (self.temperature >= 0, "temperature is negative"),
+            (0 < self.top_p <= 1, "top_p is outside (0, 1]"),
+            (0 <= self.top_k < 2**31, "top_k is out of range"),
+            (0 <= self.min_p <= 1, "min_p is outside [0, 1]"),
+            (self.repetition_penalty > 0, "repetition_penalty is not positive"),
+            (0 <= self.logprobs <= LOGPROBS_MAX + 1, f"more than {LOGPROBS_MAX} top_logprobs"),
+            (0 <= self.tokens_min < 2**31, "tokens_min is out of range"),
+            (0 <= self.seed < 2**64, "seed is not a 64-bit number"),
+            (0 <= self.choice < 2**31, "choice is out of range"),
+            (len(self.logit_bias) <= LOGIT_BIAS_MAX, f"more than {LOGIT_BIAS_MAX} logit_bias entries"),
+            (len(self.end_token_ids) <= STOP_TOKEN_IDS_MAX, f"more than {STOP_TOKEN_IDS_MAX} stop token ids"),
+            (all(0 <= t < vocab_size for t, _ in self.logit_bias), "a logit_bias token is outside the vocabulary"),
+            (not any(math.isnan(bias) for _, bias in self.logit_bias), "a logit_bias is not a number"),
+        )
+        return next((message for ok, message in checks if not ok), None)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One sequence to run. `token_ids` belongs to the engine from here on."""
+
+    sequence_id: int  # unique while it is open
+    token_ids: TokenIds  # prompt, then output emitted elsewhere already (migration)
+    output_start: int  # where the prompt ends
+    tokens_max: int  # output tokens at most, those already in token_ids included
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_token_ids: tuple[int, ...] = ()  # the model's own end tokens included, where wanted
+    priority: int = 0  # lower runs first
+    salt: bytes = b""  # the tenant's
+    deadline: Deadline = field(default_factory=Deadline.never)
+    request_id: str = ""  # for logs
+
+    def problem(self, vocab_size: int) -> str | None:
+        """Why this cannot be run, or None. The scheduler checks lengths against its context."""
+        if self.token_ids.size == 0:
+            return "the prompt is empty"
+        if int(self.token_ids.max()) >= vocab_size:
+            return f"token id {int(self.token_ids.max())} is outside the vocabulary of {vocab_size}"
+        if not 0 < self.output_start <= self.token_ids.size:
+            return f"the output begins at {self.output_start}, outside the {self.token_ids.size} tokens"
+        if self.tokens_max <= self.token_ids.size - self.output_start:
+            return f"tokens_max is {self.tokens_max}: nothing is left to generate"
+        if len(self.stop_token_ids) > STOP_TOKEN_IDS_MAX:
+            return f"more than {STOP_TOKEN_IDS_MAX} stop token ids"
+        return self.sampling.problem(vocab_size)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms, of the model's own distribution (before temperature, penalties and bias)."""
+
+    logprob: float
+    top_token_ids: Sequence[int]  # most likely first
+    top_logprobs: Sequence[float]
+
+
+@dataclass(slots=True)
+class EngineOutput:
+    """What one step (or an event outside of one) brought for one sequence."""
+
+    sequence_id: int
+    token_ids: Sequence[int] = ()
+    finish: Finish = Finish.NONE
+    first: bool = False  # holds the sequence's first new token
+    cached_tokens: int = 0  # prompt tokens that were not computed; with `first`
+    logprobs: Sequence[TokenLogprobs] | None = None  # one per token, when asked for
+    reject: Reject = Reject.NONE
+    error: TokenRelayError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters as of the last step. blocks_free + blocks_cached + blocks_active is the pool."""
+
+    blocks_free: int = 0
+    blocks_cached: int = 0
+    blocks_active: int = 0
+    sequences_waiting: int = 0
+    sequences_running: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    aborts: int = 0
+    step_time_us: int = 0  # time spent running steps, in all
