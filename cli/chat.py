@@ -6,6 +6,7 @@ Piped (or with a message on the command line): the answer alone goes to stdout, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
 
-from tokenrelay.base.errors import ConfigError, TokenRelayError
+from tokenrelay.base.errors import ConfigError, TokenRelayError, Unavailable
 from tokenrelay.cli.client import ApiClient, Delta, join_tool_calls
+from tokenrelay.cli.own import OwnServer
 
 TOOL_ROUNDS_MAX = 16  # tool rounds of one turn: a model that only calls tools must come to an end
 
@@ -31,6 +34,24 @@ A line that ends in a backslash goes on in the next line."""
 _CONTROLS = {
     code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"
 }
+
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """What stood on the command line; None is not given."""
+
+    message: str | None = None
+    url: str | None = None
+    model: str | None = None
+    system: str = ""
+    temperature: float | None = None
+    tokens_max: int | None = None
+    seed: int | None = None
+    tools: Path | None = None
+    api_key: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,10 +171,11 @@ class Screen:
         self._last = ""  # what kind of text was shown last
         self._at_line_start = True
 
-    def say(self, text: str) -> None:
-        """A remark of the program itself; not part of any answer."""
+    def say(self, text: str, *, style: str = "dim") -> None:
+        """A remark of the program itself; not part of any answer. What an answer left unfinished ends here."""
+        self._newline()
         if self._console is not None:
-            self._console.print(text, style="dim", markup=False)
+            self._console.print(clean(text), style=style, markup=False)
 
     def delta(self, delta: Delta) -> None:
         """Show one chunk at once."""
@@ -224,7 +246,7 @@ def figures(answer: Answer) -> str:
 
 
 def read_tools(path: Path | None) -> tuple[dict[str, Any], ...]:
-    """Tools from a JSON file: a list of {"type": "function", "function": {...}} as OpenAI has it, or of the functions."""
+    """Tools from a JSON file: a list in OpenAI's shape, {"type": "function", "function": {...}}, or of functions."""
     if path is None:
         return ()
     try:
@@ -242,7 +264,6 @@ def converse(chat: Chat, screen: Screen) -> None:
     """The loop on a terminal, until /quit or Ctrl-D."""
     import readline  # noqa: F401  line editing and history for input()
 
-    screen.say("Type a message; /help lists the commands, Ctrl-D leaves.")
     while True:
         try:
             text = read_message()
@@ -262,7 +283,7 @@ def converse(chat: Chat, screen: Screen) -> None:
                 chat.ask(text)
             except TokenRelayError as error:
                 del chat.messages[before:]  # the failed turn leaves no trace
-                screen.say(f"error: {error.message}")
+                screen.say(f"error: {error.message}", style="red")
 
 
 def read_message() -> str:
@@ -290,12 +311,29 @@ def _command(chat: Chat, screen: Screen, text: str) -> bool:
     return True
 
 
-def run_chat(client: ApiClient, options: ChatOptions, message: str | None) -> None:
+def run_chat(request: ChatRequest) -> None:
+    """Chat with the server that the request means, or with an own one. Raises TokenRelayError."""
+    tools = read_tools(request.tools)
+    with contextlib.ExitStack() as stack:
+        client, model = _find_server(request, stack)
+        options = ChatOptions(
+            model=model,
+            system=request.system,
+            temperature=request.temperature,
+            tokens_max=request.tokens_max,
+            seed=request.seed,
+            tools=tools,
+        )
+        talk(client, options, request.message)
+
+
+def talk(client: ApiClient, options: ChatOptions, message: str | None) -> None:
     """Chat on the terminal, or answer one message (given, or read from a pipe). Raises TokenRelayError."""
-    terminal = message is None and sys.stdin.isatty()
-    screen = Screen(sys.stdout, terminal=terminal and sys.stdout.isatty())
+    interactive = message is None and sys.stdin.isatty()
+    screen = Screen(sys.stdout, terminal=interactive and sys.stdout.isatty())
     chat = Chat(client, options, screen)
-    if terminal:
+    if interactive:
+        screen.say(f"{options.model} at {client.url}. /help lists the commands, Ctrl-D leaves.")
         converse(chat, screen)
         return
     text = sys.stdin.read() if message is None else message
@@ -304,3 +342,38 @@ def run_chat(client: ApiClient, options: ChatOptions, message: str | None) -> No
     answer = chat.ask(text.removesuffix("\n"))
     if answer.interrupted:
         raise KeyboardInterrupt
+
+
+def _find_server(request: ChatRequest, stack: contextlib.ExitStack) -> tuple[ApiClient, str]:
+    """A client and the model's name: the server named, else the usual one if it answers, else one started here."""
+    own_model = request.url is None and request.model is not None and Path(request.model).is_dir()
+    if not own_model:
+        client = ApiClient(request.url or DEFAULT_URL, api_key=request.api_key)
+        try:
+            models = client.models()
+        except Unavailable:
+            if request.url is not None:
+                raise
+        else:
+            if not models:
+                raise Unavailable(f"the server at {client.url} serves no model yet")
+            return client, request.model or models[0]
+    if request.model is not None and not own_model:
+        raise ConfigError(f"no server answers at {DEFAULT_URL}, and {request.model} is no model folder to serve")
+    server = _start_own(request.model, stack)
+    client = ApiClient(server.url)
+    return client, client.models()[0]
+
+
+def _start_own(model: str | None, stack: contextlib.ExitStack) -> OwnServer:
+    """Start a server for this chat; a bar on a terminal while it loads."""
+    arguments = ([] if model is None else [model]) + ["--log-level", "error"]
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True), transient=True
+    ) as progress:
+        task = progress.add_task("starting a server", total=None)
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            progress.update(task, description=f"loading {what}", completed=done, total=total)
+
+        return stack.enter_context(OwnServer(arguments, on_progress=on_progress, quiet=True))

@@ -120,7 +120,8 @@ class StatusObserver(Observer):
 
     def serving(self, facts: Mapping[str, Mapping[str, Any]]) -> None:
         """`ready` with the URL and the worker's facts. Failures are told by the command, which knows all of them."""
-        self._pipe.ready(**{**facts.get("worker", {}), "url": self._url})
+        pids = {f"{child}_pid": its["pid"] for child, its in facts.items()}
+        self._pipe.ready(**{**facts.get("worker", {}), **pids, "url": self._url})
 
 
 class Observers(Observer):

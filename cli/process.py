@@ -61,7 +61,6 @@ class ChildProcess:
         if spec.socket is not None:
             Path(spec.socket).unlink(missing_ok=True)
         reading, writing = os.pipe()
-        parent = os.getpid()
         try:
             popen = subprocess.Popen(
                 [argument.replace(STATUS_FD, str(writing)) for argument in spec.argv],
@@ -70,7 +69,7 @@ class ChildProcess:
                 stdout=2,  # a library that prints must not mix with what our stdout is for
                 pass_fds=(writing,),
                 start_new_session=True,
-                preexec_fn=lambda: _die_with(parent),
+                preexec_fn=die_with_parent(),
             )
         except OSError as error:
             os.close(reading)
@@ -173,9 +172,14 @@ def describe_exit(code: int) -> str:
 _libc = ctypes.CDLL(None, use_errno=True)  # loaded here: between fork and exec there is no time for imports
 
 
-def _die_with(parent: int) -> None:
-    """Runs in the child between fork and exec: the kernel kills it when our main thread dies, however it dies."""
-    if hasattr(_libc, "prctl"):
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before prctl
-        os._exit(1)
+def die_with_parent() -> Callable[[], None]:
+    """For `Popen(preexec_fn=...)`: the kernel kills the child when the thread that spawned it dies, however it dies."""
+    parent = os.getpid()
+
+    def prepare() -> None:
+        if hasattr(_libc, "prctl"):
+            _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before prctl
+            os._exit(1)
+
+    return prepare

@@ -1,6 +1,6 @@
 """The local supervisor: one worker and one router, started in order, kept alive, drained and stopped together.
 
-    supervisor = Supervisor(worker_spec, router_spec, SupervisorLimits(), observer)
+    supervisor = Supervisor(worker_spec, router_spec, SupervisorConfig(), observer)
     exit_code = await supervisor.run()     # returns after SIGTERM or SIGINT, or when a start failed
 
 States of a child: starting -> ready -> (died -> waiting -> starting)*. The first signal drains: the router stops
@@ -19,28 +19,15 @@ import signal
 import socket
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenrelay.base.errors import ConfigError
+from tokenrelay.cli.config import SupervisorConfig
 from tokenrelay.cli.machine import usable_cpus
 from tokenrelay.cli.process import ChildFailed, ChildProcess, ChildSpec, describe_exit
 
 SOCKET_PATH_BYTES_MAX = 107  # unix(7): sun_path holds 108 with its terminator
-
-
-@dataclass(frozen=True)
-class SupervisorLimits:
-    """Bounds of the supervisor's waits."""
-
-    stall_s: float = 300.0  # a start may go without news for so long; a network file system can be slow
-    backoff_first_s: float = 0.5  # before the first restart
-    backoff_max_s: float = 30.0  # each further failure doubles the wait up to here
-    healthy_s: float = 60.0  # a child that lived so long after it was ready has no failures behind it
-    restarts_max: int = 10  # failures in a row before giving up
-    drain_s: float = 120.0  # a drain that takes longer is cut short
-    stop_s: float = 3.0  # between asking a child to stop at once and killing it
 
 
 class Observer:
@@ -74,7 +61,7 @@ class Observer:
 class Backoff:
     """Bounded exponential waits between the starts of one child."""
 
-    def __init__(self, limits: SupervisorLimits) -> None:
+    def __init__(self, limits: SupervisorConfig) -> None:
         self._limits = limits
         self.failures = 0  # in a row
 
@@ -90,7 +77,7 @@ class Backoff:
 class Supervisor:
     """Runs the worker and the router until a signal or a failure ends them. For one `run`, on a main thread's loop."""
 
-    def __init__(self, worker: ChildSpec, router: ChildSpec, limits: SupervisorLimits, observer: Observer) -> None:
+    def __init__(self, worker: ChildSpec, router: ChildSpec, limits: SupervisorConfig, observer: Observer) -> None:
         self._specs = (worker, router)  # in start order
         self._limits = limits
         self._observer = observer
@@ -159,6 +146,7 @@ class Supervisor:
         except ChildFailed:
             await life.kill()
             raise
+        facts["pid"] = life.pid
         self._observer.started(spec.name, facts)
         return facts
 

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tokenrelay.cli.config import SupervisorConfig
 from tokenrelay.cli.process import STATUS_FD, ChildSpec
-from tokenrelay.cli.supervisor import Observer, Supervisor, SupervisorLimits
+from tokenrelay.cli.supervisor import Observer, Supervisor
 
 
 class Printer(Observer):
@@ -51,7 +52,7 @@ async def main() -> int:
     def spec(name: str, behaviours: str) -> ChildSpec:
         return ChildSpec(name, [sys.executable, child, STATUS_FD, folder, name, *json.loads(behaviours)])
 
-    bounds = SupervisorLimits(**json.loads(limits))
+    bounds = SupervisorConfig(**json.loads(limits))
     return await Supervisor(spec("worker", worker), spec("router", router), bounds, Printer()).run()
 
 

@@ -18,12 +18,12 @@ import psutil
 import pytest
 
 from tokenrelay.base.errors import ConfigError
+from tokenrelay.cli.config import SupervisorConfig
 from tokenrelay.cli.machine import usable_cpus
 from tokenrelay.cli.process import describe_exit
 from tokenrelay.cli.supervisor import (
     SOCKET_PATH_BYTES_MAX,
     Backoff,
-    SupervisorLimits,
     child_environment,
     claim_port,
     private_folder,
@@ -245,7 +245,7 @@ def test_nothing_runs_when_idle(runs: Any) -> None:
 
 
 def test_backoff_forgets_after_a_healthy_life() -> None:
-    backoff = Backoff(SupervisorLimits(backoff_first_s=1.0, backoff_max_s=8.0, healthy_s=60.0, restarts_max=5))
+    backoff = Backoff(SupervisorConfig(backoff_first_s=1.0, backoff_max_s=8.0, healthy_s=60.0, restarts_max=5))
     assert [backoff.next_s(1.0) for _ in range(5)] == [1.0, 2.0, 4.0, 8.0, 8.0]
     assert backoff.next_s(61.0) == 1.0
     assert [backoff.next_s(0.0) for _ in range(5)] == [2.0, 4.0, 8.0, 8.0, None]

@@ -1,0 +1,341 @@
+"""The `tokenrelay` command. Each command imports what it needs when it runs: `--help` loads no torch and no aiohttp."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+from tokenrelay.base.errors import TokenRelayError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Serve large language models to coding agents, behind an OpenAI-compatible endpoint.
+
+    [bold]First steps[/bold]
+
+    [cyan]tokenrelay serve[/cyan]  —  the bundled model on http://127.0.0.1:8000, no GPU needed
+
+    [cyan]tokenrelay chat[/cyan]  —  talk to it from another terminal (or: it starts a server of its own)
+
+    [cyan]tokenrelay serve /models/Qwen3-8B[/cyan]  —  any model folder in Hugging Face's format
+
+    [cyan]tokenrelay serve --print-config[/cyan]  —  every setting, its value and where it came from
+
+    Each command explains itself: [cyan]tokenrelay serve --help[/cyan].""",
+)
+kernels_app = typer.Typer(no_args_is_help=True, help="Which kernels there are, and which one would run and why.")
+fsm_app = typer.Typer(no_args_is_help=True, help="The state machines of requests and of KV ownership.")
+app.add_typer(kernels_app, name="kernels", rich_help_panel="Looking inside")
+app.add_typer(fsm_app, name="fsm", rich_help_panel="Looking inside")
+
+MODEL_HELP = "The model: a folder with config.json, *.safetensors and tokenizer files. Default: the bundled one."
+
+
+def _option(*names: str, help: str, panel: str | None = None, metavar: str | None = None, hidden: bool = False) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, show_default=False, hidden=hidden)
+
+
+NETWORK, MODEL, MEMORY, STEPS, OTHER = "Where it listens", "The model", "KV memory", "Steps and queues", "Other"
+Dtype = Literal["auto", "float32", "bfloat16"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+# Options of more than one command.
+ModelArgument = Annotated[Path | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+ConfigOption = Annotated[
+    Path | None,
+    _option(
+        "--config",
+        panel=OTHER,
+        metavar="FILE",
+        help="TOML file with a table per part: \\[router], \\[worker], \\[supervisor]. "
+        "The environment (TOKENRELAY_ROUTER_PORT) goes before it, flags before both.",
+    ),
+]
+UrlOption = Annotated[
+    str | None,
+    _option("--url", metavar="URL", help="The server. Default: http://127.0.0.1:8000 if one answers there, or an own."),
+]
+
+
+@app.command(rich_help_panel="Serving")
+def serve(
+    model: ModelArgument = None,
+    host: Annotated[
+        str | None,
+        _option(
+            "--host",
+            panel=NETWORK,
+            metavar="ADDRESS",
+            help="Default: 127.0.0.1, this machine only, as there "
+            "is no password by default. 0.0.0.0 listens to the network.",
+        ),
+    ] = None,
+    port: Annotated[
+        int | None, _option("--port", "-p", panel=NETWORK, metavar="PORT", help="Default: 8000. 0 finds a free one.")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        _option("--dtype", panel=MODEL, help="Default: auto, bfloat16 where the machine computes in it, else float32."),
+    ] = None,
+    served_model_name: Annotated[
+        str | None,
+        _option(
+            "--served-model-name",
+            panel=MODEL,
+            metavar="NAME",
+            help="What clients call it. Default: the folder's name.",
+        ),
+    ] = None,
+    context_tokens: Annotated[
+        int | None,
+        _option(
+            "--context-tokens",
+            panel=MODEL,
+            metavar="N",
+            help="Prompt and output of one sequence at most. "
+            "Default: what the model was made for, as far as the KV pool can hold it.",
+        ),
+    ] = None,
+    kv_memory: Annotated[
+        str | None,
+        _option(
+            "--kv-memory",
+            panel=MEMORY,
+            metavar="SIZE",
+            help="Memory of the KV pool, such as 4GiB. Default: a part of what is free after loading.",
+        ),
+    ] = None,
+    blocks: Annotated[
+        int | None, _option("--blocks", panel=MEMORY, metavar="N", help="The pool in blocks, instead of --kv-memory.")
+    ] = None,
+    block_tokens: Annotated[
+        int | None,
+        _option(
+            "--block-tokens",
+            panel=MEMORY,
+            metavar="N",
+            help="16, 32, 64 or 128. Default: 64: smaller blocks share "
+            "more of a prefix, larger ones cost less to track.",
+        ),
+    ] = None,
+    slots: Annotated[
+        int | None, _option("--slots", panel=STEPS, metavar="N", help="Sequences that run at once; others wait.")
+    ] = None,
+    step_tokens: Annotated[
+        int | None,
+        _option(
+            "--step-tokens",
+            panel=STEPS,
+            metavar="N",
+            help="Tokens of one step, all sequences together: more "
+            "raises throughput, less keeps running answers fluent.",
+        ),
+    ] = None,
+    chunk_tokens: Annotated[
+        int | None,
+        _option("--chunk-tokens", panel=STEPS, metavar="N", help="Prompt tokens of one sequence in one step."),
+    ] = None,
+    waiting_max: Annotated[
+        int | None,
+        _option("--waiting-max", panel=STEPS, metavar="N", help="Requests that may wait; one more is answered 429."),
+    ] = None,
+    log_level: Annotated[LogLevel | None, _option("--log-level", panel=OTHER, help="Default: info.")] = None,
+    config: ConfigOption = None,
+    print_config: Annotated[
+        bool,
+        _option(
+            "--print-config", panel=OTHER, help="Print every setting, its value and where it came from; serve nothing."
+        ),
+    ] = False,
+    quiet: Annotated[bool, _option("--quiet", panel=OTHER, help="No start-up display, even on a terminal.")] = False,
+    status_fd: Annotated[int | None, _option("--status-fd", help="Report the start-up here.", hidden=True)] = None,
+) -> None:
+    """Serve a model on an OpenAI-compatible endpoint: chat, completions, models, metrics.
+
+    Starts two processes, a worker that holds the model and a router that speaks HTTP, and keeps them running.
+    Ctrl-C (or SIGTERM) finishes what runs, then stops; a second one stops at once.
+
+    [bold]Examples[/bold]
+
+    [cyan]tokenrelay serve[/cyan]
+
+    [cyan]tokenrelay serve /models/DeepSeek-V2-Lite --dtype bfloat16 --kv-memory 8GiB --port 9000[/cyan]
+
+    [cyan]tokenrelay serve --config relay.toml --print-config[/cyan]
+    """
+    from tokenrelay.cli.serve import ServeOptions, print_settings, run_serve
+
+    options = ServeOptions(
+        file=config,
+        router={"host": host, "port": port, "log_level": log_level},
+        worker={
+            "model": model,
+            "dtype": dtype,
+            "served_model_name": served_model_name,
+            "context_tokens": context_tokens,
+            "block_tokens": block_tokens,
+            "kv_memory": kv_memory,
+            "blocks": blocks,
+            "slots": slots,
+            "step_tokens": step_tokens,
+            "chunk_tokens": chunk_tokens,
+            "waiting_max": waiting_max,
+            "log_level": log_level,
+        },
+        status_fd=status_fd,
+        quiet=quiet,
+    )
+    if print_config:
+        print_settings(options)
+        return
+    raise typer.Exit(run_serve(options))
+
+
+@app.command(rich_help_panel="Serving")
+def chat(
+    message: Annotated[
+        str | None,
+        typer.Argument(metavar="MESSAGE", help="Answer this one message and end.", show_default=False),
+    ] = None,
+    url: UrlOption = None,
+    model: Annotated[
+        str | None,
+        _option(
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help="With --url: the served name. Else: a model folder to serve. "
+            "Default: the server's first, or the bundled one.",
+        ),
+    ] = None,
+    system: Annotated[str, _option("--system", "-s", metavar="TEXT", help="The system message.")] = "",
+    temperature: Annotated[
+        float | None, _option("--temperature", "-t", metavar="T", help="0 is greedy. Default: the model's own.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, _option("--max-tokens", metavar="N", help="Longest answer. Default: what the context holds.")
+    ] = None,
+    seed: Annotated[int | None, _option("--seed", metavar="N", help="The same seed gives the same answer.")] = None,
+    tools: Annotated[
+        Path | None,
+        _option("--tools", metavar="FILE", help="JSON list of tools to offer; you are asked for their results."),
+    ] = None,
+    api_key: Annotated[str, _option("--api-key", metavar="KEY", help="Sent as a bearer token.")] = "",
+) -> None:
+    """Chat in the terminal with a running server, or with one started for the occasion.
+
+    Reasoning is dimmed, tool calls are shown. Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands.
+    Piped, it reads one message and writes the answer alone.
+
+    [bold]Examples[/bold]
+
+    [cyan]tokenrelay chat[/cyan]
+
+    [cyan]tokenrelay chat "What is 17 * 23?"[/cyan]
+
+    [cyan]git diff | tokenrelay chat --url http://gpu-box:8000 --system "Review this change."[/cyan]
+    """
+    from tokenrelay.cli.chat import ChatRequest, run_chat
+
+    run_chat(
+        ChatRequest(
+            message=message,
+            url=url,
+            model=model,
+            system=system,
+            temperature=temperature,
+            tokens_max=max_tokens,
+            seed=seed,
+            tools=tools,
+            api_key=api_key,
+        )
+    )
+
+
+@kernels_app.command("list")
+def kernels_list(
+    op: Annotated[str | None, typer.Argument(metavar="OP", help="Only this operation.", show_default=False)] = None,
+) -> None:
+    """List the registered kernels: operation, path, device, instruction set, dtypes, priority."""
+    from tokenrelay.cli.introspect import print_kernels
+
+    print_kernels(op)
+
+
+@kernels_app.command("explain")
+def kernels_explain(
+    op: Annotated[str, typer.Argument(metavar="OP", help="The operation, such as mla_decode.")],
+    features: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="What is asked for: device=cpu dtype=bfloat16 …"),
+    ] = None,
+) -> None:
+    """Say which kernel would run for these features, and why each other one would not.
+
+    [cyan]tokenrelay kernels explain mla_decode device=cpu dtype=bfloat16[/cyan]
+    """
+    from tokenrelay.cli.introspect import explain_kernel
+
+    explain_kernel(op, features or [])
+
+
+@fsm_app.command("show")
+def fsm_show(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="One machine. Default: all.", show_default=False)
+    ] = None,
+) -> None:
+    """Print the transition tables as Mermaid state diagrams, made from the tables the compiler checks.
+
+    [cyan]tokenrelay fsm show request > request.mmd[/cyan]
+    """
+    from tokenrelay.cli.introspect import print_fsm
+
+    print_fsm(name)
+
+
+@app.command(rich_help_panel="Looking inside")
+def version() -> None:
+    """Versions of the parts, what the CPU can do, and whether there is a GPU."""
+    from tokenrelay.cli.introspect import print_version
+
+    print_version()
+
+
+@app.command(rich_help_panel="Looking inside")
+def config(config: ConfigOption = None) -> None:
+    """Print every setting, its value, and where it came from: default, file or environment."""
+    from tokenrelay.cli.serve import ServeOptions, print_settings
+
+    print_settings(ServeOptions(file=config))
+
+
+def main() -> NoReturn:
+    """The console script. Errors are one plain sentence on stderr; exit code 1, or 2 for a wrong command line."""
+    try:
+        code = app(prog_name="tokenrelay", standalone_mode=False)
+    except TokenRelayError as error:
+        _fail(error.message, 1)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise  # a bug: its traceback is the message
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "tokenrelay"
+        _fail(f"{error.format_message()} (see: {command} --help)", 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"tokenrelay: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
