@@ -1,0 +1,99 @@
+// The block pool: free blocks, cached blocks in the order of their last use, and the prefix index.
+//
+//     std::optional<WritableBlock> block = pool.take(previous);     // evicts the oldest cached block if none is free
+//     SealedPin pin = pool.seal(std::move(writable), hash);
+//     pool.unpin(std::move(pin));                                  // the last reader leaves it as cache
+//
+// Everything is O(1) and allocates nothing after construction.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "tokenrelay/scheduler/block.hpp"
+#include "tokenrelay/scheduler/prefix_index.hpp"
+
+namespace tokenrelay::scheduler {
+
+/// What the fleet's directory wants to know, in the order it happened.
+struct CacheEvent {
+  enum class Kind : std::uint8_t { sealed, evicted, lost };
+  Kind kind;
+  Hash128 hash;
+};
+
+class BlockPool {
+ public:
+  explicit BlockPool(int blocks);
+  BlockPool(const BlockPool&) = delete;
+  BlockPool& operator=(const BlockPool&) = delete;
+
+  /// A block for one owner: the one after `previous` if it is free (runs coalesce), else any free one, else the cached
+  /// one that was used least recently. Empty when every block is active.
+  [[nodiscard]] std::optional<WritableBlock> take(BlockId previous) noexcept;
+  /// Announces what a writable block will hold, so that others wait for it. False: the index knows that content
+  /// already.
+  bool promise(const WritableBlock& block, const Hash128& hash) noexcept;
+  /// Makes a full block immutable; the caller is its first reader.
+  [[nodiscard]] SealedPin seal(WritableBlock&& block, const Hash128& hash) noexcept;
+  void release(WritableBlock&& block) noexcept;
+  /// A launched step writes the block and its owner is over: nobody shall wait for its content any more.
+  [[nodiscard]] QuarantinedBlock abandon(InFlightBlock&& block) noexcept;
+  void put(block::Free&& block) noexcept;
+
+  struct Found {
+    BlockId id = no_block;
+    bool sealed = false;  // else: promised, somebody computes it
+    bool pinned = false;
+  };
+  [[nodiscard]] Found find(const Hash128& hash) const noexcept;
+  /// One more reader of a sealed or cached block.
+  [[nodiscard]] SealedPin pin(BlockId id) noexcept;
+  void unpin(SealedPin&& pin) noexcept;
+
+  /// Asks for the block's number in `fired` when it is sealed or given up.
+  void watch(BlockId id) noexcept { records_[static_cast<std::size_t>(id)].watched = true; }
+  [[nodiscard]] std::vector<BlockId>& fired() noexcept { return fired_; }
+
+  [[nodiscard]] block::Records& records() noexcept { return records_; }
+  [[nodiscard]] const block::Records& records() const noexcept { return records_; }
+  [[nodiscard]] int blocks() const noexcept { return static_cast<int>(records_.size()); }
+  [[nodiscard]] int free() const noexcept { return free_.size; }
+  [[nodiscard]] int cached() const noexcept { return cached_.size; }
+  [[nodiscard]] int available() const noexcept { return free_.size + cached_.size; }
+
+  /// The events since the last call. When nobody called for too long the oldest are dropped, and the first one says so.
+  [[nodiscard]] std::vector<CacheEvent> take_events();
+  /// What is wrong with the pool's own books, or nothing. O(pool).
+  [[nodiscard]] std::optional<std::string> check() const;
+
+ private:
+  struct List {  // intrusive, through Record::previous and next
+    BlockId head = no_block;
+    BlockId tail = no_block;
+    int size = 0;
+  };
+  void push_back(List& list, BlockId id) noexcept;
+  void unlink(List& list, BlockId id) noexcept;
+  BlockId evict() noexcept;
+  void forget(block::Record& record, BlockId id) noexcept;
+  void fire(block::Record& record, BlockId id) noexcept;
+  void emit(CacheEvent::Kind kind, const Hash128& hash) noexcept;
+  std::optional<std::string> check_list(const List& list, block::Kind kind) const;
+  block::Record& at(BlockId id) noexcept { return records_[static_cast<std::size_t>(id)]; }
+  const block::Record& at(BlockId id) const noexcept { return records_[static_cast<std::size_t>(id)]; }
+
+  block::Records records_;
+  PrefixIndex index_;
+  List free_;
+  List cached_;                     // head: used least recently
+  std::vector<BlockId> fired_;      // room for every block
+  std::vector<CacheEvent> events_;  // a ring of fixed size
+  std::size_t events_first_ = 0;
+  std::size_t events_size_ = 0;
+  bool events_lost_ = false;
+};
+
+}  // namespace tokenrelay::scheduler

@@ -1,0 +1,168 @@
+// The scheduler: a state machine without clock, thread, socket or tensor. Facts come in, plans come out, and the same
+// inputs give the same plans. Single-threaded.
+//
+//     Scheduler scheduler(config);
+//     scheduler.submit({.sequence_id = 1, .token_ids = prompt, .output_start = n, .tokens_max = 16}, now_us);
+//     while (scheduler.plan(now_us, plan)) { ...run it...; scheduler.commit(plan.step, sampled, now_us, outcome); }
+//
+// Cost follows the change: a step costs O(its rows), an admission O(its prompt), whatever waits or is cached.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "tokenrelay/scheduler/id_map.hpp"
+#include "tokenrelay/scheduler/request.hpp"
+#include "tokenrelay/scheduler/types.hpp"
+
+namespace tokenrelay::scheduler {
+
+class Scheduler {
+ public:
+  /// The configuration must pass its own check.
+  explicit Scheduler(const Config& config);
+  ~Scheduler();
+  Scheduler(const Scheduler&) = delete;
+  Scheduler& operator=(const Scheduler&) = delete;
+
+  // Events from outside: each is answered by a value.
+  [[nodiscard]] std::optional<RejectReason> submit(const Submission& submission, std::int64_t now_us);
+  AbortAnswer abort(std::uint64_t sequence_id, std::int64_t now_us) noexcept;
+  /// Fills `out` with the next step, which counts as launched. False: nothing can run now.
+  [[nodiscard]] bool plan(std::int64_t now_us, Plan& out) noexcept;
+  /// The step that `commit` expects next, and how many tokens it sampled; nothing when none is launched.
+  struct Expected {
+    std::uint64_t step;
+    std::size_t tokens;
+  };
+  [[nodiscard]] std::optional<Expected> expected() const noexcept;
+  /// Takes what the oldest launched step sampled; `step` and the number of tokens must be the expected ones.
+  void commit(std::uint64_t step, std::span<const TokenId> token_ids, std::int64_t now_us, Outcome& out) noexcept;
+
+  // Views.
+  [[nodiscard]] const Config& config() const noexcept { return config_; }
+  /// int32 [slots, table_width], written in place; rows of launched steps keep what those steps use.
+  [[nodiscard]] const std::int32_t* block_table() const noexcept { return block_table_.data(); }
+  [[nodiscard]] int table_width() const noexcept { return table_width_; }
+  [[nodiscard]] Counts counts() const noexcept;
+  /// Prompt and output known so far; nothing when the id is not live.
+  [[nodiscard]] std::optional<std::span<const TokenId>> token_ids(std::uint64_t sequence_id) const noexcept;
+  [[nodiscard]] std::vector<CacheEvent> take_cache_events() { return pool_.take_events(); }
+  /// Every invariant that can be checked from outside the types. What is broken, or nothing. O(everything).
+  [[nodiscard]] std::optional<std::string> check() const;
+  [[nodiscard]] std::string explain(std::uint64_t sequence_id) const;
+
+ private:
+  struct Sequence {
+    std::uint64_t id = 0;
+    fsm::Slot<RequestFsm> state{std::in_place_type<request::Ended>};
+    HashedTokens text;
+    std::vector<TokenId> stop_token_ids;  // sorted
+    std::int32_t output_start = 0;
+    std::int32_t length_limit = 0;    // prompt + output, at most
+    std::int32_t planned = 0;         // tokens whose KV stands or is being computed by a launched step
+    std::int32_t length_planned = 0;  // tokens known, plus those that launched steps will sample
+    std::int32_t slot = -1;           // while resident
+    std::int32_t flights = 0;         // mirrors the state's Flights, to settle without looking inside
+    std::int32_t cached_tokens = -1;  // at first admission
+    std::int32_t overtaken = 0;       // requests of its class that went before it while it was blocked
+    std::int32_t holds = 0;           // times it waited for a block of somebody else
+    std::int32_t blocks_wanted = 0;   // blocked until so many are available: spares looking again each step
+    std::int64_t submitted_us = 0;
+    bool emitted = false;
+  };
+  struct Row {
+    SequenceIndex index;
+    std::int32_t start;
+    std::int32_t length;
+    bool samples;
+  };
+  struct Flight {  // a launched step
+    std::uint64_t step = 0;
+    std::size_t sampled = 0;
+    std::vector<Row> rows;
+  };
+  struct Match {                  // what the prefix index knows of a prompt
+    int blocks = 0;               // sealed ones at its beginning
+    int unpinned = 0;             // of those, cached: they would no longer be available
+    BlockId promised = no_block;  // the last of the blocks after them that are being computed
+  };
+  enum class Admission : std::uint8_t { admitted, held, blocked };
+
+  static constexpr int holds_max = 8;             // then a sequence computes its prefix itself
+  static constexpr int lookahead = 4;             // blocked requests of a class that others may be tried behind
+  static constexpr std::size_t ended_max = 4096;  // ended ids that are remembered
+
+  [[nodiscard]] Sequence& at(SequenceIndex index) noexcept { return sequences_[static_cast<std::size_t>(index)]; }
+  [[nodiscard]] const Sequence& at(SequenceIndex index) const noexcept {
+    return sequences_[static_cast<std::size_t>(index)];
+  }
+  template <class Event>
+  void send(Sequence& sequence, Event&& event) noexcept;
+  [[nodiscard]] std::optional<RejectReason> refuse(const Submission& submission) const noexcept;
+  [[nodiscard]] std::optional<std::string> check_table(const Sequence& s, const BlockChain& chain) const;
+  [[nodiscard]] Hash128 root_of(std::span<const std::uint8_t> salt) const;
+
+  // plan.cpp
+  void plan_rows(Plan& out, Flight& flight) noexcept;
+  void plan_decodes(Plan& out, Flight& flight) noexcept;
+  bool plan_decode(SequenceIndex index, Plan& out, Flight& flight) noexcept;
+  void plan_prefill(SequenceIndex index, int& budget, Plan& out, Flight& flight) noexcept;
+  void add_row(SequenceIndex index, int length, bool feedback, bool samples, Plan& out, Flight& flight) noexcept;
+  void admit_waiting(int& budget, Plan& out, Flight& flight) noexcept;
+  bool admit_from(int priority_class, bool overdue, int& budget, Plan& out, Flight& flight) noexcept;
+  [[nodiscard]] int next_class(std::uint32_t mask, bool& overdue) const noexcept;
+  Admission admit(SequenceIndex index, Plan& out) noexcept;
+  [[nodiscard]] Match match(Sequence& sequence) noexcept;
+  void reside(SequenceIndex index, const Match& match, int blocks, Plan& out) noexcept;
+  bool make_room(SequenceIndex for_index) noexcept;
+  void preempt(SequenceIndex index) noexcept;
+
+  // commit.cpp
+  void take_token(Sequence& sequence, TokenId token, std::int32_t row, Outcome& out) noexcept;
+  void settle(SequenceIndex index) noexcept;
+  void end(SequenceIndex index) noexcept;
+  bool wake() noexcept;
+  void expect_service(SequenceIndex index) noexcept;
+
+  Config config_;
+  HashKey key_;
+  int table_width_;
+  std::vector<std::int32_t> block_table_;
+
+  BlockPool pool_;
+  SlotPool slots_;
+  Links links_;
+  Ranks ranks_;
+  WaitingQueue waiting_;
+  HoldBoard holds_;
+  PrefillList prefilling_;
+  DecodeList decoding_;
+  Resources resources_;
+
+  std::vector<Sequence> sequences_;       // never grows: waiting_max + slots
+  std::vector<SequenceIndex> vacant_;     // places in `sequences_` that nobody has
+  IdMap ids_;                             // of live sequences
+  IdMap ended_;                           // of the last `ended_max` that ended
+  std::vector<std::uint64_t> ended_ids_;  // a ring
+  std::size_t ended_next_ = 0;
+  std::size_t ended_size_ = 0;
+
+  std::vector<Flight> flights_;  // a ring of steps_in_flight
+  std::size_t flights_first_ = 0;
+  std::size_t flights_size_ = 0;
+  std::uint64_t steps_ = 0;
+  std::uint64_t tickets_ = 0;
+  std::uint64_t admissions_ = 0;
+  std::array<std::uint64_t, WaitingQueue::classes> class_served_{};  // `admissions_` when a class was last served
+  int settling_ = 0;                                                 // sequences that will give blocks back at a commit
+  bool stalled_ = false;  // a decode found no block in the step being planned
+
+  Counts totals_;
+};
+
+}  // namespace tokenrelay::scheduler

@@ -1,0 +1,98 @@
+// What goes into the scheduler and what comes out: its configuration, a step's plan, a commit's outcome, counters.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "tokenrelay/scheduler/siphash.hpp"
+
+namespace tokenrelay::scheduler {
+
+/// Every field has a bound that `Config::check` names.
+struct Config {
+  int block_tokens = 64;          // 16, 32, 64 or 128
+  int blocks = 0;                 // pool size
+  int slots = 0;                  // sequences resident at once
+  int context_tokens = 0;         // prompt + output of one sequence
+  int step_tokens = 2048;         // of one step, all rows together; a decode row takes one, so it is at least `slots`
+  int chunk_tokens = 512;         // prefill tokens of one sequence in one step
+  int waiting_max = 1024;         // queue bound
+  int steps_in_flight = 2;        // launched and not yet committed; 1: no planning ahead
+  int overtakes_max = 16;         // requests of its class that may be admitted before a blocked one
+  int class_overtakes_max = 256;  // admissions that a class may see before its first request goes before better classes
+  std::array<std::uint8_t, 16> hash_key{};
+  std::array<std::uint8_t, 16> model_identity{};
+
+  /// What is wrong, naming the field, or nothing.
+  [[nodiscard]] std::optional<std::string> check() const;
+};
+
+/// Values are those of the wire's RejectReason.
+enum class RejectReason : std::uint8_t { queue_full = 1, prompt_too_long = 2, duplicate_id = 3, invalid = 5 };
+enum class AbortAnswer : std::uint8_t { aborted = 0, unknown = 1, already_ended = 2 };
+enum class Finish : std::uint8_t { none = 0, stop = 1, length = 2 };
+
+/// A request as it comes in. The spans live as long as the call.
+struct Submission {
+  std::uint64_t sequence_id = 0;
+  std::span<const TokenId> token_ids;  // prompt, then output that was emitted elsewhere
+  int output_start = 0;                // where the prompt ends
+  std::int64_t tokens_max = 0;         // output tokens at most, those in token_ids included
+  std::span<const TokenId> stop_token_ids;
+  int priority = 0;  // lower goes first; clamped to [-16, 15]
+  std::span<const std::uint8_t> salt;
+};
+
+/// One step, as a structure of arrays; see docs/contracts.md. Rows [0, decodes) decode, the others prefill.
+struct Plan {
+  std::uint64_t step = 0;
+  int decodes = 0;
+  int sampled = 0;  // rows with samples == 1
+  std::vector<std::uint64_t> sequence_ids;
+  std::vector<std::int32_t> slots;
+  std::vector<std::int32_t> starts;
+  std::vector<std::int32_t> lengths;
+  std::vector<TokenId> token_ids;
+  std::vector<std::uint8_t> feedback;
+  std::vector<std::uint8_t> samples;
+  std::vector<std::uint64_t> admitted_ids;
+  std::vector<std::int32_t> admitted_slots;
+  std::vector<std::int32_t> admitted_cached;
+  std::vector<std::int32_t> admitted_output_start;
+
+  void reserve(const Config& config);
+  void clear() noexcept;
+};
+
+/// The new tokens of one committed step, a row for each sequence that goes on or ends with it.
+struct Outcome {
+  std::vector<std::uint64_t> sequence_ids;
+  std::vector<TokenId> token_ids;
+  std::vector<std::uint8_t> finish;
+  std::vector<std::int32_t> rows;  // index among the plan's sampled rows
+  std::vector<std::uint8_t> first;
+  std::vector<std::int32_t> cached_tokens;
+
+  void reserve(const Config& config);
+  void clear() noexcept;
+};
+
+struct Counts {
+  int blocks_free = 0;
+  int blocks_cached = 0;
+  int blocks_active = 0;
+  int sequences_waiting = 0;  // held ones included
+  int sequences_running = 0;  // in a slot, those that only wait for launched steps included
+  int steps_in_flight = 0;
+  std::uint64_t preemptions = 0;
+  std::uint64_t aborts = 0;
+  std::uint64_t prompt_tokens = 0;  // of sequences admitted for the first time
+  std::uint64_t cached_tokens = 0;  // of those, found in the cache
+  std::uint64_t output_tokens = 0;
+};
+
+}  // namespace tokenrelay::scheduler

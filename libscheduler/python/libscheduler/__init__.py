@@ -1,0 +1,31 @@
+"""The scheduler: sequences, the block pool, the prefix index and the KV-ownership states, in C++. See docs/scheduler.md."""
+
+from tokenrelay.libscheduler._native import (
+    AbortAnswer,
+    Config,
+    Counts,
+    Finish,
+    Outcome,
+    Plan,
+    RejectReason,
+    Row,
+    Scheduler,
+    Table,
+    block_hashes,
+    fsm_tables,
+)
+
+__all__ = [
+    "AbortAnswer",
+    "Config",
+    "Counts",
+    "Finish",
+    "Outcome",
+    "Plan",
+    "RejectReason",
+    "Row",
+    "Scheduler",
+    "Table",
+    "block_hashes",
+    "fsm_tables",
+]

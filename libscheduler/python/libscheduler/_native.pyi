@@ -1,0 +1,235 @@
+"""Types of the native module; docs/contracts.md explains plans and outcomes, docs/scheduler.md the words."""
+
+import enum
+from array import array
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+# uint32 in a contiguous buffer, or packed little-endian bytes as they come from the wire.
+TokenIds: TypeAlias = NDArray[Any] | bytes | bytearray | memoryview | array[int]
+
+class RejectReason(enum.IntEnum):
+    """Why a submission was refused; the values of the wire's RejectReason."""
+
+    QUEUE_FULL = 1
+    PROMPT_TOO_LONG = 2
+    DUPLICATE_ID = 3
+    INVALID = 5
+
+class AbortAnswer(enum.IntEnum):
+    """What an abort found."""
+
+    ABORTED = 0
+    UNKNOWN = 1
+    ALREADY_ENDED = 2
+
+class Finish(enum.IntEnum):
+    """How a sequence ended, in `Outcome.finish`."""
+
+    NONE = 0
+    STOP = 1
+    LENGTH = 2
+
+class Config:
+    """Sizes and bounds, in the units of their names. ValueError names the field that is out of its bounds."""
+
+    def __init__(
+        self,
+        *,
+        block_tokens: int = 64,
+        blocks: int,
+        slots: int,
+        context_tokens: int,
+        step_tokens: int = 2048,
+        chunk_tokens: int = 512,
+        waiting_max: int = 1024,
+        hash_key: bytes,
+        model_identity: bytes,
+        steps_in_flight: int = 2,
+        overtakes_max: int = 16,
+        class_overtakes_max: int = 256,
+    ) -> None: ...
+    @property
+    def block_tokens(self) -> int: ...
+    @property
+    def blocks(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def context_tokens(self) -> int: ...
+    @property
+    def step_tokens(self) -> int: ...
+    @property
+    def chunk_tokens(self) -> int: ...
+    @property
+    def waiting_max(self) -> int: ...
+    @property
+    def steps_in_flight(self) -> int: ...
+    @property
+    def overtakes_max(self) -> int: ...
+    @property
+    def class_overtakes_max(self) -> int: ...
+
+class Plan:
+    """One step: rows [0, decodes) decode one token each, the others prefill. Views live as long as the plan."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def decodes(self) -> int: ...
+    @property
+    def sequence_ids(self) -> NDArray[np.uint64]: ...
+    @property
+    def slots(self) -> NDArray[np.int32]: ...
+    @property
+    def starts(self) -> NDArray[np.int32]: ...
+    @property
+    def lengths(self) -> NDArray[np.int32]: ...
+    @property
+    def token_ids(self) -> NDArray[np.uint32]: ...
+    @property
+    def feedback(self) -> NDArray[np.uint8]: ...
+    @property
+    def samples(self) -> NDArray[np.uint8]: ...
+    @property
+    def admitted_ids(self) -> NDArray[np.uint64]: ...
+    @property
+    def admitted_slots(self) -> NDArray[np.int32]: ...
+    @property
+    def admitted_cached(self) -> NDArray[np.int32]: ...
+    @property
+    def admitted_output_start(self) -> NDArray[np.int32]: ...
+
+class Outcome:
+    """The new tokens of one committed step, a row for each sequence that goes on or ends with it."""
+
+    @property
+    def sequence_ids(self) -> NDArray[np.uint64]: ...
+    @property
+    def token_ids(self) -> NDArray[np.uint32]: ...
+    @property
+    def finish(self) -> NDArray[np.uint8]: ...
+    @property
+    def rows(self) -> NDArray[np.int32]: ...
+    @property
+    def first(self) -> NDArray[np.uint8]: ...
+    @property
+    def cached_tokens(self) -> NDArray[np.int32]: ...
+
+class Counts:
+    """A snapshot; blocks_free + blocks_cached + blocks_active is the pool."""
+
+    @property
+    def blocks_free(self) -> int: ...
+    @property
+    def blocks_cached(self) -> int: ...
+    @property
+    def blocks_active(self) -> int: ...
+    @property
+    def sequences_waiting(self) -> int: ...
+    @property
+    def sequences_running(self) -> int: ...
+    @property
+    def steps_in_flight(self) -> int: ...
+    @property
+    def preemptions(self) -> int: ...
+    @property
+    def aborts(self) -> int: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def cached_tokens(self) -> int: ...
+    @property
+    def output_tokens(self) -> int: ...
+
+class Scheduler:
+    """The state machine. Used from one thread; time comes in as `now_us`; the same calls give the same answers."""
+
+    def __init__(self, config: Config) -> None: ...
+    def submit(
+        self,
+        sequence_id: int,
+        token_ids: TokenIds,
+        *,
+        output_start: int,
+        tokens_max: int,
+        stop_token_ids: Sequence[int] = (),
+        priority: int = 0,
+        salt: bytes = b"",
+        now_us: int,
+    ) -> RejectReason | None:
+        """Queue a sequence: `token_ids` (uint32, copied) is the prompt up to `output_start`, then output emitted elsewhere.
+
+        `tokens_max` counts output tokens, those in `token_ids` included. None: accepted.
+        """
+
+    def abort(self, sequence_id: int, now_us: int) -> AbortAnswer:
+        """End a sequence. Its blocks are free or cached now, or at the commit of the last launched step that holds it."""
+
+    def plan(self, now_us: int) -> Plan | None:
+        """The next step, which counts as launched; None when nothing can run now."""
+
+    def commit(self, step: int, token_ids: TokenIds, now_us: int) -> Outcome:
+        """Take what the oldest launched step sampled: uint32, one per row with `samples`, in row order.
+
+        ValueError when `step` is not the oldest launched one, or when the number of tokens differs.
+        """
+
+    @property
+    def block_table(self) -> NDArray[np.int32]:
+        """Block numbers, [slots, ceil(context_tokens / block_tokens)]; a read-only view that steps append to."""
+
+    def counts(self) -> Counts:
+        """Counters and gauges, now."""
+
+    def token_ids(self, sequence_id: int) -> NDArray[np.uint32] | None:
+        """Prompt and output known so far (a copy); None when the sequence is not live."""
+
+    def take_cache_events(self) -> list[tuple[str, bytes]]:
+        """("sealed" | "evicted", block_hash) since the last call, in order.
+
+        Bounded: when nobody asked for too long the oldest are dropped, and the first item is ("lost", 16 zero bytes).
+        """
+
+    def check(self) -> None:
+        """Check every invariant; AssertionError says which one is broken. O(everything)."""
+
+    def explain(self, sequence_id: int) -> str:
+        """What the sequence is doing and what it waits for, for a person."""
+
+class Row:
+    """One line of a table: a transition to `next`, or a rejection (`next` is None) with its `reason`."""
+
+    @property
+    def state(self) -> str: ...
+    @property
+    def event(self) -> str: ...
+    @property
+    def next(self) -> str | None: ...
+    @property
+    def reason(self) -> str: ...
+
+class Table:
+    """A state machine: every (state, event) pair has one row."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def initial(self) -> str: ...
+    @property
+    def states(self) -> list[str]: ...
+    @property
+    def events(self) -> list[str]: ...
+    @property
+    def rows(self) -> list[Row]: ...
+
+def block_hashes(
+    token_ids: TokenIds, *, block_tokens: int, hash_key: bytes, model_identity: bytes, salt: bytes = b""
+) -> list[bytes]:
+    """The chained 16-byte hash of every full block: SipHash-2-4-128 of the parent's hash and the block's token ids."""
+
+def fsm_tables() -> dict[str, Table]:
+    """The constexpr tables that the compiler checked, by name: "block" and "request"."""

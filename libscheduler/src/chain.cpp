@@ -1,0 +1,48 @@
+#include "tokenrelay/scheduler/chain.hpp"
+
+namespace tokenrelay::scheduler {
+
+void BlockChain::launch(block::Records& records, int start, int length, int block_tokens) noexcept {
+  const auto first = static_cast<std::size_t>(start / block_tokens);
+  const auto last = static_cast<std::size_t>((start + length - 1) / block_tokens);
+  for (std::size_t index = first; index <= last; ++index) {
+    const std::size_t at = index - sealed_.size();
+    if (at < in_flight_.size()) {
+      in_flight_.apply(at, block::Launch{records});
+    } else {
+      TR_ASSERT(at == in_flight_.size(), "a sequence writes its blocks in order");
+      in_flight_.push_back(on(writable_.pop_back(), block::Launch{records}));
+    }
+  }
+}
+
+Remains BlockChain::abandon(BlockPool& pool) && noexcept {
+  trim(pool);
+  auto quarantined = std::move(in_flight_).retype<QuarantinedBlock>([&pool](InFlightBlock&& block) noexcept {
+    return pool.abandon(std::move(block));
+  });
+  return {std::move(sealed_), std::move(quarantined)};
+}
+
+void Remains::land(BlockPool& pool, int start, int length, int block_tokens) noexcept {
+  const auto first = static_cast<std::size_t>(start / block_tokens);
+  const auto last = static_cast<std::size_t>((start + length - 1) / block_tokens);
+  for (std::size_t index = first; index <= last; ++index) {
+    const std::size_t at = index - first_;
+    const BlockId id = quarantined_.numbers()[at];
+    if (pool.records()[static_cast<std::size_t>(id)].writers > 1) {
+      quarantined_.apply(at, block::Land{pool.records()});
+    } else {
+      TR_ASSERT(at == 0, "blocks of a sequence land in order");
+      pool.put(on(quarantined_.pop_front(), block::LandLast{pool.records()}));
+      ++first_;
+    }
+  }
+}
+
+void Remains::release(BlockPool& pool) && noexcept {
+  TR_ASSERT(quarantined_.empty(), "a launched step may still write a quarantined block");
+  while (!pins_.empty()) pool.unpin(pins_.pop_back());
+}
+
+}  // namespace tokenrelay::scheduler

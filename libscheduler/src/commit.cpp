@@ -1,0 +1,110 @@
+// The second half of a step: what it sampled comes in, its blocks are sealed, and what only waited for it is given
+// back.
+#include <algorithm>
+
+#include "send.hpp"
+
+namespace tokenrelay::scheduler {
+
+void Scheduler::commit(std::uint64_t step, std::span<const TokenId> token_ids, std::int64_t /*now_us*/,
+                       Outcome& out) noexcept {
+  out.clear();
+  TR_ASSERT(flights_size_ > 0, "nothing is launched");
+  Flight& flight = flights_[flights_first_];
+  TR_ASSERT(flight.step == step, "steps are committed in the order they were planned");
+  TR_ASSERT(flight.sampled == token_ids.size(), "a step is committed with one token for each sampled row");
+  flights_first_ = (flights_first_ + 1) % flights_.size();
+  --flights_size_;
+  std::int32_t sampled = 0;
+  for (const Row& row : flight.rows) {
+    Sequence& sequence = at(row.index);
+    --sequence.flights;
+    send(sequence, request::Land{resources_, sequence.text, row.start, row.length});
+    if (row.samples) {
+      take_token(sequence, token_ids[static_cast<std::size_t>(sampled)], sampled, out);
+      ++sampled;
+    }
+    if (sequence.flights == 0) settle(row.index);
+  }
+  wake();
+}
+
+void Scheduler::take_token(Sequence& sequence, TokenId token, std::int32_t row, Outcome& out) noexcept {
+  const bool preempting = std::holds_alternative<request::Preempting>(sequence.state);
+  if (!preempting && !std::holds_alternative<request::Decoding>(sequence.state)) return;  // over: discarded
+  sequence.text.append(token);
+  const auto& stops = sequence.stop_token_ids;
+  Finish finish = Finish::none;
+  if (std::binary_search(stops.begin(), stops.end(), token)) {
+    finish = Finish::stop;
+  } else if (sequence.text.size() == sequence.length_limit) {
+    finish = Finish::length;
+  }
+  ++totals_.output_tokens;
+  out.sequence_ids.push_back(sequence.id);
+  out.token_ids.push_back(token);
+  out.finish.push_back(static_cast<std::uint8_t>(finish));
+  out.rows.push_back(row);
+  out.first.push_back(!sequence.emitted);
+  out.cached_tokens.push_back(sequence.cached_tokens);
+  sequence.emitted = true;
+  if (finish != Finish::none) {
+    settling_ += preempting ? 0 : 1;
+    send(sequence, request::Finish{resources_});
+  }
+}
+
+/// For a sequence that no launched step holds: gives back what it kept, if it is over or preempted.
+void Scheduler::settle(SequenceIndex index) noexcept {
+  Sequence& sequence = at(index);
+  if (std::holds_alternative<request::Preempting>(sequence.state)) expect_service(index);
+  if (fsm::dispatch<RequestFsm>(sequence.state, request::Settle{resources_})) return;  // it runs on
+  --settling_;
+  sequence.slot = -1;
+  if (std::holds_alternative<request::Ended>(sequence.state)) {
+    end(index);
+  } else {
+    sequence.planned = 0;
+    sequence.length_planned = sequence.text.size();
+  }
+}
+
+void Scheduler::end(SequenceIndex index) noexcept {
+  Sequence& sequence = at(index);
+  ids_.erase(sequence.id);
+  std::uint64_t& remembered = ended_ids_[ended_next_];
+  if (ended_size_ == ended_max) {
+    // The same id may have ended again since: then the map points to its later place.
+    if (ended_.find(remembered) == static_cast<std::int32_t>(ended_next_)) ended_.erase(remembered);
+  } else {
+    ++ended_size_;
+  }
+  remembered = sequence.id;
+  ended_.set(sequence.id, static_cast<std::int32_t>(ended_next_));
+  ended_next_ = (ended_next_ + 1) % ended_max;
+  sequence.text = HashedTokens();
+  sequence.stop_token_ids = {};
+  vacant_.push_back(index);
+}
+
+/// Those that waited for a block that was sealed or given up are back in the queue. True if there were any.
+bool Scheduler::wake() noexcept {
+  bool woke = false;
+  for (const BlockId id : pool_.fired()) {
+    for (SequenceIndex index = holds_.first(id); index != no_sequence; index = holds_.first(id)) {
+      expect_service(index);
+      send(at(index), request::Wake{resources_});
+      woke = true;
+    }
+  }
+  pool_.fired().clear();
+  return woke;
+}
+
+/// Before a sequence enters the queue: a class that was empty starts to count the admissions of others.
+void Scheduler::expect_service(SequenceIndex index) noexcept {
+  const auto priority_class = static_cast<std::size_t>(ranks_[static_cast<std::size_t>(index)].priority_class);
+  if ((waiting_.mask() >> priority_class & 1U) == 0) class_served_[priority_class] = admissions_;
+}
+
+}  // namespace tokenrelay::scheduler

@@ -1,0 +1,250 @@
+// The first half of a step: decodes first, then running prefills, then admissions, all in the order of rank.
+#include <algorithm>
+#include <bit>
+
+#include "send.hpp"
+
+namespace tokenrelay::scheduler {
+
+bool Scheduler::plan(std::int64_t /*now_us*/, Plan& out) noexcept {
+  if (flights_size_ == flights_.size()) return false;
+  Flight& flight = flights_[(flights_first_ + flights_size_) % flights_.size()];
+  // A pass without rows may still have made room or woken somebody: then there is something for another pass.
+  for (int pass = 0; pass < 3; ++pass) {
+    out.clear();
+    flight.rows.clear();
+    const std::uint64_t preemptions = totals_.preemptions;
+    plan_rows(out, flight);
+    const bool woke = wake();
+    if (!flight.rows.empty()) {
+      out.step = flight.step = ++steps_;
+      flight.sampled = static_cast<std::size_t>(out.sampled);
+      ++flights_size_;
+      return true;
+    }
+    if (!woke && preemptions == totals_.preemptions) return false;
+  }
+  return false;
+}
+
+void Scheduler::plan_rows(Plan& out, Flight& flight) noexcept {
+  stalled_ = false;
+  plan_decodes(out, flight);
+  int budget = config_.step_tokens - out.decodes;
+  for (SequenceIndex index = prefilling_.first(); index != no_sequence && budget > 0;) {
+    const SequenceIndex next = prefilling_.after(index);  // the last chunk takes it out of this list
+    plan_prefill(index, budget, out, flight);
+    index = next;
+  }
+  if (!stalled_) admit_waiting(budget, out, flight);
+}
+
+void Scheduler::add_row(SequenceIndex index, int length, bool feedback, bool samples, Plan& out,
+                        Flight& flight) noexcept {
+  Sequence& sequence = at(index);
+  out.sequence_ids.push_back(sequence.id);
+  out.slots.push_back(sequence.slot);
+  out.starts.push_back(sequence.planned);
+  out.lengths.push_back(length);
+  out.feedback.push_back(feedback);
+  out.samples.push_back(samples);
+  out.sampled += samples;
+  flight.rows.push_back({index, sequence.planned, length, samples});
+  sequence.planned += length;
+  sequence.length_planned += samples;
+  ++sequence.flights;
+}
+
+void Scheduler::plan_decodes(Plan& out, Flight& flight) noexcept {
+  for (SequenceIndex index = decoding_.first(); index != no_sequence;) {
+    if (!plan_decode(index, out, flight)) return;  // it preempted itself, and it was the last
+    index = decoding_.after(index);
+  }
+}
+
+/// False when the sequence left the list.
+bool Scheduler::plan_decode(SequenceIndex index, Plan& out, Flight& flight) noexcept {
+  Sequence& sequence = at(index);
+  if (sequence.length_planned >= sequence.length_limit) return true;  // its last token is in flight
+  const int position = sequence.planned;
+  std::optional<WritableBlock> room;
+  if (position % config_.block_tokens == 0) {
+    std::int32_t* row = &block_table_[static_cast<std::size_t>(sequence.slot) * static_cast<std::size_t>(table_width_)];
+    const int at_block = position / config_.block_tokens;
+    room = pool_.take(row[at_block - 1]);
+    while (!room && make_room(index)) room = pool_.take(row[at_block - 1]);
+    if (!room) {
+      stalled_ = true;
+      return std::holds_alternative<request::Decoding>(sequence.state);
+    }
+    row[at_block] = table_entry(*room);
+  }
+  const bool feedback = position >= sequence.text.size();
+  out.token_ids.push_back(feedback ? 0 : sequence.text.tokens()[static_cast<std::size_t>(position)]);
+  send(sequence, request::Launch{resources_, position, 1, std::move(room)});
+  add_row(index, 1, feedback, true, out, flight);
+  ++out.decodes;
+  return true;
+}
+
+void Scheduler::plan_prefill(SequenceIndex index, int& budget, Plan& out, Flight& flight) noexcept {
+  Sequence& sequence = at(index);
+  const int start = sequence.planned;
+  const int left = sequence.text.size() - start;
+  const int length = std::min({left, config_.chunk_tokens, budget});
+  const auto tokens = sequence.text.tokens().subspan(static_cast<std::size_t>(start), static_cast<std::size_t>(length));
+  out.token_ids.insert(out.token_ids.end(), tokens.begin(), tokens.end());
+  if (length == left) {
+    send(sequence, request::LaunchFinal{resources_, start, length});
+  } else {
+    send(sequence, request::Launch{resources_, start, length, std::nullopt});
+  }
+  add_row(index, length, false, length == left, out, flight);
+  budget -= length;
+}
+
+/// The class to admit from next: the best one, but for a class that waited for too many admissions of others.
+int Scheduler::next_class(std::uint32_t mask, bool& overdue) const noexcept {
+  const int best = std::countr_zero(mask);
+  overdue = false;
+  for (std::uint32_t rest = mask & (mask - 1); rest != 0; rest &= rest - 1) {
+    const int other = std::countr_zero(rest);
+    const std::uint64_t waited = admissions_ - class_served_[static_cast<std::size_t>(other)];
+    if (waited >= static_cast<std::uint64_t>(config_.class_overtakes_max)) {
+      overdue = true;
+      return other;
+    }
+  }
+  return best;
+}
+
+void Scheduler::admit_waiting(int& budget, Plan& out, Flight& flight) noexcept {
+  std::uint32_t exhausted = 0;  // classes whose first requests are blocked for now
+  while (budget > 0 && slots_.free() > 0) {
+    const std::uint32_t mask = waiting_.mask() & ~exhausted;
+    if (mask == 0) return;
+    bool overdue = false;
+    const int priority_class = next_class(mask, overdue);
+    if (!admit_from(priority_class, overdue, budget, out, flight)) return;
+    exhausted |= 1U << priority_class;
+    if (overdue) exhausted = 0;  // it had its one turn; the better classes go on
+  }
+}
+
+/// Admits what it can of one class. False: nobody else may be admitted in this step.
+bool Scheduler::admit_from(int priority_class, bool overdue, int& budget, Plan& out, Flight& flight) noexcept {
+  std::array<SequenceIndex, lookahead> blocked{};
+  std::size_t blocked_size = 0;
+  SequenceIndex index = waiting_.first(priority_class);
+  while (index != no_sequence && budget > 0 && slots_.free() > 0) {
+    const SequenceIndex next = waiting_.after(index);  // an admitted or held one leaves the queue
+    const Admission admission = admit(index, out);
+    if (admission == Admission::admitted) {
+      for (std::size_t i = 0; i < blocked_size; ++i) ++at(blocked[i]).overtaken;
+      ++admissions_;
+      class_served_[static_cast<std::size_t>(priority_class)] = admissions_;
+      plan_prefill(index, budget, out, flight);
+      if (overdue) return true;
+    } else if (admission == Admission::blocked) {
+      if (overdue || at(index).overtaken >= config_.overtakes_max) return false;
+      blocked[blocked_size++] = index;
+      if (blocked_size == blocked.size()) return true;
+    }
+    index = next;
+  }
+  return true;
+}
+
+Scheduler::Match Scheduler::match(Sequence& sequence) noexcept {
+  Match match;
+  const int reusable =
+      (sequence.text.size() - 1) / config_.block_tokens;  // the last token is computed anew: it is sampled from
+  for (int i = 0; i < reusable; ++i) {
+    const BlockPool::Found found = pool_.find(sequence.text.hash(static_cast<std::size_t>(i)));
+    if (found.id == no_block) break;
+    if (!found.sealed) {
+      match.promised = found.id;
+    } else if (match.promised == no_block) {
+      ++match.blocks;
+      match.unpinned += !found.pinned;
+    }
+  }
+  return match;
+}
+
+Scheduler::Admission Scheduler::admit(SequenceIndex index, Plan& out) noexcept {
+  Sequence& sequence = at(index);
+  if (sequence.blocks_wanted > pool_.available()) return Admission::blocked;
+  const Match found = match(sequence);
+  if (found.promised != no_block && sequence.holds < holds_max) {
+    ++sequence.holds;
+    send(sequence, request::Hold{resources_, found.promised});
+    return Admission::held;
+  }
+  const int running = prefilling_.size() + decoding_.size();
+  const int reserve = running == 0 ? 0 : std::max(1, running / 4);  // room for running ones to grow, against thrashing
+  const int blocks = (sequence.text.size() + config_.block_tokens - 1) / config_.block_tokens - found.blocks;
+  sequence.blocks_wanted = blocks + found.unpinned + reserve;
+  if (sequence.blocks_wanted > pool_.available()) return Admission::blocked;
+  reside(index, found, blocks, out);
+  return Admission::admitted;
+}
+
+void Scheduler::reside(SequenceIndex index, const Match& match, int blocks, Plan& out) noexcept {
+  Sequence& sequence = at(index);
+  const auto launched_max = static_cast<std::size_t>(config_.steps_in_flight) *
+                            static_cast<std::size_t>(config_.chunk_tokens / config_.block_tokens + 2);
+  const auto blocks_max =
+      static_cast<std::size_t>((sequence.length_limit + config_.block_tokens - 1) / config_.block_tokens);
+  request::Residence home{slots_.lease(), BlockChain(blocks_max, std::min(launched_max, blocks_max)), {}};
+  sequence.slot = home.slot.slot();
+  std::int32_t* row = &block_table_[static_cast<std::size_t>(sequence.slot) * static_cast<std::size_t>(table_width_)];
+  for (int i = 0; i < match.blocks; ++i) {
+    SealedPin pin = pool_.pin(pool_.find(sequence.text.hash(static_cast<std::size_t>(i))).id);
+    row[i] = table_entry(pin);
+    home.chain.append(std::move(pin));
+  }
+  const int full = sequence.text.size() / config_.block_tokens;
+  for (int i = match.blocks; i < match.blocks + blocks; ++i) {
+    std::optional<WritableBlock> block = pool_.take(i == 0 ? no_block : row[i - 1]);
+    TR_ASSERT(block.has_value(), "admission counted blocks that are not there");
+    row[i] = table_entry(*block);
+    if (i < full) pool_.promise(*block, sequence.text.hash(static_cast<std::size_t>(i)));
+    home.chain.fill(std::move(*block));
+  }
+  home.chain.filled();
+  sequence.planned = match.blocks * config_.block_tokens;
+  sequence.length_planned = sequence.text.size();
+  if (sequence.cached_tokens < 0) {
+    sequence.cached_tokens = std::min(sequence.planned, sequence.output_start);
+    totals_.prompt_tokens += static_cast<std::uint64_t>(sequence.output_start);
+    totals_.cached_tokens += static_cast<std::uint64_t>(sequence.cached_tokens);
+  }
+  out.admitted_ids.push_back(sequence.id);
+  out.admitted_slots.push_back(sequence.slot);
+  out.admitted_cached.push_back(sequence.planned);
+  out.admitted_output_start.push_back(sequence.output_start);
+  sequence.overtaken = sequence.holds = sequence.blocks_wanted = 0;
+  send(sequence, request::Admit{resources_, std::move(home)});
+}
+
+/// Frees blocks for a decoding sequence by preempting the worst-ranked one, which may be itself. False: not now.
+bool Scheduler::make_room(SequenceIndex for_index) noexcept {
+  if (settling_ > 0) return false;  // a commit will give blocks back; do not preempt more than needed
+  const SequenceIndex decode = decoding_.last();
+  const SequenceIndex prefill = prefilling_.last();
+  const bool prefill_is_worse =
+      prefill != no_sequence && ranks_[static_cast<std::size_t>(decode)] < ranks_[static_cast<std::size_t>(prefill)];
+  const SequenceIndex victim = prefill_is_worse ? prefill : decode;
+  preempt(victim);
+  return victim != for_index;
+}
+
+void Scheduler::preempt(SequenceIndex index) noexcept {
+  ++totals_.preemptions;
+  ++settling_;
+  send(at(index), request::Preempt{resources_});
+  if (at(index).flights == 0) settle(index);
+}
+
+}  // namespace tokenrelay::scheduler

@@ -1,0 +1,203 @@
+#include "tokenrelay/scheduler/pool.hpp"
+
+#include <algorithm>
+
+namespace tokenrelay::scheduler {
+
+using block::Access;
+using block::Kind;
+using block::Record;
+
+BlockPool::BlockPool(int blocks)
+    : records_(static_cast<std::size_t>(blocks)),
+      index_(static_cast<std::size_t>(blocks)),
+      events_(2 * static_cast<std::size_t>(blocks) + 64) {
+  fired_.reserve(static_cast<std::size_t>(blocks));
+  for (BlockId id = 0; id < blocks; ++id) push_back(free_, id);
+}
+
+std::optional<WritableBlock> BlockPool::take(BlockId previous) noexcept {
+  BlockId id = previous + 1;
+  if (previous == no_block || id >= blocks() || at(id).kind != Kind::free) id = free_.head;
+  if (id != no_block) {
+    unlink(free_, id);
+  } else {
+    id = evict();
+    if (id == no_block) return std::nullopt;
+  }
+  return on(Access::make<block::Free>(id), block::Take{records_});
+}
+
+BlockId BlockPool::evict() noexcept {
+  const BlockId id = cached_.head;
+  if (id == no_block) return no_block;
+  unlink(cached_, id);
+  forget(at(id), id);
+  emit(CacheEvent::Kind::evicted, at(id).hash);
+  return Access::dissolve(on(Access::make<block::Cached>(id), block::Evict{records_}));
+}
+
+bool BlockPool::promise(const WritableBlock& block, const Hash128& hash) noexcept {
+  const BlockId id = Access::number(block);
+  if (index_.find(hash, records_) != no_block) return false;
+  at(id).hash = hash;
+  at(id).indexed = true;
+  index_.insert(hash, id);
+  return true;
+}
+
+SealedPin BlockPool::seal(WritableBlock&& block, const Hash128& hash) noexcept {
+  const BlockId id = Access::number(block);
+  Record& record = at(id);
+  if (record.indexed) {
+    TR_ASSERT(record.hash == hash, "a block holds other tokens than it promised");
+  } else {
+    record.hash = hash;
+    if (index_.find(hash, records_) == no_block) {
+      record.indexed = true;
+      index_.insert(hash, id);
+    }
+  }
+  if (record.indexed) emit(CacheEvent::Kind::sealed, hash);
+  Access::dissolve(on(std::move(block), block::Seal{records_}));  // the pool holds the state from here on
+  fire(record, id);
+  return Access::make<SealedPin>(id);
+}
+
+void BlockPool::release(WritableBlock&& block) noexcept {
+  const BlockId id = Access::number(block);
+  forget(at(id), id);
+  fire(at(id), id);
+  put(on(std::move(block), block::Release{records_}));
+}
+
+QuarantinedBlock BlockPool::abandon(InFlightBlock&& block) noexcept {
+  const BlockId id = Access::number(block);
+  forget(at(id), id);
+  fire(at(id), id);
+  return on(std::move(block), block::Abandon{records_});
+}
+
+void BlockPool::put(block::Free&& block) noexcept {
+  const BlockId id = Access::dissolve(std::move(block));
+  push_back(free_, id);
+}
+
+BlockPool::Found BlockPool::find(const Hash128& hash) const noexcept {
+  const BlockId id = index_.find(hash, records_);
+  if (id == no_block) return {};
+  const Kind kind = at(id).kind;
+  return {id, kind == Kind::sealed || kind == Kind::cached, kind == Kind::sealed};
+}
+
+SealedPin BlockPool::pin(BlockId id) noexcept {
+  if (at(id).kind == Kind::cached) {
+    unlink(cached_, id);
+    Access::dissolve(on(Access::make<block::Cached>(id), block::Pin{records_}));
+  } else {
+    Access::dissolve(on(Access::make<block::Sealed>(id), block::Pin{records_}));
+  }
+  return Access::make<SealedPin>(id);
+}
+
+void BlockPool::unpin(SealedPin&& pin) noexcept {
+  const BlockId id = Access::dissolve(std::move(pin));
+  Record& record = at(id);
+  if (record.pins > 1) {
+    Access::dissolve(on(Access::make<block::Sealed>(id), block::Unpin{records_}));
+    return;
+  }
+  if (!record.indexed && index_.find(record.hash, records_) == no_block) {
+    // The block that had this content first is gone: this one takes its place.
+    record.indexed = true;
+    index_.insert(record.hash, id);
+    emit(CacheEvent::Kind::sealed, record.hash);
+  }
+  if (record.indexed) {
+    Access::dissolve(on(Access::make<block::Sealed>(id), block::UnpinLast{records_}));
+    push_back(cached_, id);
+  } else {
+    put(on(Access::make<block::Sealed>(id), block::Discard{records_}));
+  }
+}
+
+void BlockPool::forget(Record& record, BlockId id) noexcept {
+  if (!record.indexed) return;
+  index_.erase(record.hash, id, records_);
+  record.indexed = false;
+}
+
+void BlockPool::fire(Record& record, BlockId id) noexcept {
+  if (!record.watched) return;
+  record.watched = false;
+  fired_.push_back(id);
+}
+
+void BlockPool::emit(CacheEvent::Kind kind, const Hash128& hash) noexcept {
+  const std::size_t capacity = events_.size();
+  if (events_size_ == capacity) {
+    events_first_ = (events_first_ + 1) % capacity;
+    --events_size_;
+    events_lost_ = true;
+  }
+  events_[(events_first_ + events_size_++) % capacity] = {kind, hash};
+}
+
+std::vector<CacheEvent> BlockPool::take_events() {
+  std::vector<CacheEvent> out;
+  out.reserve(events_size_ + 1);
+  if (events_lost_) out.push_back({CacheEvent::Kind::lost, {}});
+  for (std::size_t i = 0; i < events_size_; ++i) out.push_back(events_[(events_first_ + i) % events_.size()]);
+  events_first_ = events_size_ = 0;
+  events_lost_ = false;
+  return out;
+}
+
+void BlockPool::push_back(List& list, BlockId id) noexcept {
+  at(id).previous = list.tail;
+  at(id).next = no_block;
+  (list.tail == no_block ? list.head : at(list.tail).next) = id;
+  list.tail = id;
+  ++list.size;
+}
+
+void BlockPool::unlink(List& list, BlockId id) noexcept {
+  const Record& record = at(id);
+  (record.previous == no_block ? list.head : at(record.previous).next) = record.next;
+  (record.next == no_block ? list.tail : at(record.next).previous) = record.previous;
+  --list.size;
+}
+
+std::optional<std::string> BlockPool::check_list(const List& list, Kind kind) const {
+  int walked = 0;
+  for (BlockId id = list.head; id != no_block; id = at(id).next) {
+    if (at(id).kind != kind) return "block " + std::to_string(id) + " is in the list of another state";
+    if (++walked > list.size) break;
+  }
+  if (walked != list.size) return "a list of blocks has another length than its count";
+  return std::nullopt;
+}
+
+std::optional<std::string> BlockPool::check() const {
+  if (auto broken = check_list(free_, Kind::free)) return broken;
+  if (auto broken = check_list(cached_, Kind::cached)) return broken;
+  int free = 0;
+  int cached = 0;
+  for (BlockId id = 0; id < blocks(); ++id) {
+    const Record& record = at(id);
+    const std::string which = "block " + std::to_string(id);
+    free += record.kind == Kind::free;
+    cached += record.kind == Kind::cached;
+    if ((record.pins > 0) != (record.kind == Kind::sealed)) return which + " has pins that do not fit its state";
+    const bool launched = record.kind == Kind::in_flight || record.kind == Kind::quarantined;
+    if ((record.writers > 0) != launched) return which + " has writers that do not fit its state";
+    if (record.indexed && index_.find(record.hash, records_) != id) return which + " is not found by its hash";
+    if (record.kind == Kind::cached && !record.indexed) return which + " is cached and cannot be found";
+    const bool nobody = record.kind == Kind::free || record.kind == Kind::quarantined;
+    if (record.indexed && nobody) return which + " can be found though it holds nothing";
+  }
+  if (free != free_.size || cached != cached_.size) return "the counts of free and cached blocks are wrong";
+  return std::nullopt;
+}
+
+}  // namespace tokenrelay::scheduler

@@ -1,0 +1,174 @@
+// Construction, the events from outside, and the views. plan.cpp and commit.cpp have the two halves of a step.
+#include "tokenrelay/scheduler/scheduler.hpp"
+
+#include <algorithm>
+
+#include "send.hpp"
+
+namespace tokenrelay::scheduler {
+namespace {
+
+constexpr std::size_t stop_tokens_max = 4096;  // of one request
+
+std::size_t sequences_max(const Config& config) {
+  return static_cast<std::size_t>(config.waiting_max) + static_cast<std::size_t>(config.slots);
+}
+
+}  // namespace
+
+Scheduler::Scheduler(const Config& config)
+    : config_(config),
+      key_(key_from_bytes(config.hash_key)),
+      table_width_((config.context_tokens + config.block_tokens - 1) / config.block_tokens),
+      block_table_(static_cast<std::size_t>(config.slots) * static_cast<std::size_t>(table_width_), 0),
+      pool_(config.blocks),
+      slots_(config.slots),
+      links_(sequences_max(config)),
+      ranks_(sequences_max(config)),
+      waiting_(links_, ranks_),
+      holds_(links_, sequences_max(config), static_cast<std::size_t>(config.blocks)),
+      prefilling_(links_, ranks_),
+      decoding_(links_, ranks_),
+      resources_{pool_, slots_, waiting_, holds_, prefilling_, decoding_, config.block_tokens},
+      sequences_(sequences_max(config)),
+      ids_(sequences_max(config)),
+      ended_(ended_max),
+      ended_ids_(ended_max),
+      flights_(static_cast<std::size_t>(config.steps_in_flight)) {
+  TR_ASSERT(!config.check(), "the configuration was not checked");
+  vacant_.reserve(sequences_.size());
+  for (auto index = static_cast<SequenceIndex>(sequences_.size()); index-- > 0;) vacant_.push_back(index);
+  for (Flight& flight : flights_) flight.rows.reserve(static_cast<std::size_t>(config.slots));
+}
+
+Scheduler::~Scheduler() {
+  // Linear handles cannot be dropped: the launched steps land, then everything is given back by the usual transitions.
+  Outcome outcome;
+  for (Sequence& sequence : sequences_) {
+    if (!std::holds_alternative<request::Ended>(sequence.state)) abort(sequence.id, 0);
+  }
+  while (flights_size_ > 0) {
+    const std::vector<TokenId> discarded(expected()->tokens, 0);
+    commit(expected()->step, discarded, 0, outcome);
+  }
+}
+
+std::optional<RejectReason> Scheduler::refuse(const Submission& s) const noexcept {
+  const auto size = static_cast<std::int64_t>(s.token_ids.size());
+  if (size >= config_.context_tokens) return RejectReason::prompt_too_long;  // one token at least must fit behind it
+  const bool start_is_wrong = s.output_start < 1 || s.output_start > size;
+  if (start_is_wrong || s.tokens_max <= size - s.output_start || s.stop_token_ids.size() > stop_tokens_max) {
+    return RejectReason::invalid;
+  }
+  if (ids_.find(s.sequence_id) != IdMap::none) return RejectReason::duplicate_id;
+  if (waiting_.size() + holds_.size() >= config_.waiting_max || vacant_.empty()) return RejectReason::queue_full;
+  return std::nullopt;
+}
+
+Hash128 Scheduler::root_of(std::span<const std::uint8_t> salt) const {
+  return root_hash(key_, config_.model_identity, salt);
+}
+
+std::optional<RejectReason> Scheduler::submit(const Submission& s, std::int64_t now_us) {
+  if (auto reason = refuse(s)) return reason;
+  // What can fail (memory) comes first; from `vacant_.pop_back` on nothing can.
+  const std::int64_t limit = std::min<std::int64_t>(s.output_start + s.tokens_max, config_.context_tokens);
+  HashedTokens text(key_, root_of(s.salt), config_.block_tokens, s.token_ids, static_cast<std::size_t>(limit));
+  if (s.token_ids.size() >= static_cast<std::size_t>(config_.block_tokens)) {
+    (void)text.hash(s.token_ids.size() / static_cast<std::size_t>(config_.block_tokens) - 1);
+  }
+  std::vector<TokenId> stops(s.stop_token_ids.begin(), s.stop_token_ids.end());
+  std::sort(stops.begin(), stops.end());
+
+  const SequenceIndex index = vacant_.back();
+  vacant_.pop_back();
+  Sequence& sequence = at(index);
+  sequence.id = s.sequence_id;
+  sequence.text = std::move(text);
+  sequence.stop_token_ids = std::move(stops);
+  sequence.output_start = s.output_start;
+  sequence.length_limit = static_cast<std::int32_t>(limit);
+  sequence.planned = 0;
+  sequence.length_planned = sequence.text.size();
+  sequence.slot = -1;
+  sequence.cached_tokens = -1;
+  sequence.overtaken = sequence.holds = sequence.blocks_wanted = 0;
+  sequence.submitted_us = now_us;
+  sequence.emitted = false;
+  ranks_[static_cast<std::size_t>(index)] = {WaitingQueue::class_of(s.priority), ++tickets_};
+  expect_service(index);
+  sequence.state.emplace<request::Waiting>(request::Waiting{waiting_.enter(index)});
+  ids_.set(s.sequence_id, index);
+  return std::nullopt;
+}
+
+AbortAnswer Scheduler::abort(std::uint64_t sequence_id, std::int64_t /*now_us*/) noexcept {
+  const SequenceIndex index = ids_.find(sequence_id);
+  if (index == IdMap::none) {
+    return ended_.find(sequence_id) == IdMap::none ? AbortAnswer::unknown : AbortAnswer::already_ended;
+  }
+  Sequence& sequence = at(index);
+  const bool settling = std::holds_alternative<request::Preempting>(sequence.state);
+  if (fsm::dispatch<RequestFsm>(sequence.state, request::Abort{resources_})) return AbortAnswer::already_ended;
+  ++totals_.aborts;
+  if (std::holds_alternative<request::Ended>(sequence.state)) {
+    end(index);
+  } else {
+    settling_ += settling ? 0 : 1;
+    if (sequence.flights == 0) settle(index);
+  }
+  wake();
+  return AbortAnswer::aborted;
+}
+
+std::optional<Scheduler::Expected> Scheduler::expected() const noexcept {
+  if (flights_size_ == 0) return std::nullopt;
+  const Flight& flight = flights_[flights_first_];
+  return Expected{flight.step, flight.sampled};
+}
+
+Counts Scheduler::counts() const noexcept {
+  Counts counts = totals_;
+  counts.blocks_free = pool_.free();
+  counts.blocks_cached = pool_.cached();
+  counts.blocks_active = pool_.blocks() - pool_.available();
+  counts.sequences_waiting = waiting_.size() + holds_.size();
+  counts.sequences_running = config_.slots - slots_.free();
+  counts.steps_in_flight = static_cast<int>(flights_size_);
+  return counts;
+}
+
+std::optional<std::span<const TokenId>> Scheduler::token_ids(std::uint64_t sequence_id) const noexcept {
+  const SequenceIndex index = ids_.find(sequence_id);
+  if (index == IdMap::none) return std::nullopt;
+  return at(index).text.tokens();
+}
+
+std::string Scheduler::explain(std::uint64_t sequence_id) const {
+  const SequenceIndex index = ids_.find(sequence_id);
+  if (index == IdMap::none) {
+    return ended_.find(sequence_id) == IdMap::none ? "unknown: never seen, or ended long ago" : "Ended";
+  }
+  const Sequence& s = at(index);
+  const std::string_view state = std::visit([]<class S>(const S&) { return S::name; }, s.state);
+  const int output = s.text.size() - s.output_start;
+  std::string text(state);
+  text += ": prompt " + std::to_string(s.output_start) + " tokens, output " + std::to_string(output) + " of " +
+          std::to_string(s.length_limit - s.output_start);
+  if (std::holds_alternative<request::Waiting>(s.state)) {
+    if (slots_.free() == 0) text += "; no slot is free";
+    if (s.blocks_wanted > pool_.available()) {
+      text += "; wants " + std::to_string(s.blocks_wanted) + " blocks, " + std::to_string(pool_.available()) +
+              " are free or cached";
+    }
+    if (s.overtaken > 0) text += "; overtaken " + std::to_string(s.overtaken) + " times";
+  } else if (std::holds_alternative<request::Held>(s.state)) {
+    text += "; waits for block " + std::to_string(holds_.block_of(index)) + ", which another sequence computes";
+  } else if (s.slot >= 0) {
+    text += "; slot " + std::to_string(s.slot) + ", " + std::to_string(s.planned) + " tokens computed or launched, " +
+            std::to_string(s.flights) + " steps in flight";
+  }
+  return text;
+}
+
+}  // namespace tokenrelay::scheduler

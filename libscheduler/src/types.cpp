@@ -1,0 +1,83 @@
+#include "tokenrelay/scheduler/types.hpp"
+
+namespace tokenrelay::scheduler {
+namespace {
+
+std::optional<std::string> bounded(const char* name, int value, int minimum, int maximum) {
+  if (value >= minimum && value <= maximum) return std::nullopt;
+  return std::string(name) + " is " + std::to_string(value) + ", expected " + std::to_string(minimum) + " to " +
+         std::to_string(maximum);
+}
+
+}  // namespace
+
+std::optional<std::string> Config::check() const {
+  if (block_tokens != 16 && block_tokens != 32 && block_tokens != 64 && block_tokens != 128) {
+    return "block_tokens is " + std::to_string(block_tokens) + ", expected 16, 32, 64 or 128";
+  }
+  if (auto wrong = bounded("blocks", blocks, 1, 1 << 26)) return wrong;
+  if (auto wrong = bounded("slots", slots, 1, 1 << 14)) return wrong;
+  if (auto wrong = bounded("context_tokens", context_tokens, 2, 1 << 26)) return wrong;
+  if (static_cast<std::int64_t>(blocks) * block_tokens < context_tokens) {
+    return "context_tokens is " + std::to_string(context_tokens) + ", but blocks * block_tokens hold only " +
+           std::to_string(static_cast<std::int64_t>(blocks) * block_tokens);
+  }
+  if (auto wrong = bounded("step_tokens", step_tokens, slots, 1 << 22)) return wrong;  // each slot may decode one
+  if (auto wrong = bounded("chunk_tokens", chunk_tokens, 1, 1 << 22)) return wrong;
+  if (auto wrong = bounded("waiting_max", waiting_max, 1, 1 << 20)) return wrong;
+  if (auto wrong = bounded("steps_in_flight", steps_in_flight, 1, 16)) return wrong;
+  if (auto wrong = bounded("overtakes_max", overtakes_max, 0, 1 << 20)) return wrong;
+  return bounded("class_overtakes_max", class_overtakes_max, 1, 1 << 20);
+}
+
+void Plan::reserve(const Config& config) {
+  const auto rows = static_cast<std::size_t>(config.slots);
+  sequence_ids.reserve(rows);
+  slots.reserve(rows);
+  starts.reserve(rows);
+  lengths.reserve(rows);
+  token_ids.reserve(static_cast<std::size_t>(config.step_tokens));
+  feedback.reserve(rows);
+  samples.reserve(rows);
+  admitted_ids.reserve(rows);
+  admitted_slots.reserve(rows);
+  admitted_cached.reserve(rows);
+  admitted_output_start.reserve(rows);
+}
+
+void Plan::clear() noexcept {
+  step = 0;
+  decodes = sampled = 0;
+  sequence_ids.clear();
+  slots.clear();
+  starts.clear();
+  lengths.clear();
+  token_ids.clear();
+  feedback.clear();
+  samples.clear();
+  admitted_ids.clear();
+  admitted_slots.clear();
+  admitted_cached.clear();
+  admitted_output_start.clear();
+}
+
+void Outcome::reserve(const Config& config) {
+  const auto size = static_cast<std::size_t>(config.slots);
+  sequence_ids.reserve(size);
+  token_ids.reserve(size);
+  finish.reserve(size);
+  rows.reserve(size);
+  first.reserve(size);
+  cached_tokens.reserve(size);
+}
+
+void Outcome::clear() noexcept {
+  sequence_ids.clear();
+  token_ids.clear();
+  finish.clear();
+  rows.clear();
+  first.clear();
+  cached_tokens.clear();
+}
+
+}  // namespace tokenrelay::scheduler
