@@ -29,7 +29,7 @@ def features() -> frozenset[str]:
     built, Linux's list is read. An unknown machine has none, and runs the references.
     """
     try:
-        from tokenrelay.kernels import _cpu
+        import tokenrelay.kernels._cpu as _cpu
     except ImportError:
         return _from_proc_cpuinfo(Path("/proc/cpuinfo"))
     return frozenset(_cpu.isa_features())
