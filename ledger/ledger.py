@@ -1,0 +1,295 @@
+"""The ledger of KV handles: who owns what, who may read it, until when. This is the embedded backend, in memory.
+
+    ledger = EmbeddedLedger()
+    ledger.join(prefill), ledger.join(decode)
+    handle = ledger.reserve(prefill, extents=24, deadline_s=30)     # a Handle, or why not
+    ledger.offer(handle, prefill)
+    ledger.claim(handle, decode, deadline_s=10)
+    ledger.seal(handle, prefill, extents=24)
+    ledger.adopt(handle, decode)
+    ledger.release(handle, prefill)
+
+An expected refusal is a value (`Rejection`), never an exception: a stale actor loses, and learns why. An actor is a
+member in one of its lives; a member that joins again has died before, and everything its former life held ends then
+(law 6). The ledger acts on no deadline itself: `expired` says who must, `fence` carries out what a timer alone may not
+(law 3).
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from tokenrelay.ledger.states import PARTIES, TABLE, TERMINAL, Event, Party, State
+
+HANDLES_MAX = 65536
+
+
+class Actor(NamedTuple):
+    """A member of the fleet in one of its lives."""
+
+    name: str
+    incarnation: str
+
+
+class Handle(NamedTuple):
+    """The serialisable name of a sequence's blocks at its owner. Numbers are reused, with the next generation."""
+
+    number: int
+    generation: int
+
+
+class Code(Enum):
+    """Why a transition was refused."""
+
+    FULL = "full"
+    UNKNOWN_HANDLE = "unknown_handle"
+    STALE_GENERATION = "stale_generation"
+    STALE_INCARNATION = "stale_incarnation"
+    NOT_YOURS = "not_yours"
+    WRONG_STATE = "wrong_state"
+    NOT_SEALED = "not_sealed"
+
+
+class Rejection(NamedTuple):
+    """An expected refusal."""
+
+    code: Code
+    reason: str
+
+
+class Duty(Enum):
+    """What somebody must do about a handle that is past its deadline."""
+
+    RECLAIM = "reclaim"  # the owner: nobody else touches the blocks
+    FENCE = "fence"  # whoever can cut the claimant off; a timer alone never takes blocks from a reader
+    RELEASE = "release"  # the owner
+
+
+DUTIES = {
+    State.RESERVED: Duty.RECLAIM,
+    State.OFFERED: Duty.RECLAIM,
+    State.CLAIMED: Duty.FENCE,
+    State.ADOPTED: Duty.RELEASE,
+}
+
+
+@dataclass(slots=True)
+class _Record:
+    """One handle number. Between lives (terminal state) it belongs to nobody."""
+
+    generation: int = 0
+    state: State = State.RELEASED
+    owner: Actor | None = None
+    claimant: Actor | None = None
+    extents: int = 0  # to be sealed before adoption
+    sealed: int = 0  # never more than `extents`
+    deadline_s: float = 0.0  # on the ledger's clock
+
+
+_WRONG_STATE = {pair: Rejection(Code.WRONG_STATE, answer) for pair, answer in TABLE.items() if isinstance(answer, str)}
+_UNKNOWN = Rejection(Code.UNKNOWN_HANDLE, "there is no such handle")
+_STALE = Rejection(Code.STALE_GENERATION, "the handle's number is used by another one now")
+_DEAD = Rejection(Code.STALE_INCARNATION, "this life of the member is over, or it never joined")
+_FOREIGN = Rejection(Code.NOT_YOURS, "the event is for another party")
+_UNSEALED = Rejection(Code.NOT_SEALED, "some extents are not sealed yet")
+
+
+class EmbeddedLedger:
+    """The ledger in this process's memory. One thread (the event loop's); bounded by `handles_max`."""
+
+    def __init__(self, *, handles_max: int = HANDLES_MAX, clock: Callable[[], float] = time.monotonic) -> None:
+        self._handles_max = handles_max
+        self._clock = clock
+        self._records: list[_Record] = []
+        self._unused: list[int] = []  # numbers whose handle is over
+        self._members: dict[str, Actor] = {}
+        self._deadlines: list[tuple[float, int, int]] = []  # heap of (instant, number, generation); may be out of date
+        self.counts: dict[State, int] = dict.fromkeys(State, 0)  # handles per state; terminal ones: ever
+
+    # -- members ------------------------------------------------------------------------------------------------------
+    def join(self, actor: Actor) -> list[Handle]:
+        """A member's new life. Ends what its former one held; returns those handles."""
+        former = self._members.get(actor.name)
+        ended = self.leave(former) if former is not None and former != actor else []
+        self._members[actor.name] = actor
+        return ended
+
+    def leave(self, actor: Actor) -> list[Handle]:
+        """This life is over, and cannot touch memory any more. Its own handles are lost, its claims fenced."""
+        if self._members.get(actor.name) != actor:
+            return []
+        del self._members[actor.name]
+        ended = []
+        for number, record in enumerate(self._records):
+            if record.state in TERMINAL:
+                continue
+            event = Event.LOSE if record.owner == actor else Event.FENCE if record.claimant == actor else None
+            if event is not None and isinstance(TABLE[record.state, event], State):
+                ended.append(Handle(number, record.generation))
+                self._move(number, record, event)
+        return ended
+
+    # -- transitions --------------------------------------------------------------------------------------------------
+    def reserve(self, owner: Actor, *, extents: int, deadline_s: float) -> Handle | Rejection:
+        """The owner admitted a sequence whose KV has `extents` parts; to be offered or reclaimed in `deadline_s`."""
+        if self._members.get(owner.name) != owner:
+            return _DEAD
+        if self._unused:
+            number = self._unused.pop()
+        elif len(self._records) < self._handles_max:
+            number = len(self._records)
+            self._records.append(_Record())
+        else:
+            return Rejection(Code.FULL, f"all {self._handles_max} handles are in use")
+        record = self._records[number]
+        record.generation += 1
+        record.state, record.owner, record.claimant = State.RESERVED, owner, None
+        record.extents, record.sealed = extents, 0
+        self.counts[State.RESERVED] += 1
+        self._set_deadline(number, record, deadline_s)
+        return Handle(number, record.generation)
+
+    def offer(self, handle: Handle, owner: Actor, *, deadline_s: float | None = None) -> Rejection | None:
+        """Claimable from now on."""
+        return self._apply(handle, owner, Event.OFFER, deadline_s)
+
+    def seal(self, handle: Handle, owner: Actor, *, extents: int) -> Rejection | None:
+        """`extents` of them (counted from the start, not added) can be read now; never fewer than before."""
+        rejection = self._apply(handle, owner, Event.SEAL, None)
+        if rejection is None:
+            record = self._records[handle.number]
+            record.sealed = min(record.extents, max(record.sealed, extents))
+        return rejection
+
+    def claim(self, handle: Handle, claimant: Actor, *, deadline_s: float | None = None) -> Rejection | None:
+        """The claimant has room, and may read what is sealed until the deadline."""
+        rejection = self._apply(handle, claimant, Event.CLAIM, deadline_s)
+        if rejection is None:
+            self._records[handle.number].claimant = claimant
+        return rejection
+
+    def decline(self, handle: Handle, claimant: Actor) -> Rejection | None:
+        """The claimant reads no more; the handle is claimable again."""
+        rejection = self._apply(handle, claimant, Event.DECLINE, None)
+        if rejection is None:
+            self._records[handle.number].claimant = None
+        return rejection
+
+    def adopt(self, handle: Handle, claimant: Actor, *, deadline_s: float | None = None) -> Rejection | None:
+        """The claimant read and validated everything: it goes on alone."""
+        return self._apply(handle, claimant, Event.ADOPT, deadline_s)
+
+    def release(self, handle: Handle, owner: Actor) -> Rejection | None:
+        """The owner gives its pins back after the adoption."""
+        return self._apply(handle, owner, Event.RELEASE, None)
+
+    def reclaim(self, handle: Handle, owner: Actor) -> Rejection | None:
+        """The owner takes the blocks back; refused while somebody may read."""
+        return self._apply(handle, owner, Event.RECLAIM, None)
+
+    def fence(self, handle: Handle) -> Rejection | None:
+        """The claimant was cut off from the owner's memory (its registration is gone, its process is dead)."""
+        return self._apply(handle, None, Event.FENCE, None)
+
+    def _apply(self, handle: Handle, actor: Actor | None, event: Event, deadline_s: float | None) -> Rejection | None:
+        number, generation = handle
+        if not 0 <= number < len(self._records):
+            return _UNKNOWN
+        record = self._records[number]
+        if record.generation != generation:
+            return _STALE
+        if actor is not None and self._members.get(actor.name) != actor:
+            return _DEAD
+        wrong_state = _WRONG_STATE.get((record.state, event))
+        if wrong_state is not None:
+            return wrong_state
+        party = PARTIES[event]
+        if (party is Party.OWNER and actor != record.owner) or (party is Party.CLAIMANT and actor != record.claimant):
+            return _FOREIGN
+        if event is Event.ADOPT and record.sealed < record.extents:
+            return _UNSEALED
+        self._move(number, record, event)
+        if deadline_s is not None:
+            self._set_deadline(number, record, deadline_s)
+        return None
+
+    def _move(self, number: int, record: _Record, event: Event) -> None:
+        state = TABLE[record.state, event]
+        assert isinstance(state, State)
+        if state is record.state:
+            return
+        self.counts[record.state] -= 1
+        self.counts[state] += 1
+        record.state = state
+        if state in TERMINAL:
+            record.owner = record.claimant = None
+            self._unused.append(number)
+
+    # -- deadlines ----------------------------------------------------------------------------------------------------
+    def next_deadline_s(self) -> float | None:
+        """Seconds until the next deadline of an open handle (at least 0), or None."""
+        while self._deadlines:
+            at_s, number, generation = self._deadlines[0]
+            record = self._records[number]
+            if record.generation == generation and record.state not in TERMINAL and record.deadline_s == at_s:
+                return max(0.0, at_s - self._clock())
+            heapq.heappop(self._deadlines)
+        return None
+
+    def expired(self) -> list[tuple[Handle, Duty]]:
+        """Handles past their deadline and what is due; they stay so until somebody acts."""
+        found: list[tuple[Handle, Duty]] = []
+        kept: list[tuple[float, int, int]] = []
+        while (left_s := self.next_deadline_s()) is not None and left_s == 0.0:
+            entry = heapq.heappop(self._deadlines)
+            kept.append(entry)
+            found.append((Handle(entry[1], entry[2]), DUTIES[self._records[entry[1]].state]))
+        for entry in kept:
+            heapq.heappush(self._deadlines, entry)
+        return found
+
+    def _set_deadline(self, number: int, record: _Record, deadline_s: float) -> None:
+        record.deadline_s = self._clock() + deadline_s
+        if len(self._deadlines) > 4 * self._handles_max:
+            self._deadlines = [
+                (r.deadline_s, n, r.generation) for n, r in enumerate(self._records) if r.state not in TERMINAL
+            ]
+            heapq.heapify(self._deadlines)
+        else:
+            heapq.heappush(self._deadlines, (record.deadline_s, number, record.generation))
+
+    # -- views --------------------------------------------------------------------------------------------------------
+    def state(self, handle: Handle) -> State | None:
+        """Where it is; None when its number is unknown or used by another one."""
+        if not 0 <= handle.number < len(self._records):
+            return None
+        record = self._records[handle.number]
+        return record.state if record.generation == handle.generation else None
+
+    @property
+    def open_count(self) -> int:
+        """Handles in a state that is not terminal."""
+        return len(self._records) - len(self._unused)
+
+    def check(self) -> None:
+        """Raise AssertionError when the books do not balance."""
+        states = [record.state for record in self._records]
+        for state in State:
+            if state not in TERMINAL:
+                assert states.count(state) == self.counts[state], f"{state}: counted {self.counts[state]}"
+        assert len(set(self._unused)) == len(self._unused), "a number is unused twice"
+        for number, record in enumerate(self._records):
+            assert (record.state in TERMINAL) == (record.owner is None), f"handle {number} has no owner, or too many"
+            assert (record.state in (State.CLAIMED, State.ADOPTED)) == (record.claimant is not None), f"handle {number}"
+            assert 0 <= record.sealed <= record.extents
+            assert record.state is not State.ADOPTED or record.sealed == record.extents, "adopted before it was sealed"
+        open_numbers = {n for n, record in enumerate(self._records) if record.state not in TERMINAL}
+        watched = {(n, g) for _, n, g in self._deadlines}
+        for number in open_numbers:
+            assert (number, self._records[number].generation) in watched, f"handle {number} has no deadline (law 3)"
+        assert open_numbers.isdisjoint(self._unused) and len(open_numbers) + len(self._unused) == len(self._records)
