@@ -146,12 +146,19 @@ class CacheFeed:
         self.held: set[bytes] = set()
 
     def publish(self, directory: PrefixDirectory, events: Sequence[CacheEvent]) -> None:
-        """Send the next batch, or everything when the directory missed something."""
+        """Send the next batch, or everything when the directory missed something.
+
+        A batch that begins with "lost" (the scheduler dropped events) makes the feed start from nothing: it then tells
+        too little, never what is not there.
+        """
         self.sequence += 1
+        lost = bool(events) and events[0][0] == "lost"
+        if lost:
+            self.held.clear()
         for kind, block_hash in events:
             if kind == "sealed":
                 self.held.add(block_hash)
             else:
                 self.held.discard(block_hash)
-        if directory.apply(self.name, self.incarnation, self.sequence, events) is Applied.RESYNC:
+        if lost or directory.apply(self.name, self.incarnation, self.sequence, events) is Applied.RESYNC:
             directory.resync(self.name, self.incarnation, self.sequence, self.held)

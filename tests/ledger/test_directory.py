@@ -37,7 +37,8 @@ def test_an_old_batch_changes_nothing_and_a_gap_asks_for_everything() -> None:
     directory = PrefixDirectory()
     assert directory.apply("w1", "a", 1, sealed(1)) is Applied.APPLIED
     assert directory.apply("w1", "a", 2, evicted(1)) is Applied.APPLIED
-    assert directory.apply("w1", "a", 1, sealed(1)) is Applied.REPEATED
+    for repeated in (2, 1):
+        assert directory.apply("w1", "a", repeated, sealed(1)) is Applied.REPEATED
     assert directory.match([h(1)]) == {}
     assert directory.apply("w1", "a", 4, sealed(5)) is Applied.RESYNC
     assert directory.match([h(5)]) == {}, "nothing is believed until the resync"
@@ -53,6 +54,15 @@ def test_a_restarted_worker_holds_nothing_of_before() -> None:
     assert directory.apply("w1", "b", 3, sealed(9)) is Applied.RESYNC
     assert directory.match([h(1)]) == {} and len(directory) == 0
     assert directory.apply("w1", "b", 1, sealed(1)) is Applied.APPLIED
+    assert directory.match([h(1), h(2)]) == {"w1": 1}
+
+
+def test_a_feed_that_lost_events_forgets_rather_than_lies() -> None:
+    directory, feed = PrefixDirectory(), CacheFeed("w1", "a")
+    feed.publish(directory, sealed(1, 2))
+    feed.publish(directory, [("lost", bytes(16)), *sealed(3)])
+    assert directory.match([h(1)]) == {} and directory.match([h(3)]) == {"w1": 1}
+    feed.publish(directory, sealed(1))
     assert directory.match([h(1), h(2)]) == {"w1": 1}
 
 
