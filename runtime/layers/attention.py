@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenrelay.kernels import ops
 from tokenrelay.runtime.layers.linear import Linear, Split
+from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.norm import RmsNorm
 from tokenrelay.runtime.layers.sources import WeightSource
 from tokenrelay.runtime.placement import Boundary, Partial, Port, Shard, edges
@@ -28,7 +29,7 @@ class Gqa:
     qk_norm: bool = False
 
 
-class GqaCore(nn.Module):
+class GqaCore(Module):
     """From stacked projections to the heads' outputs: norm, rotation, cache write, attention."""
 
     def __init__(self, gqa: Gqa, eps: float, *, dtype: torch.dtype) -> None:
@@ -74,7 +75,7 @@ class GqaCore(nn.Module):
         return y.reshape(t, self.heads * self.head_dim)
 
 
-class GqaAttention(nn.Module):
+class GqaAttention(Module):
     """x [t, d] -> [t, d] (a sum over the tensor axis)."""
 
     def __init__(self, gqa: Gqa, hidden: int, eps: float, *, dtype: torch.dtype) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, parameter
 from tokenrelay.runtime.placement import Boundary, Partial, Port, Shard
 
 
-class Embedding(nn.Module):
+class Embedding(Module):
     """Token ids -> rows of a table [vocab, d]."""
 
     def __init__(self, name: str, vocab: int, width: int, *, dtype: torch.dtype) -> None:
@@ -35,7 +36,7 @@ class Embedding(nn.Module):
         return F.embedding(token_ids, self.weight)
 
 
-class Head(nn.Module):
+class Head(Module):
     """[s, d] -> float32 logits [s, vocab]. With `tied` it has no table of its own and uses the embedding's."""
 
     def __init__(self, name: str, vocab: int, width: int, *, tied: Embedding | None, dtype: torch.dtype) -> None:

@@ -7,8 +7,9 @@ from enum import Enum
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, parameter
 from tokenrelay.runtime.placement import Boundary, Layout, Partial, Port, Shard
 
@@ -21,7 +22,7 @@ class Split(Enum):
     WHOLE = "whole"
 
 
-class Linear(nn.Module):
+class Linear(Module):
     """y [t, out] = x [t, in] W^T + b, with W [out, in] as PyTorch has it.
 
     `outputs` maps checkpoint names to widths; their matrices are stacked in that order. `axes` are the mesh axes that

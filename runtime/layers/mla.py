@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenrelay.kernels import ops
 from tokenrelay.runtime.layers.linear import Linear, Split
+from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.norm import RmsNorm
 from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, parameter
 from tokenrelay.runtime.placement import Boundary, Partial, Port, Shard, edges
@@ -39,7 +40,7 @@ class Mla:
     bias: bool = False  # of the down-projections and the output
 
 
-class MlaCore(nn.Module):
+class MlaCore(Module):
     """From queries and latents to the heads' outputs: rotation, cache write, attention, both up-projections of kv."""
 
     def __init__(self, mla: Mla, *, dtype: torch.dtype) -> None:
@@ -110,7 +111,7 @@ class MlaCore(nn.Module):
         return torch.bmm(attended.transpose(0, 1), self.w_uv.transpose(1, 2)).transpose(0, 1)
 
 
-class MlaAttention(nn.Module):
+class MlaAttention(Module):
     """x [t, d] -> [t, d] (a sum over the tensor axis)."""
 
     def __init__(self, mla: Mla, hidden: int, *, dtype: torch.dtype) -> None:

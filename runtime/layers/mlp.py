@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenrelay.kernels import ops
 from tokenrelay.runtime.layers.linear import Linear, Split
+from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.sources import WeightSource
 from tokenrelay.runtime.placement import Boundary, Partial, Port, Shard, edges
 
 
-class Activation(nn.Module):
+class Activation(Module):
     """silu(gate) * up: [t, 2f] -> [t, f]."""
 
     def __init__(self, width: int, axes: tuple[str, ...]) -> None:
@@ -26,7 +27,7 @@ class Activation(nn.Module):
         return ops.silu_mul(gate_up)
 
 
-class SwiGlu(nn.Module):
+class SwiGlu(Module):
     """down(silu(gate(x)) * up(x)), with gate and up stacked in one matrix [2f, d]."""
 
     def __init__(

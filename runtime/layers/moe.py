@@ -8,10 +8,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenrelay.kernels import ops
 from tokenrelay.runtime.layers.mlp import SwiGlu
+from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, parameter
 from tokenrelay.runtime.placement import Boundary, Layout, Partial, Port, Shard, edges
 
@@ -41,7 +42,7 @@ class Moe:
     bias: bool = False
 
 
-class Router(nn.Module):
+class Router(Module):
     """x [t, d] -> (experts int32 [t, k], weights float32 [t, k]). Scores are float32 whatever the model's dtype is."""
 
     def __init__(self, moe: Moe, hidden: int) -> None:
@@ -76,7 +77,7 @@ class Router(nn.Module):
         )
 
 
-class Experts(nn.Module):
+class Experts(Module):
     """All routed experts of a layer: w_gate_up [E, 2f, d], w_down [E, d, f]."""
 
     def __init__(self, moe: Moe, hidden: int, *, dtype: torch.dtype) -> None:
@@ -111,7 +112,7 @@ class Experts(nn.Module):
         return ops.moe(x, experts, weights, self.w_gate_up, self.w_down)
 
 
-class MoeMlp(nn.Module):
+class MoeMlp(Module):
     """The routed experts' weighted sum plus the shared expert: [t, d] -> [t, d]."""
 
     def __init__(self, moe: Moe, hidden: int, *, dtype: torch.dtype) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenrelay.kernels import ops
+from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, parameter
 from tokenrelay.runtime.placement import Boundary, Port
 
 
-class RmsNorm(nn.Module):
+class RmsNorm(Module):
     """x / rms(x) * weight over the last dimension. `name` is the checkpoint's word for it."""
 
     def __init__(self, name: str, width: int, eps: float, *, dtype: torch.dtype) -> None:

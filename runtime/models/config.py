@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tokenrelay.base.errors import CheckpointError
 from tokenrelay.kernels.layout import GqaLayout, MlaLayout
 from tokenrelay.runtime.layers.attention import Gqa
 from tokenrelay.runtime.layers.mla import Mla
@@ -14,6 +15,8 @@ from tokenrelay.runtime.layers.rope import Rope
 from tokenrelay.runtime.models.fields import Fields
 
 CONTEXT_TOKENS_MAX = 1 << 24
+LAYERS_MAX = 4096
+EXPERTS_MAX = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,9 @@ def parse_rope(fields: Fields, width: int, *, interleaved: bool) -> Rope:
     Defaults are transformers' (`modeling_rope_utils.py`). Raises CheckpointError for a kind that is not computed here.
     """
     if width % 2:
-        raise_odd = f"an even number of rotated values per head, found {width}"
-        fields.fail("qk_rope_head_dim" if "qk_rope_head_dim" in fields else "head_dim", raise_odd)
+        raise CheckpointError(
+            f"{fields.file}: a head rotates {width} values; expected an even number", file=fields.file
+        )
     table = fields.table("rope_scaling") or fields.table("rope_parameters") or Fields({}, fields.file)
     theta = table.number("rope_theta") if "rope_theta" in table else fields.number("rope_theta", 10_000.0)
     key = "rope_type" if "rope_type" in table else "type"

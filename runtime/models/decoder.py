@@ -16,6 +16,7 @@ from tokenrelay.runtime.layers.attention import GqaAttention
 from tokenrelay.runtime.layers.embedding import Embedding, Head
 from tokenrelay.runtime.layers.mla import Mla, MlaAttention
 from tokenrelay.runtime.layers.mlp import SwiGlu
+from tokenrelay.runtime.layers.module import Module, freeze_all
 from tokenrelay.runtime.layers.moe import EXPERT_AXES, MoeMlp
 from tokenrelay.runtime.layers.norm import AddRmsNorm
 from tokenrelay.runtime.layers.rope import cos_sin_table
@@ -24,7 +25,7 @@ from tokenrelay.runtime.models.config import Architecture, ModelConfig
 from tokenrelay.runtime.placement import Boundary, Layout, Partial, Port, edges
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Module):
     """Attention and MLP, each after a norm and added to the residual stream (pre-norm)."""
 
     def __init__(self, architecture: Architecture, layer: int, *, dtype: torch.dtype) -> None:
@@ -70,32 +71,24 @@ class DecoderLayer(nn.Module):
         yield from self.post_norm.sources(prefix)
         yield from self.mlp.sources(prefix + mlp_scope)  # type: ignore[operator]
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        cos_sin: Tensor,
-        batch: ops.AttentionBatch,
-        cache: Tensor,
-        rows: Tensor | None = None,
+    def attend(
+        self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, batch: ops.AttentionBatch, cache: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """x [t, d] and the residual stream before it (None: x is its start) -> (y, residual), both [t, d].
-
-        `rows` int64 [s]: after attention, go on with these tokens only ([s, d]).
-        """
+        """The first half. x [t, d] and the residual stream before it (None: x is its start) -> (attended, residual)."""
         if residual is None:
             residual = x
             normed = self.input_norm(x)
         else:
             normed, residual = self.input_norm.add(x, residual)
-        attended = self.attention(normed, cos_sin, batch, cache)
-        if rows is not None:
-            attended, residual = attended.index_select(0, rows), residual.index_select(0, rows)
+        return self.attention(normed, cos_sin, batch, cache), residual
+
+    def feed(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The second half: ([t, d], [t, d]) -> (y, residual). Tokens do not meet here: any subset will do."""
         normed, residual = self.post_norm.add(attended, residual)
         return self.mlp(normed), residual
 
 
-class Model(nn.Module):
+class Model(Module):
     """A loaded model. Made by `runtime.weights.loader.load_model`."""
 
     config: ModelConfig
@@ -140,6 +133,7 @@ class Model(nn.Module):
         self.config = config
         self.cos_sin = cos_sin_table(self.architecture.rope, config.context_tokens, device)
         self.eval()
+        freeze_all(self)
 
     def forward(
         self, token_ids: Tensor, batch: ops.AttentionBatch, caches: list[Tensor], sample_rows: Tensor
@@ -151,10 +145,14 @@ class Model(nn.Module):
         """
         x: Tensor = self.embed(token_ids)
         residual: Tensor | None = None
-        last = len(caches) - 1
+        last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            rows = sample_rows if i == last else None
-            x, residual = layer(x, residual, self.cos_sin, batch, caches[i], rows)
+            x, residual = layer.attend(x, residual, self.cos_sin, batch, caches[i])  # type: ignore[operator]
+            if i == last:
+                if sample_rows.shape[0] == 0:
+                    return x.new_empty((0, self.architecture.vocab_size), dtype=torch.float32)
+                x, residual = x.index_select(0, sample_rows), residual.index_select(0, sample_rows)
+            x, residual = layer.feed(x, residual)  # type: ignore[operator]
         assert residual is not None  # a model has at least one layer
         normed, _ = self.norm.add(x, residual)
         return self.head(normed)  # type: ignore[no-any-return]

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from tokenrelay.base.errors import CheckpointError
 
+INTEGER_MAX = 1 << 31
 _FILE_BYTES_MAX = 64 << 20  # the largest configuration that makes sense is far smaller
 
 
@@ -41,13 +42,13 @@ class Fields:
         found = json.dumps(self._values[name])[:80]
         raise CheckpointError(f"{self.file}: {where} is {found}; expected {expected}", file=self.file)
 
-    def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
-        """An integer of at least `minimum`; `default` when missing, and an error when that is None."""
+    def integer(self, name: str, default: int | None = None, *, minimum: int = 1, maximum: int = INTEGER_MAX) -> int:
+        """An integer within the bounds; `default` when missing, and an error when that is None."""
         value = self._values.get(name)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            self.fail(name, f"an integer of at least {minimum}")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            self.fail(name, f"an integer from {minimum} to {maximum}")
         return value
 
     def number(self, name: str, default: float | None = None, *, above: float = 0.0) -> float:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from tokenrelay.runtime.layers.attention import Gqa
 from tokenrelay.runtime.layers.moe import Moe
-from tokenrelay.runtime.models.config import CONTEXT_TOKENS_MAX, Architecture, parse_rope, refuse_unsupported
+from tokenrelay.runtime.models.config import (
+    CONTEXT_TOKENS_MAX,
+    EXPERTS_MAX,
+    LAYERS_MAX,
+    Architecture,
+    parse_rope,
+    refuse_unsupported,
+)
 from tokenrelay.runtime.models.fields import Fields
 
 
@@ -28,9 +35,9 @@ def qwen3(fields: Fields) -> Architecture:
 def qwen3_moe(fields: Fields) -> Architecture:
     """Qwen3MoeForCausalLM: softmax over all experts, then the best; no shared expert, no groups."""
     bias = fields.flag("attention_bias", False)
-    layers = fields.integer("num_hidden_layers")
+    layers = fields.integer("num_hidden_layers", maximum=LAYERS_MAX)
     # transformers 5 writes the number of experts under another name than the published checkpoints.
-    experts = fields.integer("num_experts" if "num_experts" in fields else "num_local_experts")
+    experts = fields.integer("num_experts" if "num_experts" in fields else "num_local_experts", maximum=EXPERTS_MAX)
     top_k = fields.integer("num_experts_per_tok")
     if top_k > experts:
         fields.fail("num_experts_per_tok", f"at most the number of experts, {experts}")
@@ -67,14 +74,11 @@ def _dense(
     if "head_dim" not in fields and hidden % heads:
         fields.fail("hidden_size", f"a multiple of num_attention_heads, {heads}")
     head_dim = fields.integer("head_dim", hidden // heads)
-    context = fields.integer("max_position_embeddings")
-    if context > CONTEXT_TOKENS_MAX:
-        fields.fail("max_position_embeddings", f"at most {CONTEXT_TOKENS_MAX}")
     return Architecture(
         vocab_size=fields.integer("vocab_size"),
         hidden=hidden,
-        layers=fields.integer("num_hidden_layers"),
-        context_tokens=context,
+        layers=fields.integer("num_hidden_layers", maximum=LAYERS_MAX),
+        context_tokens=fields.integer("max_position_embeddings", maximum=CONTEXT_TOKENS_MAX),
         mlp_width=fields.integer("intermediate_size"),
         mlp_bias=mlp_bias,
         norm_eps=fields.number("rms_norm_eps", 1e-6),

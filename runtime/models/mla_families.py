@@ -8,7 +8,14 @@ from typing import Literal
 from tokenrelay.runtime.layers.mla import Mla
 from tokenrelay.runtime.layers.moe import Moe
 from tokenrelay.runtime.layers.rope import mla_scale
-from tokenrelay.runtime.models.config import CONTEXT_TOKENS_MAX, Architecture, parse_rope, refuse_unsupported
+from tokenrelay.runtime.models.config import (
+    CONTEXT_TOKENS_MAX,
+    EXPERTS_MAX,
+    LAYERS_MAX,
+    Architecture,
+    parse_rope,
+    refuse_unsupported,
+)
 from tokenrelay.runtime.models.fields import Fields
 
 
@@ -39,7 +46,7 @@ def deepseek_v2(fields: Fields) -> Architecture:
 
 def _moe(fields: Fields, scoring: Literal["softmax", "sigmoid"], *, normalize: bool) -> Moe:
     fields.only("moe_layer_freq", 1, why="other strides of dense layers are not supported")
-    experts = fields.integer("n_routed_experts")
+    experts = fields.integer("n_routed_experts", maximum=EXPERTS_MAX)
     top_k = fields.integer("num_experts_per_tok")
     if top_k > experts:
         fields.fail("num_experts_per_tok", f"at most n_routed_experts, {experts}")
@@ -68,10 +75,7 @@ def _grouped(fields: Fields, moe: Moe, groups: int, groups_top_k: int) -> Moe:
 def _decoder(fields: Fields, moe: Moe, *, interleaved: bool) -> Architecture:
     refuse_unsupported(fields)
     fields.only("mlp_bias", False, why="DeepSeek's MLPs have none")
-    layers = fields.integer("num_hidden_layers")
-    context = fields.integer("max_position_embeddings")
-    if context > CONTEXT_TOKENS_MAX:
-        fields.fail("max_position_embeddings", f"at most {CONTEXT_TOKENS_MAX}")
+    layers = fields.integer("num_hidden_layers", maximum=LAYERS_MAX)
     nope = fields.integer("qk_nope_head_dim")
     rope_width = fields.integer("qk_rope_head_dim")
     rope = parse_rope(fields, rope_width, interleaved=interleaved)
@@ -90,7 +94,7 @@ def _decoder(fields: Fields, moe: Moe, *, interleaved: bool) -> Architecture:
         vocab_size=fields.integer("vocab_size"),
         hidden=fields.integer("hidden_size"),
         layers=layers,
-        context_tokens=context,
+        context_tokens=fields.integer("max_position_embeddings", maximum=CONTEXT_TOKENS_MAX),
         mlp_width=fields.integer("intermediate_size"),
         mlp_bias=False,
         norm_eps=fields.number("rms_norm_eps", 1e-6),

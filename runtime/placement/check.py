@@ -32,7 +32,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class PlacementReport:
-    """The outcome of a check: how many edges were compared and which collectives the mesh needs, in model order."""
+    """The outcome of a check: edges compared, and the collectives that the mesh needs, outer modules first."""
 
     mesh: Mesh
     edges: int
@@ -50,7 +50,7 @@ def check(model: nn.Module, mesh: Mesh) -> PlacementReport:
     axis, a Shard of a dimension that is not there or does not divide, a reduction of another kind, a whole tensor where
     a term is expected, and an input of a child that nothing feeds.
     """
-    found: list[Collective] = []
+    found: dict[tuple[object, ...], Collective] = {}
     compared = 0
     for path, module, boundary in _boundaries(model):
         _check_layouts(path, module, boundary, mesh)
@@ -60,11 +60,14 @@ def check(model: nn.Module, mesh: Mesh) -> PlacementReport:
             target_name, target = _port(model, path, edge.target, feeds=False)
             if edge.part is not None:
                 source = _slice(source_name, source, edge.part)
-            found += _compare(source_name, source, target_name, target, mesh)
+            for needed in _compare(source_name, source, target_name, target, mesh):
+                # A tensor that several ports want in the same form is converted once.
+                key = (needed.kind, needed.axis, needed.source, edge.part)
+                found.setdefault(key, needed)
             fed.add(target_name)
             compared += 1
         _check_fed(path, module, boundary, fed)
-    return PlacementReport(mesh, compared, tuple(found))
+    return PlacementReport(mesh, compared, tuple(found.values()))
 
 
 def _boundaries(model: nn.Module) -> Iterator[tuple[str, nn.Module, Boundary]]:

@@ -8,6 +8,7 @@ where a tensor lies, and pages that were copied could not be given back.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
@@ -105,8 +106,9 @@ class SafetensorsFile:
             self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
 
     def close(self) -> None:
-        """Unmap. Tensors made from this file must be gone."""
-        self._map.close()
+        """Unmap. Tensors of this file must be gone; where an error's traceback still holds one, it unmaps later."""
+        with contextlib.suppress(BufferError):
+            self._map.close()
 
 
 def _read_header(length_bytes: bytes, file: Any, path: Path, size_bytes: int) -> bytes:
