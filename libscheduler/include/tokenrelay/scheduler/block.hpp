@@ -126,7 +126,8 @@ struct Access {
   /// The one place where a block changes its kind.
   template <class Next, class State>
   static Next become(State&& state, Records& records) noexcept {
-    const BlockId id = dissolve(std::move(state));
+    static_assert(!std::is_lvalue_reference_v<State>);
+    const BlockId id = dissolve(std::forward<State>(state));
     Record& record = records[static_cast<std::size_t>(id)];
     TR_ASSERT(record.kind == State::kind, "a block handle does not match its block");
     record.kind = Next::kind;
@@ -269,8 +270,8 @@ concept Readable = std::is_same_v<std::remove_cvref_t<T>, SealedPin>;
 
 /// The number of a block that may be read, for a descriptor or another sequence's table.
 template <class T>
-  requires Readable<T>
 [[nodiscard]] BlockId read(const T& pin) noexcept {
+  static_assert(Readable<T>, "only a Sealed block may be read: a pin on it is needed");
   return Access::number(pin);
 }
 

@@ -62,7 +62,7 @@ class Lane {
   void apply(std::size_t index, Event&& event) noexcept {
     static_assert(std::is_same_v<fsm::Next<T, Event>, T>);
     BlockId& cell = ids_[head_ + index];
-    cell = block::Access::dissolve(on(block::Access::make<T>(cell), std::move(event)));
+    cell = block::Access::dissolve(on(block::Access::make<T>(cell), std::forward<Event>(event)));
   }
   /// The same blocks in another state: `change` makes each handle T into a U. Allocates nothing.
   template <class U, class Change>

@@ -103,10 +103,15 @@ consteval bool state_verified(Types<Event...>) {
   return (pair_verified<Fsm, State, Event>() && ...);
 }
 
+template <class Fsm, std::size_t pairs>
+consteval bool size_verified() {
+  static_assert(Fsm::table.size() == pairs, "fsm: the table lists a pair of another machine");
+  return true;
+}
+
 template <class Fsm, class... State, class... Event>
 consteval bool all_verified(Types<State...>, Types<Event...> events) {
-  static_assert(Fsm::table.size() == sizeof...(State) * sizeof...(Event), "fsm: the table lists an unknown pair");
-  return (state_verified<Fsm, State>(events) && ...);
+  return (state_verified<Fsm, State>(events) && ...) && size_verified<Fsm, sizeof...(State) * sizeof...(Event)>();
 }
 
 template <class Types>
@@ -137,9 +142,9 @@ std::optional<Rejected> dispatch(Slot<Fsm>& slot, Event&& event) noexcept {
         if constexpr (Transition<State, Event>) {
           using To = Next<State, Event>;
           if constexpr (std::is_same_v<To, State>) {
-            state = on(std::move(state), std::move(event));
+            state = on(std::move(state), std::forward<Event>(event));
           } else {
-            To next = on(std::move(state), std::move(event));
+            To next = on(std::move(state), std::forward<Event>(event));
             slot.template emplace<To>(std::move(next));
           }
           return std::nullopt;

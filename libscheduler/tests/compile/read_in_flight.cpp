@@ -1,0 +1,9 @@
+// A launched step still writes it.
+// error: only a Sealed block may be read
+#include "tokenrelay/scheduler/block.hpp"
+using namespace tokenrelay::scheduler;
+#ifdef MUST_NOT_COMPILE
+BlockId descriptor(const InFlightBlock& block) { return block::read(block); }
+#else
+BlockId descriptor(const SealedPin& block) { return block::read(block); }
+#endif
