@@ -27,8 +27,8 @@ import numpy.typing as npt
 from tokenrelay.base.deadlines import Deadline
 from tokenrelay.base.errors import DeadlineExceeded, InvalidRequest, Overloaded, TokenRelayError, Unavailable
 from tokenrelay.base.logging import get_logger
+from tokenrelay.libscheduler import Plan, RejectReason, Scheduler
 from tokenrelay.runtime.executor.executor import Step, StepResult
-from tokenrelay.runtime.executor.plan import Plan
 from tokenrelay.runtime.requests import (
     EngineOutput,
     EngineRequest,
@@ -44,31 +44,6 @@ log = get_logger("engine")
 OnStep = Callable[[list[EngineOutput], EngineStats], None]
 STEP_MAX_S = 600.0  # a step that runs longer hangs: the engine gives up, its process is started anew
 CHECK_INTERVAL_S = 10.0  # the idle integrity check costs O(pool): not before each short pause
-
-
-class Scheduler(Protocol):
-    """libscheduler's, as the loop drives it (docs/contracts.md)."""
-
-    def submit(self, sequence_id: int, token_ids: Any, **facts: Any) -> Any:
-        """None, or why it is refused."""
-
-    def abort(self, sequence_id: int, now_us: int) -> Any:
-        """Whether it was there."""
-
-    def plan(self, now_us: int) -> Any:
-        """The next step, or None."""
-
-    def commit(self, step: int, token_ids: Any, now_us: int) -> Any:
-        """What the step brought."""
-
-    def counts(self) -> Any:
-        """Counters."""
-
-    def token_ids(self, sequence_id: int) -> Any:
-        """Prompt and output so far."""
-
-    def check(self) -> None:
-        """Raise AssertionError when anything is broken."""
 
 
 class Launcher(Protocol):
@@ -116,6 +91,7 @@ class Engine:
         vocab_size: int,
         on_step: OnStep,
         on_fatal: Callable[[BaseException], None] | None = None,
+        on_cache_events: Callable[[list[tuple[str, bytes]]], None] | None = None,
         options: EngineOptions | None = None,
     ) -> None:
         self._scheduler = scheduler
@@ -123,6 +99,7 @@ class Engine:
         self._vocab_size = vocab_size
         self._on_step = on_step
         self._on_fatal = on_fatal
+        self._on_cache_events = on_cache_events
         self._options = options or EngineOptions()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         # Shared, under the condition.
@@ -348,6 +325,8 @@ class Engine:
 
     def _publish(self, outputs: list[EngineOutput]) -> None:
         self._stats = self._count()
+        if self._on_cache_events is not None and (events := self._scheduler.take_cache_events()):
+            self._on_cache_events(events)
         if outputs:
             self._on_step(outputs, self._stats)
 
@@ -415,15 +394,15 @@ def _now_us() -> int:
     return time.monotonic_ns() // 1000
 
 
-_REFUSALS: dict[str, tuple[Reject, type[TokenRelayError], str]] = {
-    "QUEUE_FULL": (Reject.QUEUE_FULL, Overloaded, "the worker's queue is full"),
-    "PROMPT_TOO_LONG": (Reject.PROMPT_TOO_LONG, InvalidRequest, "prompt and output do not fit in the context"),
-    "DUPLICATE_ID": (Reject.DUPLICATE_ID, InvalidRequest, "the sequence id is open"),
+_REFUSALS: dict[RejectReason, tuple[Reject, type[TokenRelayError], str]] = {
+    RejectReason.QUEUE_FULL: (Reject.QUEUE_FULL, Overloaded, "the worker's queue is full"),
+    RejectReason.PROMPT_TOO_LONG: (Reject.PROMPT_TOO_LONG, InvalidRequest, "the prompt does not fit in the context"),
+    RejectReason.DUPLICATE_ID: (Reject.DUPLICATE_ID, InvalidRequest, "the sequence id is open"),
+    RejectReason.INVALID: (Reject.INVALID, InvalidRequest, "the scheduler refused the request as invalid"),
 }
 
 
-def _refused(answer: Any) -> tuple[Reject, TokenRelayError]:
+def _refused(answer: RejectReason) -> tuple[Reject, TokenRelayError]:
     """The scheduler's typed refusal in this package's words."""
-    name = str(getattr(answer, "name", answer)).rpartition(".")[2].upper()
-    reject, cls, message = _REFUSALS.get(name, (Reject.INVALID, InvalidRequest, f"the scheduler refused it: {name}"))
+    reject, cls, message = _REFUSALS[answer]
     return reject, cls(message)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenrelay.kernels.batch import AttentionBatch
-from tokenrelay.runtime.executor.plan import Plan
+from tokenrelay.libscheduler import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from tokenrelay.base.errors import TokenRelayError
 from tokenrelay.kernels.batch import AttentionBatch
+from tokenrelay.libscheduler import Plan
 from tokenrelay.runtime.executor.batch import Batch, BatchBuilder
-from tokenrelay.runtime.executor.plan import Plan
 from tokenrelay.runtime.executor.sampler import Sampler, SampleWork
 from tokenrelay.runtime.requests import SamplingParams, TokenIds, TokenLogprobs
 

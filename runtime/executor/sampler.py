@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tokenrelay.kernels import ops
 from tokenrelay.kernels.batch import SamplingBatch
+from tokenrelay.libscheduler import Plan
 from tokenrelay.runtime.executor.penalties import PenaltyAdmission, PenaltyState
-from tokenrelay.runtime.executor.plan import Plan
 from tokenrelay.runtime.requests import SamplingParams, TokenIds, TokenLogprobs
 
 Int64s = npt.NDArray[np.int64]

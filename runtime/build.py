@@ -1,0 +1,106 @@
+"""From a loaded model to an engine: sizes the KV pool, makes scheduler, caches and executor fit together.
+
+built = build_engine(model, EngineSizes(slots=16), on_step=deliver)
+built.engine.start()
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tokenrelay.base.errors import ConfigError
+from tokenrelay.libscheduler import Config as SchedulerConfig
+from tokenrelay.libscheduler import Scheduler
+from tokenrelay.runtime.engine import Engine, EngineOptions, OnStep
+from tokenrelay.runtime.executor.executor import Executor
+from tokenrelay.runtime.executor.memory import Pool, allocate_caches, plan_pool
+from tokenrelay.runtime.models.decoder import Model
+
+HASH_KEY_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSizes:
+    """Bounds of an engine. None: found out from the model and the machine."""
+
+    slots: int = 64  # sequences resident at once
+    step_tokens: int = 2048  # of one step, all rows together
+    chunk_tokens: int = 512  # of one sequence in one step
+    waiting_max: int = 1024  # queue bound
+    context_tokens: int | None = None  # prompt + output of one sequence
+    kv_memory_bytes: int | None = None
+    blocks: int | None = None
+    steps_in_flight: int = 2
+    threads: int | None = None  # of torch in a step
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine that is not started yet, and what it was given."""
+
+    engine: Engine
+    scheduler: Scheduler
+    pool: Pool
+
+
+def build_engine(
+    model: Model,
+    sizes: EngineSizes,
+    *,
+    on_step: OnStep,
+    on_fatal: Callable[[BaseException], None] | None = None,
+    on_cache_events: Callable[[list[tuple[str, bytes]]], None] | None = None,
+    hash_key: bytes | None = None,
+) -> BuiltEngine:
+    """Raises ConfigError when the sizes do not fit together or into memory. `hash_key`: 16 bytes, the fleet's."""
+    config = model.config
+    device = model.cos_sin.device
+    pool = plan_pool(
+        config.kv_layout,
+        config.layers,
+        config.dtype,
+        slots=sizes.slots,
+        context_tokens=min(sizes.context_tokens or config.context_tokens, config.context_tokens),
+        context_asked=sizes.context_tokens is not None,
+        kv_memory_bytes=sizes.kv_memory_bytes,
+        blocks=sizes.blocks,
+        device=device,
+    )
+    try:
+        scheduler_config = SchedulerConfig(
+            block_tokens=config.kv_layout.block_tokens,
+            blocks=pool.blocks,
+            slots=sizes.slots,
+            context_tokens=pool.context_tokens,
+            step_tokens=sizes.step_tokens,
+            chunk_tokens=sizes.chunk_tokens,
+            waiting_max=sizes.waiting_max,
+            hash_key=hash_key or secrets.token_bytes(HASH_KEY_BYTES),
+            model_identity=config.identity,
+            steps_in_flight=sizes.steps_in_flight,
+        )
+    except ValueError as error:
+        raise ConfigError(f"the scheduler's sizes do not fit: {error}") from error
+    scheduler = Scheduler(scheduler_config)
+    caches = allocate_caches(config.kv_layout, config.layers, pool, config.dtype, device)
+    executor = Executor(
+        model,
+        caches,
+        scheduler.block_table,
+        block_tokens=config.kv_layout.block_tokens,
+        vocab_size=config.vocab_size,
+        steps_in_flight=sizes.steps_in_flight,
+        threads=sizes.threads,
+    )
+    engine = Engine(
+        scheduler,
+        executor,
+        vocab_size=config.vocab_size,
+        on_step=on_step,
+        on_fatal=on_fatal,
+        on_cache_events=on_cache_events,
+        options=EngineOptions(steps_in_flight=sizes.steps_in_flight),
+    )
+    return BuiltEngine(engine, scheduler, pool)
