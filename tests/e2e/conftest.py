@@ -1,0 +1,62 @@
+"""Servers for the end-to-end tests: real processes, started with the command a user types.
+
+The bundled model serves what needs a model that follows its template; small random-weight checkpoints serve what needs
+time (ignore_eos) or length. A server is shared by the tests of a module unless a test is about its end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import make_checkpoint
+
+from tokenrelay.cli.own import OwnServer
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "bench")]  # serving.py, and load.py: requests with whole replies
+
+from serving import Server  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DeepSeek-V3 in small, random weights."""
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "random-mla", "deepseek_v3")
+
+
+@pytest.fixture(scope="session")
+def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a long context and one layer less wide."""
+    folder = tmp_path_factory.mktemp("models") / "random-long"
+    return make_checkpoint(folder, "deepseek_v3", max_position_embeddings=40960)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Starts servers that live as long as the module's tests; logs go to a file that is shown when one fails."""
+    with ExitStack() as stack:
+
+        def begin(*arguments: Any) -> Server:
+            log = stack.enter_context((tmp_path_factory.mktemp("logs") / "server.log").open("w"))
+            own = OwnServer([str(a) for a in arguments], stderr=log, quiet=True)
+            return Server(stack.enter_context(own))
+
+        yield begin
+
+
+@pytest.fixture(scope="module")
+def bundled(start: Callable[..., Server]) -> Server:
+    """The bundled model, in float32 so that greedy text is the same in every batch."""
+    return start("--dtype", "float32")
+
+
+@pytest.fixture
+def kill() -> Callable[[int], None]:
+    return lambda pid: os.kill(pid, signal.SIGKILL)

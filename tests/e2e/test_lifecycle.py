@@ -1,0 +1,212 @@
+"""Births and deaths: what clients and operators see when processes die, drain, or cannot start."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from load import send, settled_pool
+from serving import Server, alive, until
+
+LONG = {"max_tokens": 2000, "ignore_eos": True, "temperature": 1.0, "stream": True}
+
+
+def body(server: Server, text: str = "x", **parameters: Any) -> dict[str, Any]:
+    return {"model": server.model, "messages": [{"role": "user", "content": text}], **parameters}
+
+
+async def test_a_killed_worker_ends_every_request_and_comes_back(
+    start: Callable[..., Server], random_model: Path, kill: Callable[[int], None]
+) -> None:
+    server = start(random_model, "--dtype", "float32")
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        path = "/v1/chat/completions"
+        streams = [asyncio.ensure_future(send(session, server.url, path, body(server, **LONG))) for _ in range(6)]
+        whole = asyncio.ensure_future(send(session, server.url, path, body(server, **{**LONG, "stream": False})))
+        await until_running(session, server, 7)
+        kill(server.worker_pid)
+        ended = await asyncio.wait_for(asyncio.gather(*streams, whole), 20)
+        for outcome in ended:
+            assert outcome.problems == []
+            assert outcome.error, "no terminal error"
+            assert outcome.kind == ("errored" if outcome.status == 200 else "refused")
+        assert ended[-1].status == 503
+        statuses = await watch_ready(session, server)
+        assert statuses[0] == 503, "/ready says that a dead worker is ready"
+        assert statuses[-1] == 200
+        async with session.get(f"{server.url}/health") as health:
+            assert health.status == 200, "the router lives on"
+        after = await send(session, server.url, path, body(server, max_tokens=4, ignore_eos=True))
+        assert after.kind == "completed", after.error
+        assert (await settled_pool(session, server.url)).active == 0
+
+
+async def until_running(session: aiohttp.ClientSession, server: Server, count: int) -> None:
+    """Until so many sequences hold blocks."""
+    from load import metrics
+
+    for _ in range(400):
+        found = await metrics(session, server.url)
+        if (
+            sum(v for name, v in found.items() if name.startswith("tokenrelay_sequences") and "running" in name)
+            >= count
+        ):
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"never {count} running: {found}")
+
+
+async def watch_ready(session: aiohttp.ClientSession, server: Server) -> list[int]:
+    """The statuses of /ready until it is 200 again."""
+    seen: list[int] = []
+    for _ in range(1200):
+        async with session.get(f"{server.url}/ready") as ready:
+            seen.append(ready.status)
+        if seen[-1] == 200:
+            break
+        await asyncio.sleep(0.05)
+    return seen
+
+
+async def test_the_first_signal_drains(start: Callable[..., Server], random_model: Path) -> None:
+    server = start(random_model, "--dtype", "float32")
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        request = body(server, max_tokens=600, ignore_eos=True, stream=True)
+        running = asyncio.ensure_future(send(session, server.url, "/v1/chat/completions", request))
+        await until_running(session, server, 1)
+        server.signal(signal.SIGTERM)
+        outcome = await running
+    assert outcome.kind == "completed", (outcome.error, outcome.problems)
+    assert outcome.finish_reasons == {0: "length"}
+    assert server.end() == 0
+    assert not alive(server.worker_pid)
+    assert not alive(int(server.facts["router_pid"]))
+
+
+async def test_a_second_signal_stops_at_once(start: Callable[..., Server], random_model: Path) -> None:
+    server = start(random_model, "--dtype", "float32")
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        request = send(session, server.url, "/v1/chat/completions", body(server, **{**LONG, "max_tokens": 3900}))
+        running = asyncio.ensure_future(request)
+        await until_running(session, server, 1)
+        server.signal(signal.SIGTERM)
+        await asyncio.sleep(0.3)
+        assert not running.done()
+        began = time.monotonic()
+        server.signal(signal.SIGTERM)
+        outcome = await asyncio.wait_for(running, 10)
+    assert outcome.error or outcome.problems
+    assert server.end(10) == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 8
+    assert not alive(server.worker_pid)
+
+
+async def test_a_full_queue_answers_429(start: Callable[..., Server], random_model: Path) -> None:
+    server = start(random_model, "--dtype", "float32", "--slots", 1, "--waiting-max", 2)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        path, request = "/v1/chat/completions", body(server, max_tokens=200, ignore_eos=True)
+        outcomes = await asyncio.gather(*(send(session, server.url, path, request) for _ in range(10)))
+        assert [o.problems for o in outcomes if o.problems] == []
+        assert {o.kind for o in outcomes} == {"completed", "refused"}
+        assert {o.status for o in outcomes if o.kind == "refused"} == {429}
+        assert sum(o.kind == "completed" for o in outcomes) >= 3
+        blockers = [asyncio.ensure_future(send(session, server.url, path, request)) for _ in range(6)]
+        retry_after = None
+        while retry_after is None and not all(blocker.done() for blocker in blockers):
+            async with session.post(server.url + path, json=request) as response:
+                retry_after = response.headers.get("Retry-After") if response.status == 429 else None
+        assert retry_after is not None
+        assert int(retry_after) >= 1
+        await asyncio.gather(*blockers)
+        assert (await settled_pool(session, server.url)).active == 0
+
+
+def serve(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    """`tokenrelay serve` that is expected to end by itself."""
+    command = [sys.executable, "-m", "tokenrelay.cli.main", "serve", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def complaint(done: subprocess.CompletedProcess[str]) -> str:
+    """The one sentence it said; logs are JSON and do not count."""
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if not line.startswith("{")]
+    return said
+
+
+def test_a_port_in_use(random_model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = complaint(serve(random_model, "--port", port))
+    assert said == (
+        f"tokenrelay: port {port} on 127.0.0.1 is in use by another process; "
+        "stop that one, or choose a port with --port"
+    )
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def missing_shard(folder: Path) -> list[str]:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    name = sorted(set(index["weight_map"].values()))[1]
+    (folder / name).unlink()
+    return [name]
+
+
+def truncated(folder: Path) -> list[str]:
+    path = sorted(folder.glob("*.safetensors"))[0]
+    os.truncate(path, path.stat().st_size - 100)
+    return [path.name]
+
+
+def wrong_shape(folder: Path) -> list[str]:
+    edit_config(folder, vocab_size=400)
+    return ["model.embed_tokens.weight", ".safetensors", "400", "384"]
+
+
+def unknown_architecture(folder: Path) -> list[str]:
+    edit_config(folder, architectures=["PerceptronForCausalLM"], model_type="perceptron")
+    return ["config.json", "PerceptronForCausalLM"]
+
+
+@pytest.mark.parametrize("damage", [missing_shard, truncated, wrong_shape, unknown_architecture])
+def test_a_bad_checkpoint_ends_the_start_with_one_message(
+    damage: Callable[[Path], list[str]], tmp_path: Path, sharded_model: Path
+) -> None:
+    folder = tmp_path / "bad"
+    shutil.copytree(sharded_model, folder)
+    names = damage(folder)
+    said = complaint(serve(folder, "--port", 0))
+    assert all(name in said for name in names), said
+
+
+@pytest.fixture(scope="module")
+def sharded_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from checkpoints import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "sharded", "deepseek_v3", max_shard_size="100KB")
+
+
+def test_nothing_outlives_a_killed_supervisor(start: Callable[..., Server], random_model: Path) -> None:
+    server = start(random_model, "--dtype", "float32")
+    children = [server.worker_pid, int(server.facts["router_pid"])]
+    assert all(map(alive, children))
+    server.signal(signal.SIGKILL)
+    server.end()
+    until(lambda: not any(map(alive, children)), 10)
