@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from tokenrelay.base.errors import ConfigError, TokenRelayError, Unavailable
+from tokenrelay.cli import demo_tools
 from tokenrelay.cli.client import ApiClient, Delta, join_tool_calls
 from tokenrelay.cli.own import OwnServer
 
@@ -37,6 +38,7 @@ _CONTROLS = {
 
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+BUNDLED_NAME = "tokenrelay-tiny"  # as the bundled model is served
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class ChatRequest:
     temperature: float | None = None
     tokens_max: int | None = None
     seed: int | None = None
-    tools: Path | None = None
+    tools: str | None = None  # a file, "demo" or "none"
     api_key: str = ""
 
 
@@ -64,6 +66,7 @@ class ChatOptions:
     tokens_max: int | None = None
     seed: int | None = None
     tools: tuple[dict[str, Any], ...] = ()
+    demo: bool = False  # calls of demo_tools are run here, without asking
 
 
 @dataclass
@@ -149,10 +152,15 @@ class Chat:
         return answer
 
     def _run_tools(self, answer: Answer) -> bool:
-        """Ask for each call's result. False: the user gives none, so the turn ends; open calls are dropped."""
+        """Run each call, or ask for its result. False: the user gives none, so the turn ends; the calls are dropped."""
         results = []
         for call in answer.tool_calls:
-            result = self._screen.tool_result(call)
+            function = call["function"]
+            if self._options.demo and function["name"] in demo_tools.NAMES:
+                result: str | None = demo_tools.run(function["name"], function["arguments"])
+                self._screen.say(f"← {result}")
+            else:
+                result = self._screen.tool_result(call)
             if result is None:
                 del self.messages[-1]["tool_calls"]
                 return False
@@ -245,10 +253,8 @@ def figures(answer: Answer) -> str:
     return f"{tokens} tokens{speed}; {cached} of {prompt} prompt tokens from the cache{why}"
 
 
-def read_tools(path: Path | None) -> tuple[dict[str, Any], ...]:
+def read_tools(path: Path) -> tuple[dict[str, Any], ...]:
     """Tools from a JSON file: a list in OpenAI's shape, {"type": "function", "function": {...}}, or of functions."""
-    if path is None:
-        return ()
     try:
         tools = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -258,6 +264,14 @@ def read_tools(path: Path | None) -> tuple[dict[str, Any], ...]:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ConfigError(f"{path} must hold a JSON list of tools")
     return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
+
+
+def wants_demo(wanted: str | None, model: str, *, local: bool) -> bool:
+    """Whether the demo tools are offered: when asked for, and unasked to the bundled model, made to show tool calls.
+
+    Unasked from a local server only, since what the tools read here goes to the server.
+    """
+    return wanted == "demo" or (wanted is None and local and model == BUNDLED_NAME)
 
 
 def converse(chat: Chat, screen: Screen) -> None:
@@ -313,16 +327,18 @@ def _command(chat: Chat, screen: Screen, text: str) -> bool:
 
 def run_chat(request: ChatRequest) -> None:
     """Chat with the server that the request means, or with an own one. Raises TokenRelayError."""
-    tools = read_tools(request.tools)
+    tools = () if request.tools is None or request.tools in ("demo", "none") else read_tools(Path(request.tools))
     with contextlib.ExitStack() as stack:
         client, model = _find_server(request, stack)
+        demo = wants_demo(request.tools, model, local=request.url is None)
         options = ChatOptions(
             model=model,
             system=request.system,
             temperature=request.temperature,
             tokens_max=request.tokens_max,
             seed=request.seed,
-            tools=tools,
+            tools=demo_tools.TOOLS if demo else tools,
+            demo=demo,
         )
         talk(client, options, request.message)
 
@@ -334,6 +350,10 @@ def talk(client: ApiClient, options: ChatOptions, message: str | None) -> None:
     chat = Chat(client, options, screen)
     if interactive:
         screen.say(f"{options.model} at {client.url}. /help lists the commands, Ctrl-D leaves.")
+        if options.demo:
+            screen.say(
+                f"It may use {', '.join(demo_tools.NAMES)} (in this folder, read only); --tools none forbids it."
+            )
         converse(chat, screen)
         return
     text = sys.stdin.read() if message is None else message

@@ -5,14 +5,17 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Grid
 
 from tokenrelay.base.errors import ConfigError
 from tokenrelay.base.version import version
 from tokenrelay.cli.machine import look
+
+if TYPE_CHECKING:
+    from tokenrelay.libscheduler import Table
 
 # Libraries whose version a bug report needs.
 _LIBRARIES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "aiohttp", "grpcio", "msgspec")
@@ -23,7 +26,7 @@ def print_kernels(op: str | None) -> None:
     from tokenrelay.kernels import registry
 
     _check_op(op, registry.ops())
-    table = Table(box=None, header_style="bold")
+    table = Grid(box=None, header_style="bold")
     for column in ("operation", "kernel", "device", "needs", "dtypes", "limits", "priority", "from"):
         table.add_column(column, justify="right" if column == "priority" else "left", overflow="fold")
     for name in registry.ops() if op is None else (op,):
@@ -76,20 +79,20 @@ def print_fsm(name: str | None) -> None:
     if name is not None and name not in tables:
         raise ConfigError(f"no state machine is called {name!r}; there are {', '.join(sorted(tables))}")
     shown = sorted(tables) if name is None else [name]
-    print("\n".join(mermaid(table, each) for each in shown for table in (tables[each],)))
+    print("\n".join(mermaid(tables[each]) for each in shown), end="")
 
 
-def mermaid(table: Any, name: str) -> str:
+def mermaid(table: Table) -> str:
     """A Mermaid state diagram (mermaid.js.org/syntax/stateDiagram.html): transitions as arrows, refusals as comments.
 
-    The first state of a table is where it begins; a state that nothing leaves is where it ends.
+    A state that nothing leaves is where the machine ends.
     """
     left = {row.state for row in table.rows if row.next is not None}
     arrows: dict[tuple[str, str], list[str]] = {}
     for row in table.rows:
         if row.next is not None:
             arrows.setdefault((row.state, row.next), []).append(row.event)
-    lines = ["---", f"title: {name}", "---", "stateDiagram-v2", f"    [*] --> {table.states[0]}"]
+    lines = ["---", f"title: {table.name}", "---", "stateDiagram-v2", f"    [*] --> {table.initial}"]
     lines += [f"    {state} --> {after}: {', '.join(events)}" for (state, after), events in arrows.items()]
     lines += [f"    {state} --> [*]" for state in table.states if state not in left]
     lines += [f"    %% rejected: {row.event} in {row.state}: {row.reason}" for row in table.rows if row.next is None]

@@ -224,8 +224,13 @@ def chat(
     ] = None,
     seed: Annotated[int | None, _option("--seed", metavar="N", help="The same seed gives the same answer.")] = None,
     tools: Annotated[
-        Path | None,
-        _option("--tools", metavar="FILE", help="JSON list of tools to offer; you are asked for their results."),
+        str | None,
+        _option(
+            "--tools",
+            metavar="FILE|demo|none",
+            help="Tools to offer: a JSON list in a file (you are asked for their results), or the demo ones, which run "
+            "here: a calculator, and list_files and read_file in this folder. Default: demo for the bundled model.",
+        ),
     ] = None,
     api_key: Annotated[str, _option("--api-key", metavar="KEY", help="Sent as a bearer token.")] = "",
 ) -> None:

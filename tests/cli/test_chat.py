@@ -289,3 +289,17 @@ def test_tools_files(tmp_path: Path) -> None:
     path.write_text('{"name": "x"}')
     with pytest.raises(ConfigError, match="a JSON list of tools"):
         read_tools(path)
+
+
+def test_demo_tools_run_by_themselves(scripted: Any) -> None:
+    call = {"index": 0, "id": "c1", "function": {"name": "calculator", "arguments": '{"expression": "6*7"}'}}
+    scripted.say({"tool_calls": [call]}, finish="tool_calls")
+    scripted.say("It is 42.")
+    done = piped("6*7?", "--url", scripted.url, "--tools", "demo")
+    assert (done.returncode, done.stdout) == (0, 'calculator({"expression": "6*7"})\nIt is 42.\n')
+    assert scripted.requests[1]["messages"][-1] == {"role": "tool", "tool_call_id": "c1", "content": "42"}
+    assert [tool["function"]["name"] for tool in scripted.requests[0]["tools"]] == [
+        "calculator",
+        "list_files",
+        "read_file",
+    ]
