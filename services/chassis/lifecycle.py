@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Coroutine
+from collections.abc import Awaitable
 from enum import Enum
 from typing import Any
 
@@ -35,6 +35,7 @@ class Lifecycle:
 
     def __init__(self) -> None:
         self.state = State.STARTING
+        self.failure: BaseException | None = None
         self._drain = asyncio.Event()
         self._stop = asyncio.Event()
 
@@ -59,9 +60,10 @@ class Lifecycle:
             self.state = State.DRAINING
             self._drain.set()
 
-    def stop_now(self, why: str) -> None:
+    def fail(self, error: BaseException) -> None:
         """Something failed for good: do not drain."""
-        log.error("stopping", why=why)
+        log.error("stopping", error=repr(error))
+        self.failure = self.failure or error
         self._drain.set()
         self._stop.set()
 
@@ -74,16 +76,23 @@ class Lifecycle:
         """Until the process is asked to end."""
         await self._drain.wait()
 
-    async def unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
-        """Run `work`, but give it up when asked to stop at once. True when it was finished."""
-        task = asyncio.create_task(work)
-        stop = asyncio.create_task(self._stop.wait())
-        await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
-        stop.cancel()
-        if task.done():
-            task.result()
-            return True
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-        return False
+    async def unless_stopped(self, work: Awaitable[Any]) -> bool:
+        """Run `work`, but give it up when asked to stop at once. True when it was finished; raises what it raised."""
+        return await _unless(self._stop, work)
+
+    async def unless_ended(self, work: Awaitable[Any]) -> bool:
+        """The same, but given up at the first request to end: for work that comes before there is anything to drain."""
+        return await _unless(self._drain, work)
+
+
+async def _unless(event: asyncio.Event, work: Awaitable[Any]) -> bool:
+    task, given_up = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
+    await asyncio.wait([task, given_up], return_when=asyncio.FIRST_COMPLETED)
+    given_up.cancel()
+    if task.done():
+        task.result()
+        return True
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    return False

@@ -1,0 +1,279 @@
+"""The worker process: loads a model and serves it to routers on a Unix socket.
+
+    python -m tokenrelay.cli.worker --model DIR --socket PATH [--status-fd N] [--config FILE] [--slots 64 …]
+
+Every field of `WorkerConfig` is a flag. First SIGTERM: finish what runs, refuse what is new, exit 0; a second one stops
+at once. An expected failure at the start ends with one sentence and exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenrelay.base.config import Resolved, resolve
+from tokenrelay.base.deadlines import Deadline
+from tokenrelay.base.errors import ConfigError, TokenRelayError
+from tokenrelay.base.ids import incarnation as new_incarnation
+from tokenrelay.base.logging import get_logger, setup_logging
+from tokenrelay.base.status import StatusPipe
+from tokenrelay.base.version import version
+from tokenrelay.services.decode.config import WorkerConfig
+from tokenrelay.services.prefill.config import PrefillConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from tokenrelay.cli.colocated import Colocated
+    from tokenrelay.proto import worker_pb2
+    from tokenrelay.runtime.executor.memory import Pool
+    from tokenrelay.runtime.models.decoder import Model
+    from tokenrelay.services.chassis.lifecycle import Lifecycle
+
+log = get_logger("worker")
+
+BUNDLED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "tokenrelay-tiny"
+PROGRESS_INTERVAL_S = 0.1
+STOPPED_CODE = 128 + signal.SIGTERM  # stopped at once, as a shell would report it
+STOP_GRACE_S = 2.0  # for routers to read the last messages of a session
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What one worker process runs with."""
+
+    worker: WorkerConfig
+    prefill: PrefillConfig
+    incarnation: str
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; the exit code."""
+    parsed = _parser().parse_args(arguments)
+    status = StatusPipe(parsed.status_fd)
+    incarnation = new_incarnation()
+    try:
+        worker, prefill = settings(parsed)
+        if parsed.print_config:
+            for name, value, origin in [*worker.rows(), *prefill.rows()]:
+                print(f"{name:28} {value:40} {origin}")
+            return 0
+        setup_logging("worker", level=worker.values.log_level, incarnation=incarnation)
+        worker.values.check()
+        code = asyncio.run(run(WorkerSettings(worker.values, prefill.values, incarnation), status))
+    except TokenRelayError as error:
+        log.error("the worker ends", code=error.code, reason=error.message)
+        status.failed(error)
+        return 1
+    except Exception as error:
+        log.exception("the worker ends")
+        status.failed(error)
+        return 1
+    if code == STOPPED_CODE:  # a step may still run, or the model load: nobody waits for it
+        logging.shutdown()
+        os._exit(code)
+    return code
+
+
+def settings(parsed: argparse.Namespace) -> tuple[Resolved[WorkerConfig], Resolved[PrefillConfig]]:
+    """Flags over environment over file over defaults. Raises ConfigError."""
+    names = [field.name for field in dataclasses.fields(WorkerConfig)]
+    flags = {name: getattr(parsed, name) for name in names}
+    return (
+        resolve(WorkerConfig, "worker", file=parsed.config, flags=flags),
+        resolve(PrefillConfig, "prefill", file=parsed.config),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tokenrelay.cli.worker", description="A TokenRelay worker process.")
+    for field in dataclasses.fields(WorkerConfig):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, help=field.metadata["help"])
+    parser.add_argument("--config", type=Path, help="TOML file with the tables [worker] and [prefill]")
+    parser.add_argument("--status-fd", type=int, help="report the start-up on this descriptor")
+    parser.add_argument("--print-config", action="store_true", help="print every setting and where it came from")
+    return parser
+
+
+async def run(options: WorkerSettings, status: StatusPipe) -> int:
+    """Load, serve until drained or stopped; the exit code. Raises TokenRelayError when it cannot start."""
+    from tokenrelay.services.chassis.lifecycle import Lifecycle
+    from tokenrelay.services.chassis.server import WorkerServer
+    from tokenrelay.services.chassis.session import WorkerServicer
+
+    config = options.worker
+    if not config.socket:
+        raise ConfigError("worker.socket is empty: where should the worker listen?")
+    began_s = time.monotonic()
+    lifecycle = Lifecycle()
+    lifecycle.install_signals()
+    model = await _load_unless_ended(config, status, lifecycle)
+    if model is None:
+        return STOPPED_CODE
+    host, pool = mount(model, options, lifecycle.fail)
+    servicer = WorkerServicer(host)
+    host.bind(servicer)
+    server = WorkerServer(servicer, f"unix:{config.socket}")
+    host.start()
+    await server.start()
+    lifecycle.ready()
+    facts = _facts(host.handshake(), pool, time.monotonic() - began_s)
+    log.info("ready", **facts)
+    status.ready(**facts)
+    await lifecycle.wait_drain()
+    drained = await lifecycle.unless_stopped(servicer.drain(Deadline.after(config.drain_s)))
+    await server.stop(STOP_GRACE_S if drained else 0.0)
+    log.info("stopped", drained=drained, failure=repr(lifecycle.failure) if lifecycle.failure else None)
+    if lifecycle.failure is not None:
+        return 1
+    if lifecycle.stopping:
+        return STOPPED_CODE
+    await asyncio.to_thread(host.close)
+    return 0
+
+
+async def _load_unless_ended(config: WorkerConfig, status: StatusPipe, lifecycle: Lifecycle) -> Model | None:
+    """The model; None when asked to end meanwhile. The thread is a daemon: a load that nobody needs keeps nobody."""
+    loop = asyncio.get_running_loop()
+    loaded: asyncio.Future[Model] = loop.create_future()
+
+    def work() -> None:
+        try:
+            model = load(config, status)
+        except Exception as error:
+            failure = error
+            loop.call_soon_threadsafe(lambda: loaded.done() or loaded.set_exception(failure))
+        else:
+            loop.call_soon_threadsafe(lambda: loaded.done() or loaded.set_result(model))
+
+    threading.Thread(target=work, name="load", daemon=True).start()
+    return loaded.result() if await lifecycle.unless_ended(loaded) else None
+
+
+def load(config: WorkerConfig, status: StatusPipe) -> Model:
+    """Load the model, telling `status` how far it is. Raises CheckpointError, ConfigError."""
+    import torch
+
+    from tokenrelay.runtime.weights.loader import load_model
+
+    told_s = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told_s
+        if time.monotonic() - told_s >= PROGRESS_INTERVAL_S or done == total:
+            told_s = time.monotonic()
+            status.progress("weights", done=done, total=total)
+
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("worker.device is cuda, but this torch sees no GPU")
+    folder = Path(config.model) if config.model else BUNDLED_MODEL
+    return load_model(
+        folder,
+        dtype=_dtype(config.dtype, device),
+        device=device,
+        progress=progress,
+        block_tokens=config.block_tokens,
+        context_tokens=config.context_tokens,
+    )
+
+
+def _dtype(name: str, device: str) -> torch.dtype | None:
+    """None: the checkpoint's own."""
+    import torch
+
+    from tokenrelay.kernels.isa import features
+
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    computes_bf16 = device == "cuda" or not features().isdisjoint({"avx512_bf16", "amx_bf16"})
+    return None if computes_bf16 else torch.float32
+
+
+def mount(model: Model, options: WorkerSettings, on_fatal: Any) -> tuple[Colocated, Pool]:
+    """Both roles on one engine. `on_fatal(error)` is called on the event loop when the engine fails for good."""
+    from tokenrelay.cli.colocated import EngineLink, mount_roles
+    from tokenrelay.runtime.build import EngineSizes, build_engine
+
+    config = options.worker
+    sizes = EngineSizes(
+        slots=config.slots,
+        step_tokens=config.step_tokens,
+        chunk_tokens=min(config.chunk_tokens, config.step_tokens),
+        waiting_max=config.waiting_max,
+        context_tokens=config.context_tokens,
+        kv_memory_bytes=config.kv_memory_bytes,
+        blocks=config.blocks,
+        threads=config.threads,
+    )
+    link = EngineLink(asyncio.get_running_loop(), on_fatal)
+    built = build_engine(
+        model, sizes, on_step=link.on_step, on_fatal=link.on_fatal, on_cache_events=link.on_cache_events
+    )
+    handshake = handshake_of(model, options, built.pool)
+    host = mount_roles(
+        built.engine,
+        link,
+        handshake,
+        layers=model.config.layers,
+        claim_deadline_s=config.claim_deadline_s,
+        prefill_config=options.prefill,
+    )
+    return host, built.pool
+
+
+def handshake_of(model: Model, options: WorkerSettings, pool: Pool) -> worker_pb2.HandshakeReply:
+    """Who this worker is, for routers."""
+    from tokenrelay.proto import worker_pb2
+
+    config, model_config = options.worker, model.config
+    folder = Path(config.model) if config.model else BUNDLED_MODEL
+    return worker_pb2.HandshakeReply(
+        incarnation=options.incarnation,
+        role="colocated",
+        version=version(),
+        model_name=config.served_model_name or model_config.name,
+        model_path=str(folder.resolve()),
+        model_identity=model_config.identity,
+        context_tokens=pool.context_tokens,
+        block_tokens=model_config.kv_layout.block_tokens,
+        blocks=pool.blocks,
+        slots=config.slots,
+        waiting_max=config.waiting_max,
+        dtype=str(model_config.dtype).removeprefix("torch."),
+        device=str(model.cos_sin.device),
+        vocab_size=model_config.vocab_size,
+        eos_token_ids=model_config.eos_token_ids,
+        numerics=_numerics(str(model_config.dtype).removeprefix("torch.")),
+    )
+
+
+def _numerics(dtype: str) -> str:
+    """The numerics fingerprint: what two workers must share for their sums to be comparable."""
+    import torch
+
+    from tokenrelay.kernels.isa import features, machine
+
+    return f"{machine()};{','.join(sorted(features()))};{dtype};torch-{torch.__version__}"
+
+
+def _facts(handshake: worker_pb2.HandshakeReply, pool: Pool, load_s: float) -> dict[str, Any]:
+    names = ("dtype", "device", "context_tokens", "block_tokens", "blocks", "slots")
+    facts: dict[str, Any] = {"model": handshake.model_name, **{name: getattr(handshake, name) for name in names}}
+    return {**facts, "kv_bytes": pool.bytes, "load_s": round(load_s, 3)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

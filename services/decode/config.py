@@ -1,0 +1,65 @@
+"""Settings of a worker process, the table `[worker]`: the model, its memory, the bounds of its steps.
+
+They stand with the decode role because a worker that decodes is one that holds sequences; no heavy import here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from tokenrelay.base.config import setting
+from tokenrelay.base.errors import ConfigError
+
+BLOCK_TOKENS = (16, 32, 64, 128)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """One worker (`TOKENRELAY_WORKER_…`)."""
+
+    model: str = setting("", "model folder in Hugging Face's format; empty: the bundled one")
+    socket: str = setting("", "path of the Unix socket to serve on")
+    served_model_name: str = setting("", "what clients call the model; empty: the folder's name")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "of weights and KV; auto: bfloat16 where the machine computes in it, else float32"
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs; auto: a GPU if there is one")
+    context_tokens: int | None = setting(
+        None,
+        "prompt and output of one sequence, at most; default: the model's, as far as the pool holds it",
+        minimum=16,
+    )
+    block_tokens: int = setting(64, "tokens per KV block: 16, 32, 64 or 128; one value in a fleet")
+    kv_memory: str | None = setting(None, "memory of the KV pool, such as 4GiB; default: a quarter of what is free")
+    blocks: int | None = setting(None, "KV pool in blocks, instead of kv_memory", minimum=2)
+    slots: int = setting(64, "sequences resident at once; others wait", minimum=1, maximum=4096)
+    step_tokens: int = setting(2048, "tokens of one step, all sequences together", minimum=1, maximum=1 << 20)
+    chunk_tokens: int = setting(512, "prompt tokens of one sequence in one step", minimum=1, maximum=1 << 20)
+    waiting_max: int = setting(1024, "sequences that may wait; one more is refused", minimum=1, maximum=1 << 20)
+    threads: int | None = setting(None, "CPU threads of a step; default: one per core this process may use", minimum=1)
+    claim_deadline_s: float = setting(600.0, "seconds a KV handle may wait for its first token", minimum=1)
+    drain_s: float = setting(120.0, "seconds that running requests get after the first SIGTERM", minimum=0)
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")
+
+    def check(self) -> None:
+        """What bounds of single fields cannot say. Raises ConfigError."""
+        if self.block_tokens not in BLOCK_TOKENS:
+            raise ConfigError(f"worker.block_tokens is {self.block_tokens}, expected one of {BLOCK_TOKENS}")
+        if self.blocks is not None and self.kv_memory is not None:
+            raise ConfigError("worker.blocks and worker.kv_memory both size the KV pool: give one of them")
+
+    @property
+    def kv_memory_bytes(self) -> int | None:
+        """`kv_memory` in bytes. Raises ConfigError."""
+        return None if self.kv_memory is None else parse_bytes(self.kv_memory, "worker.kv_memory")
+
+
+def parse_bytes(text: str, where: str) -> int:
+    """`4GiB`, `512 MB`, `1.5g`, `1048576` -> bytes. Raises ConfigError that names `where`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", text.lower())
+    if match is None:
+        raise ConfigError(f"{where} is {text!r}, expected a size such as 4GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
