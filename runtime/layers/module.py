@@ -2,7 +2,8 @@
 
 At batch 1 a decode step of a small model is made of Python, and nn.Module has a large part in it: its calls (hooks) and
 its `__getattr__` (parameters and children live in side tables). About 14 calls and 33 look-ups a layer took 25 to 35 us
-of 55 to 77 us. So calls go straight to `forward`, and `freeze_all` puts parameters and children where Python looks first.
+of 55 to 77 us. So calls go straight to `forward`, and `freeze_all` puts parameters and children where Python looks
+first.
 """
 
 from __future__ import annotations

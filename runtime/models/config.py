@@ -104,11 +104,9 @@ def parse_rope(fields: Fields, width: int, *, interleaved: bool) -> Rope:
 
 
 def refuse_unsupported(fields: Fields) -> None:
-    """What no family here computes: other activations, sliding windows, quantised weights."""
+    """What no family here computes: other activations and sliding windows."""
     fields.only("hidden_act", "silu", why="other activations are not supported")
     fields.only("use_sliding_window", False, why="sliding-window attention is not supported")
     kinds = fields.texts("layer_types")
     if any(kind != "full_attention" for kind in kinds):
         fields.fail("layer_types", '"full_attention" in each layer (other kinds are not supported)')
-    if "quantization_config" in fields:
-        fields.fail("quantization_config", "none (quantised checkpoints are not supported; use a bfloat16 export)")

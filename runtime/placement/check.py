@@ -88,10 +88,12 @@ def _port(model: nn.Module, path: str, reference: str, *, feeds: bool) -> tuple[
     child, _, name = reference.rpartition(".")
     owner_path = _join(path, child) if child else path
     try:
-        boundary = model.get_submodule(owner_path).boundary
+        owner = model.get_submodule(owner_path)
     except AttributeError:
         raise PlacementError(f"{path or 'the model'} declares an edge at {reference!r}, which is no module") from None
-    assert isinstance(boundary, Boundary)
+    boundary = getattr(owner, "boundary", None)
+    if not isinstance(boundary, Boundary):
+        raise PlacementError(f"{owner_path} ({type(owner).__name__}) declares no boundary")
     # A composite's own inputs feed its children, and its own outputs are fed by them.
     ports = boundary.outputs if feeds == bool(child) else boundary.inputs
     if name not in ports:

@@ -23,6 +23,7 @@ from tokenrelay.runtime.models.decoder import Model
 from tokenrelay.runtime.models.registry import architecture_of
 from tokenrelay.runtime.placement import Mesh, check
 from tokenrelay.runtime.weights.checkpoint import Checkpoint
+from tokenrelay.runtime.weights.fp8 import FP8, SUFFIX, Block, check_factors, dequantize, fp8_block
 from tokenrelay.runtime.weights.identity import model_identity
 
 Progress = Callable[[int, int], None]  # (bytes loaded, bytes in all), after each tensor
@@ -58,7 +59,8 @@ def load_model(
         with torch.device("meta"):
             model = Model(architecture, dtype=dtype)
         check(model, Mesh())
-        sources = _match(checkpoint, model)
+        block = fp8_block(checkpoint.config)
+        sources = _match(checkpoint, model, block)
         config = ModelConfig(
             name=checkpoint.folder.resolve().name,
             architecture=name,
@@ -71,7 +73,7 @@ def load_model(
             identity=model_identity(checkpoint, name, architecture, dtype),
         )
         _allocate(model, device, checkpoint)
-        _fill(checkpoint, sources, progress)
+        _fill(checkpoint, sources, block, progress)
         model.finish(config, device)
     return model
 
@@ -87,7 +89,7 @@ def default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     return torch.float32 if found is torch.float16 and device.type == "cpu" else found
 
 
-def _match(checkpoint: Checkpoint, model: Model) -> dict[str, WeightSource]:
+def _match(checkpoint: Checkpoint, model: Model, block: Block | None) -> dict[str, WeightSource]:
     """Every tensor that the model needs, checked; logs what is left out. Raises CheckpointError for any difference."""
     sources = {source.name: source for source in model.sources()}
     for name, source in sources.items():
@@ -100,7 +102,9 @@ def _match(checkpoint: Checkpoint, model: Model) -> dict[str, WeightSource]:
             found, expected = list(entry.shape), list(source.shape)
             message = f"{path}: {name} has shape {found}; config.json makes it {expected}"
             raise CheckpointError(message, file=str(path), tensor=name)
-        if entry.dtype not in FLOATS:
+        if entry.dtype == FP8:
+            check_factors(checkpoint, entry, block)
+        elif entry.dtype not in FLOATS:
             message = f"{path}: {name} has dtype {entry.dtype}; expected one of {', '.join(FLOATS)}"
             raise CheckpointError(message, file=str(path), tensor=name)
     _leave_out(checkpoint, model, set(sources))
@@ -112,7 +116,7 @@ def _leave_out(checkpoint: Checkpoint, model: Model, needed: set[str]) -> None:
     architecture = model.architecture
     predictions = []
     for name in checkpoint.where:
-        if name in needed or _DERIVED.search(name):
+        if name in needed or _DERIVED.search(name) or name.removesuffix(SUFFIX) in needed:
             continue
         layer = _LAYER.match(name)
         if layer is not None and int(layer[1]) >= architecture.layers:
@@ -135,7 +139,9 @@ def _allocate(model: Model, device: torch.device, checkpoint: Checkpoint) -> Non
         raise CheckpointError(message, file=str(checkpoint.folder)) from error
 
 
-def _fill(checkpoint: Checkpoint, sources: dict[str, WeightSource], progress: Progress | None) -> None:
+def _fill(
+    checkpoint: Checkpoint, sources: dict[str, WeightSource], block: Block | None, progress: Progress | None
+) -> None:
     """Copy every tensor into its place, file by file in the order of their data."""
     total = sum(checkpoint.entry(name).size_bytes for name in sources)
     done = 0
@@ -143,7 +149,11 @@ def _fill(checkpoint: Checkpoint, sources: dict[str, WeightSource], progress: Pr
         for name, entry in file.entries.items():
             if name not in sources:
                 continue
-            _copy(sources[name], file.tensor(name))
+            tensor = file.tensor(name)
+            if entry.dtype == FP8 and block is not None:
+                tensor = dequantize(tensor, checkpoint.where[name + SUFFIX].tensor(name + SUFFIX), block)
+            _copy(sources[name], tensor)
+            del tensor  # nothing may look into pages that are given back
             file.release(name)
             done += entry.size_bytes
             if progress is not None:

@@ -44,7 +44,7 @@ def test_chunked_prefill_then_decode(pair: Any) -> None:
 
 
 def test_mixed_batches_with_prefix_hits(pair: Any) -> None:
-    """Decode rows, fresh prompts, chunks and prompts whose first blocks another sequence computed, in the same steps."""
+    """Decode rows, fresh prompts, chunks, and prompts whose first blocks another sequence computed, in one step."""
     trunk = prompt(70, seed=2)
     texts = [trunk, prompt(29, seed=3), trunk[:32] + prompt(20, seed=4), trunk[:48] + prompt(15, seed=5)]
     expected = [reference_logits(pair.hf, text) for text in texts]
