@@ -1,0 +1,1 @@
+"""The router: HTTP in, template, tokenize, choose a worker, stream out. No torch, no transformers."""

@@ -1,0 +1,188 @@
+"""The HTTP application: routes, errors, health and metrics.
+
+web.AppRunner(create_app(state), handler_cancellation=True)     # a client that leaves cancels its handler
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from tokenrelay.base.errors import InvalidRequest, NotFound, TokenRelayError, Unavailable
+from tokenrelay.base.logging import get_logger
+from tokenrelay.base.version import version
+from tokenrelay.proto import worker_pb2
+from tokenrelay.services.chassis.client import WorkerClient
+from tokenrelay.services.router import metrics
+from tokenrelay.services.router.body import read_body, render_messages
+from tokenrelay.services.router.generate import chat_completions, completions
+from tokenrelay.services.router.model import ServedModel
+from tokenrelay.services.router.openai_types import DetokenizeRequest, TokenizeRequest
+from tokenrelay.services.router.replies import error_response, json_response
+from tokenrelay.services.router.state import STATE, RouterState
+from tokenrelay.services.router.tokenize import unpack_ids
+from tokenrelay.services.router.validate import check_token_ids, decode
+
+log = get_logger("router")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+SCRAPE_TIMEOUT_S = 1.0
+
+
+def create_app(state: RouterState) -> web.Application:
+    """All endpoints on this state."""
+    app = web.Application(middlewares=[_answer], client_max_size=state.config.body_bytes_max)
+    app[STATE] = state
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", chat_completions),
+            web.post("/v1/completions", completions),
+            web.get("/v1/models", models),
+            web.get("/v1/models/{name:.+}", one_model),
+            web.post("/tokenize", tokenize),
+            web.post("/detokenize", detokenize),
+            web.get("/health", health),
+            web.get("/ready", ready),
+            web.get("/metrics", metrics_page),
+            web.get("/version", version_of),
+        ]
+    )
+    return app
+
+
+@web.middleware
+async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every error becomes a reply in OpenAI's shape; every reply is counted."""
+    try:
+        response = await handler(request)
+    except TokenRelayError as error:
+        response = error_response(error)
+    except web.HTTPException as error:
+        response = _http_error(request, error)
+    except ConnectionError:  # the client left while its reply was being written
+        raise asyncio.CancelledError from None
+    except Exception:
+        log.exception("a request failed for no known reason", path=request.path)
+        response = error_response(TokenRelayError("the server failed; its log says why"))
+    resource = request.match_info.route.resource
+    endpoint = resource.canonical if resource is not None else "other"
+    request.app[STATE].metrics.requests[endpoint, response.status] += 1
+    return response
+
+
+def _http_error(request: web.Request, error: web.HTTPException) -> web.StreamResponse:
+    """aiohttp's own refusals: no such path, wrong method."""
+    if error.status == 404:
+        return error_response(NotFound(f"there is nothing at {request.path[:256]}"))
+    message = f"{request.method[:16]} {request.path[:256]}: {error.reason}"
+    response = error_response(InvalidRequest(message, code="invalid_method" if error.status == 405 else None))
+    if error.status >= 400:
+        response.set_status(error.status)
+    if "Allow" in error.headers:
+        response.headers["Allow"] = error.headers["Allow"]
+    return response
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+async def models(request: web.Request) -> web.Response:
+    """GET /v1/models."""
+    model = request.app[STATE].pool.require_model()
+    return json_response({"object": "list", "data": [_model_object(model, name) for name in model.names]})
+
+
+async def one_model(request: web.Request) -> web.Response:
+    """GET /v1/models/{name}."""
+    model = request.app[STATE].pool.require_model()
+    name = request.match_info["name"]
+    model.check_name(name)
+    return json_response(_model_object(model, name))
+
+
+def _model_object(model: ServedModel, name: str) -> dict[str, object]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "tokenrelay",
+        "root": model.names[0],
+        "parent": None,
+        "max_model_len": model.context_tokens,
+    }
+
+
+# -- tokens -----------------------------------------------------------------------------------------------------------
+async def tokenize(request: web.Request) -> web.Response:
+    """POST /tokenize: a prompt, or messages through the chat template, as token ids."""
+    state = request.app[STATE]
+    raw = await read_body(request)
+    body = decode(raw, TokenizeRequest)
+    model = state.pool.require_model()
+    model.check_name(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequest("give either prompt or messages", param="prompt")
+    if body.prompt is not None:
+        text, special = body.prompt, body.add_special_tokens is not False
+    else:
+        text, special = (await render_messages(state, model, body, len(raw)))[0], bool(body.add_special_tokens)
+    token_ids = unpack_ids(await model.tokenizer.encode(text, add_special_tokens=special))
+    reply: dict[str, object] = {
+        "count": len(token_ids),
+        "max_model_len": model.context_tokens,
+        "tokens": token_ids,
+        "token_strs": None,
+    }
+    if body.return_token_strs:
+        reply["token_strs"] = [model.vocabulary.token_text(token_id) for token_id in token_ids]
+    return json_response(reply)
+
+
+async def detokenize(request: web.Request) -> web.Response:
+    """POST /detokenize: token ids as text, special tokens included."""
+    body = decode(await read_body(request), DetokenizeRequest)
+    model = request.app[STATE].pool.require_model()
+    model.check_name(body.model)
+    check_token_ids("tokens", body.tokens, model.vocabulary_size)
+    return json_response({"prompt": model.vocabulary.decode(body.tokens, skip_special=False)})
+
+
+# -- operation --------------------------------------------------------------------------------------------------------
+async def health(request: web.Request) -> web.Response:
+    """GET /health: the process lives."""
+    return json_response({"status": "ok"})
+
+
+async def ready(request: web.Request) -> web.Response:
+    """GET /ready: requests would be served now."""
+    state = request.app[STATE]
+    if state.draining:
+        raise Unavailable("the server is shutting down")
+    state.pool.choose()
+    return json_response({"status": "ready", "workers": len(state.pool.usable)})
+
+
+async def metrics_page(request: web.Request) -> web.Response:
+    """GET /metrics, with counters that workers give at this moment (those of the last step, where one does not
+    answer).
+    """
+    state = request.app[STATE]
+    clients = state.pool.clients
+    stats = await asyncio.gather(*(_fresh_stats(client) for client in clients))
+    workers = {client.target: (client.ready, one) for client, one in zip(clients, stats, strict=True)}
+    model = state.pool.model
+    cache = model.tokenizer.cache if model is not None else None
+    text = state.metrics.render(workers, (cache.hit_chars, cache.miss_chars) if cache is not None else (0, 0))
+    return web.Response(body=text.encode(), headers={"Content-Type": metrics.CONTENT_TYPE})
+
+
+async def _fresh_stats(client: WorkerClient) -> worker_pb2.Stats:
+    try:
+        return await client.get_stats(SCRAPE_TIMEOUT_S)
+    except TokenRelayError:
+        return client.stats
+
+
+async def version_of(request: web.Request) -> web.Response:
+    """GET /version."""
+    return json_response({"version": version()})

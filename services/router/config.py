@@ -1,0 +1,65 @@
+"""The router's configuration: table `[router]` of the TOML file, `TOKENRELAY_ROUTER_*`, flags."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenrelay.base.config import Resolved, resolve, setting
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """What an operator may set. Bounds of request parameters are in limits.py."""
+
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "TCP port to listen on; 0 lets the system choose", minimum=0, maximum=65535)
+    worker: tuple[str, ...] = setting(
+        ("unix:/tmp/tokenrelay-worker.sock",), "gRPC targets of the workers, comma-separated; all serve one model"
+    )
+    model_dir: str = setting("", "folder with the tokenizer files; empty: the folder the worker names")
+    model_alias: tuple[str, ...] = setting((), "further names under which the model is served, comma-separated")
+    body_bytes_max: int = setting(32 * MIB, "largest HTTP body, bytes; 1 M tokens are about 4 MiB", minimum=1024)
+    requests_open_max: int = setting(2048, "requests in work at once; one more is answered 429", minimum=1)
+    request_timeout_s: float = setting(3600.0, "longest life of one request, seconds", minimum=1)
+    drain_s: float = setting(60.0, "how long SIGTERM waits for open requests, seconds", minimum=0)
+    tokenize_inline_chars: int = setting(
+        8192, "more text than this to tokenize goes to a thread (8 k characters take about 2 ms)", minimum=0
+    )
+    tokenizer_cache_bytes: int = setting(64 * MIB, "tokenized text kept for next turns, bytes", minimum=0)
+    send_buffer_bytes: int = setting(
+        256 << 10, "above this a slow reader's deltas wait and are merged, bytes", minimum=1024
+    )
+    slow_reader_bytes_max: int = setting(
+        4 * MIB, "merged deltas of one request; above this a slow reader is aborted, bytes", minimum=1024
+    )
+    send_timeout_s: float = setting(30.0, "how long a finished reply may take to be read, seconds", minimum=0.1)
+    headers_after_s: float = setting(
+        1.0, "a stream without a first token sends its headers after this, seconds", minimum=0.001
+    )
+    ping_every_s: float = setting(15.0, "SSE comments while a stream waits for its first token, seconds", minimum=0.01)
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "how much is logged")
+    log_style: Literal["auto", "json", "terminal"] = setting("auto", "how it is logged")
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[Resolved[RouterConfig], argparse.Namespace]:
+    """The configuration in force, and the flags that are not settings (`print_config`, `status_fd`).
+
+    Raises ConfigError that names the setting; argparse ends the process for an unknown flag.
+    """
+    parser = argparse.ArgumentParser(prog="python -m tokenrelay.services.router", description=__doc__)
+    parser.add_argument("--config", type=Path, help="TOML file with a table [router]")
+    parser.add_argument("--print-config", action="store_true", help="show each setting and where it came from, and end")
+    parser.add_argument("--status-fd", type=int, help="file descriptor for status lines to a supervisor")
+    fields = dataclasses.fields(RouterConfig)
+    for field in fields:
+        parser.add_argument(f"--{field.name.replace('_', '-')}", help=f"{field.metadata['help']} [{field.default}]")
+    options = parser.parse_args(arguments)
+    flags: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields}
+    return resolve(RouterConfig, "router", file=options.config, flags=flags), options

@@ -1,0 +1,224 @@
+"""/v1/chat/completions and /v1/completions: from a body to a reply."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from tokenrelay.base.errors import InvalidRequest, Overloaded
+from tokenrelay.base.ids import request_id as new_request_id
+from tokenrelay.base.logging import get_logger
+from tokenrelay.services.router import limits
+from tokenrelay.services.router.body import read_body, render_messages, request_id_of
+from tokenrelay.services.router.generation import Choice, Prompt, Run
+from tokenrelay.services.router.model import ServedModel
+from tokenrelay.services.router.openai_types import ChatRequest, CompletionRequest
+from tokenrelay.services.router.reasoning import prompt_ends_inside_thinking
+from tokenrelay.services.router.replies import encode, error_object, json_response
+from tokenrelay.services.router.shapes import ChatShape, CompletionShape, Shape
+from tokenrelay.services.router.sse import DONE, PING, EventStream, event
+from tokenrelay.services.router.state import STATE, RouterState
+from tokenrelay.services.router.text import ChatText, PlainText, TextSink
+from tokenrelay.services.router.tokenize import pack_ids
+from tokenrelay.services.router.validate import Wanted, check_token_ids, decode, wanted_of
+
+log = get_logger("router")
+
+MakeShape = Callable[[Run, str], Shape]
+Serve = Callable[[web.Request, RouterState, float], Awaitable[web.StreamResponse]]
+
+
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    """POST /v1/chat/completions."""
+    return await _admitted(request, _chat)
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    """POST /v1/completions."""
+    return await _admitted(request, _completion)
+
+
+async def _admitted(request: web.Request, serve: Serve) -> web.StreamResponse:
+    state = request.app[STATE]
+    arrived_s = time.monotonic()
+    state.admit()
+    try:
+        return await serve(request, state, arrived_s)
+    finally:
+        state.leave()
+        state.metrics.request_s.observe(time.monotonic() - arrived_s)
+
+
+async def _chat(request: web.Request, state: RouterState, arrived_s: float) -> web.StreamResponse:
+    raw = await read_body(request)
+    body = decode(raw, ChatRequest)
+    model = state.pool.require_model()
+    model.check_name(body.model)
+    wanted = wanted_of(body, model.defaults, model.vocabulary_size)
+    text, tools = await render_messages(state, model, body, len(raw))
+    model.check_text(text, "messages")
+    prompt = Prompt(await _encode(model, text, "messages", add_special_tokens=False), "messages")
+    inside = model.thinks and prompt_ends_inside_thinking(text)
+    calls_max = 1 if body.parallel_tool_calls is False else None
+
+    def make_text() -> TextSink:
+        return ChatText(thinks=model.thinks, inside_thinking=inside, tools=bool(tools), calls_max=calls_max)
+
+    return await _serve(request, state, model, wanted, [prompt], make_text, ChatShape, "chatcmpl", arrived_s)
+
+
+async def _completion(request: web.Request, state: RouterState, arrived_s: float) -> web.StreamResponse:
+    body = decode(await read_body(request), CompletionRequest)
+    model = state.pool.require_model()
+    model.check_name(body.model)
+    wanted = wanted_of(body, model.defaults, model.vocabulary_size)
+    prompts = await _completion_prompts(model, body)
+    if len(prompts) * wanted.n > limits.CHOICES_MAX:
+        message = f"{len(prompts)} prompts with n={wanted.n} make more than {limits.CHOICES_MAX} choices"
+        raise InvalidRequest(message, param="n")
+    return await _serve(request, state, model, wanted, prompts, PlainText, CompletionShape, "cmpl", arrived_s)
+
+
+async def _completion_prompts(model: ServedModel, body: CompletionRequest) -> list[Prompt]:
+    """Text, texts, token ids, or lists of token ids. Raises InvalidRequest that names the prompt."""
+    given = body.prompt
+    if isinstance(given, str):
+        return [await _text_prompt(model, given, "prompt", body)]
+    if not given:
+        raise InvalidRequest("prompt is empty", param="prompt")
+    if all(isinstance(item, int) for item in given):
+        return [_ids_prompt(model, given, "prompt")]  # type: ignore[arg-type]
+    if len(given) > limits.PROMPTS_MAX:
+        raise InvalidRequest(f"prompt has {len(given)} entries, at most {limits.PROMPTS_MAX}", param="prompt")
+    prompts = []
+    for index, item in enumerate(given):
+        if isinstance(item, int):
+            raise InvalidRequest("prompt mixes token ids with other prompts", param=f"prompt[{index}]")
+        name = f"prompt[{index}]"
+        prompts.append(
+            await _text_prompt(model, item, name, body) if isinstance(item, str) else _ids_prompt(model, item, name)
+        )
+    return prompts
+
+
+async def _text_prompt(model: ServedModel, text: str, name: str, body: CompletionRequest) -> Prompt:
+    model.check_text(text, name)
+    packed = await _encode(model, text, name, add_special_tokens=body.add_special_tokens is not False)
+    return _checked(model, Prompt(packed, name))
+
+
+def _ids_prompt(model: ServedModel, token_ids: list[int], name: str) -> Prompt:
+    check_token_ids(name, token_ids, model.vocabulary_size)
+    return _checked(model, Prompt(pack_ids(token_ids), name))
+
+
+def _checked(model: ServedModel, prompt: Prompt) -> Prompt:
+    if not prompt.packed:
+        raise InvalidRequest(f"{prompt.param} has no tokens", param=prompt.param)
+    model.tokens_left(prompt.tokens, prompt.param)
+    return prompt
+
+
+async def _encode(model: ServedModel, text: str, name: str, *, add_special_tokens: bool) -> bytes:
+    try:
+        return await model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    except InvalidRequest as error:
+        raise InvalidRequest(error.message, param=name) from error
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+async def _serve(
+    request: web.Request,
+    state: RouterState,
+    model: ServedModel,
+    wanted: Wanted,
+    prompts: list[Prompt],
+    make_text: Callable[[], TextSink],
+    make_shape: MakeShape,
+    prefix: str,
+    arrived_s: float,
+) -> web.StreamResponse:
+    """Run the sequences and answer. However this ends (cancelled: the client left), nothing stays open at the
+    worker.
+    """
+    request_id = request_id_of(request)
+    run = Run(state.pool, state.metrics, wanted, model, request_id, prompts, make_text, arrived_s)
+    shape = make_shape(run, new_request_id(prefix))
+    state.opened(run)
+    try:
+        run.start(state.config.request_timeout_s)
+        if wanted.stream:
+            return await _Streamer(request, state, run, shape).serve()
+        await run.done
+        if run.error is not None:
+            raise run.error
+        return json_response(shape.whole())
+    finally:
+        run.close("disconnect")
+        state.closed(run)
+        log.debug("request done", request_id=request_id, prompts=len(prompts), error=run.error and run.error.code)
+
+
+class _Streamer:
+    """Writes a run as server-sent events: a chunk per choice and step while the reader keeps up, merged ones else."""
+
+    def __init__(self, request: web.Request, state: RouterState, run: Run, shape: Shape) -> None:
+        self._state = state
+        self._run = run
+        self._shape = shape
+        headers = {"x-request-id": run.request_id}
+        self._stream = EventStream(request, headers, send_buffer_bytes=state.config.send_buffer_bytes)
+
+    async def serve(self) -> web.StreamResponse:
+        """Until the run is done and its reply is with the client. Raises while a status can still say what is wrong."""
+        run, stream, config = self._run, self._stream, self._state.config
+        if not await _within(run.first, config.headers_after_s):
+            await self._open(PING)
+            while not await _within(run.first, config.ping_every_s):
+                stream.send(PING)
+        elif run.error is not None:
+            raise run.error
+        else:
+            await self._open(b"".join(self._shape.chunk(choice) for choice in run.choices))
+        try:
+            await run.done
+            finished = await stream.close(self._last(), config.send_timeout_s, keep_alive=run.error is None)
+        finally:
+            self._state.metrics.streams_open -= 1
+        if not finished:
+            self._state.metrics.aborts["slow_reader"] += 1
+        return stream.response
+
+    async def _open(self, first: bytes) -> None:
+        await self._stream.open(first or PING)
+        self._state.metrics.streams_open += 1
+        self._run.on_step = self._on_step
+        for choice in self._run.choices:  # what came while the headers left
+            self._on_step(choice)
+
+    def _on_step(self, choice: Choice) -> None:
+        if self._stream.writable:
+            data = self._shape.chunk(choice)
+            if data:
+                self._stream.send(data)
+        elif choice.delta.size > self._state.config.slow_reader_bytes_max:
+            self._run.fail(Overloaded("the client reads too slowly"), "slow_reader")
+
+    def _last(self) -> bytes:
+        """What ends the stream: what is left, usage and [DONE], or the error."""
+        run = self._run
+        if run.error is not None:
+            return event(encode(error_object(run.error)))
+        left = b"".join(self._shape.chunk(choice) for choice in run.choices)
+        usage = self._shape.usage_chunk() if run.wanted.include_usage else b""
+        return left + usage + DONE
+
+
+async def _within(future: asyncio.Future[None], timeout_s: float) -> bool:
+    """Whether it is done within this time."""
+    if not future.done():
+        await asyncio.wait([future], timeout=timeout_s)
+    return future.done()

@@ -1,0 +1,136 @@
+"""Counters and histograms, and their Prometheus text (exposition format 0.0.4).
+
+Plain numbers on one event loop: an observation is a bisection and two additions, with no locks.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from tokenrelay.proto import worker_pb2
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+TTFT_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150)
+INTER_TOKEN_BOUNDS_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 5)
+REQUEST_BOUNDS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 150, 300, 900)
+
+
+class Histogram:
+    """Counts of values by upper bound."""
+
+    __slots__ = ("_bounds", "_counts", "count", "sum")
+
+    def __init__(self, bounds: Iterable[float]) -> None:
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self.sum = 0.0
+        self.count = 0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count a value, `times` times."""
+        self._counts[bisect_left(self._bounds, value)] += times
+        self.sum += value * times
+        self.count += times
+
+    def lines(self, name: str) -> list[str]:
+        """Its samples: cumulative buckets, sum, count."""
+        total, lines = 0, []
+        for bound, count in zip(self._bounds, self._counts, strict=False):
+            total += count
+            lines.append(f'{name}_bucket{{le="{bound:g}"}} {total}')
+        return [
+            *lines,
+            f'{name}_bucket{{le="+Inf"}} {self.count}',
+            f"{name}_sum {self.sum!r}",
+            f"{name}_count {self.count}",
+        ]
+
+
+class Metrics:
+    """What one router counts."""
+
+    def __init__(self) -> None:
+        self.requests: Counter[tuple[str, int]] = Counter()  # (endpoint, status)
+        self.aborts: Counter[str] = Counter()  # why sequences were aborted
+        self.requests_open = 0
+        self.streams_open = 0
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.output_tokens = 0
+        self.ttft_s = Histogram(TTFT_BOUNDS_S)
+        self.inter_token_s = Histogram(INTER_TOKEN_BOUNDS_S)
+        self.request_s = Histogram(REQUEST_BOUNDS_S)
+
+    def render(
+        self, workers: Mapping[str, tuple[bool, worker_pb2.Stats]], tokenizer_chars: tuple[int, int] = (0, 0)
+    ) -> str:
+        """The page. `workers`: target -> (ready, fresh counters); `tokenizer_chars`: from the cache, encoded."""
+        page = _Page()
+        requests = {f'endpoint="{endpoint}",status="{status}"': n for (endpoint, status), n in self.requests.items()}
+        page.add("requests_total", "counter", "HTTP requests answered, by endpoint and status", requests)
+        page.add("requests_open", "gauge", "generation requests in work", {"": self.requests_open})
+        page.add("streams_open", "gauge", "of those, streams whose headers were sent", {"": self.streams_open})
+        aborts = {f'reason="{reason}"': count for reason, count in self.aborts.items()}
+        page.add("aborts_total", "counter", "sequences aborted by the router, by reason", aborts)
+        page.add("prompt_tokens_total", "counter", "prompt tokens of admitted requests", {"": self.prompt_tokens})
+        page.add("cached_tokens_total", "counter", "of those, found in a worker's cache", {"": self.cached_tokens})
+        page.add("output_tokens_total", "counter", "tokens that reached this router", {"": self.output_tokens})
+        chars = {'from="cache"': tokenizer_chars[0], 'from="tokenizer"': tokenizer_chars[1]}
+        page.add("tokenizer_chars_total", "counter", "prompt characters, by where their tokens came from", chars)
+        page.histogram("ttft_seconds", "from the request's arrival to its first token", self.ttft_s)
+        page.histogram("inter_token_seconds", "between two tokens of a sequence", self.inter_token_s)
+        page.histogram("request_seconds", "from a request's arrival to its end", self.request_s)
+        self._add_workers(page, workers)
+        return page.text()
+
+    def _add_workers(self, page: _Page, workers: Mapping[str, tuple[bool, worker_pb2.Stats]]) -> None:
+        ready = {f'worker="{_escape(target)}"': int(state[0]) for target, state in workers.items()}
+        page.add("worker_ready", "gauge", "1: the worker takes requests", ready)
+        stats = [state[1] for state in workers.values()]
+
+        def total(name: str) -> int:
+            return sum(getattr(one, name) for one in stats)
+
+        blocks = {f'state="{state}"': total(f"blocks_{state}") for state in ("free", "cached", "active")}
+        page.add("kv_blocks", "gauge", "KV blocks of the pool by state; they sum to the pool", blocks)
+        sequences = {f'state="{state}"': total(f"sequences_{state}") for state in ("waiting", "running")}
+        page.add("sequences", "gauge", "sequences at the workers", sequences)
+        for name, help_text in (
+            ("steps", "engine steps"),
+            ("prompt_tokens", "prompt tokens that workers admitted"),
+            ("cached_tokens", "of those, found in the prefix cache"),
+            ("output_tokens", "tokens that workers made"),
+            ("preemptions", "sequences preempted and recomputed"),
+            ("aborts", "sequences aborted"),
+        ):
+            page.add(f"worker_{name}_total", "counter", help_text, {"": total(name)})
+        seconds = total("step_time_us") / 1e6
+        page.add("worker_step_seconds_total", "counter", "time spent in engine steps", {"": seconds})
+
+
+class _Page:
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def _head(self, name: str, kind: str, help_text: str) -> None:
+        self._lines += [f"# HELP tokenrelay_{name} {help_text}", f"# TYPE tokenrelay_{name} {kind}"]
+
+    def add(self, name: str, kind: str, help_text: str, samples: Mapping[str, float]) -> None:
+        self._head(name, kind, help_text)
+        for labels, value in samples.items():
+            braced = f"{{{labels}}}" if labels else ""
+            self._lines.append(f"tokenrelay_{name}{braced} {value}")
+
+    def histogram(self, name: str, help_text: str, histogram: Histogram) -> None:
+        self._head(name, "histogram", help_text)
+        self._lines += histogram.lines(f"tokenrelay_{name}")
+
+    def text(self) -> str:
+        return "\n".join(self._lines) + "\n"
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

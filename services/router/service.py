@@ -1,0 +1,92 @@
+"""The router process: start, serve, drain, stop.
+
+service = RouterService(config)
+port = await service.start()
+...
+await service.drain(); await service.stop()
+
+or, as a process: `await run(config, StatusPipe(fd))`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+from aiohttp import web
+
+from tokenrelay.base.deadlines import Deadline
+from tokenrelay.base.errors import ConfigError
+from tokenrelay.base.logging import get_logger
+from tokenrelay.base.status import StatusPipe
+from tokenrelay.services.chassis.lifecycle import Lifecycle
+from tokenrelay.services.router.app import create_app
+from tokenrelay.services.router.config import RouterConfig
+from tokenrelay.services.router.state import RouterState
+from tokenrelay.services.router.workers import WorkerPool
+
+log = get_logger("router")
+
+THREADS = 2  # long tokenizations at once; they let go of the interpreter's lock
+KEEPALIVE_TIMEOUT_S = 75.0
+STOP_GRACE_S = 1.0  # for handlers that were told to end
+BACKLOG = 1024
+
+
+class RouterService:
+    """One router, from start to stop."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self._config = config
+        self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="router")
+        self.pool = WorkerPool(config, self._executor)
+        self.state = RouterState(config, self.pool, self._executor)
+        self._runner = web.AppRunner(
+            create_app(self.state),
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=KEEPALIVE_TIMEOUT_S,
+            shutdown_timeout=STOP_GRACE_S,
+        )
+
+    async def start(self) -> int:
+        """Bind and begin to connect to the workers; the port in use. Raises ConfigError that names the address."""
+        await self._runner.setup()
+        config = self._config
+        try:
+            await web.TCPSite(self._runner, config.host, config.port, backlog=BACKLOG).start()
+        except OSError as error:
+            await self._runner.cleanup()
+            reason = error.strerror or str(error)
+            raise ConfigError(f"cannot listen on {config.host} port {config.port}: {reason}") from error
+        await self.pool.start()
+        return int(self._runner.addresses[0][1])
+
+    async def drain(self) -> None:
+        """Answer /ready and new requests with 503, and wait for the open ones, `drain_s` at most."""
+        await self.state.drain(Deadline.after(self._config.drain_s))
+
+    async def stop(self) -> None:
+        """End everything now; requests that are still open get a terminal error."""
+        self.state.draining = True
+        self.state.fail_open("the server is shutting down")
+        await asyncio.sleep(0)  # the handlers write it
+        await self._runner.cleanup()
+        await self.pool.close()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+async def run(config: RouterConfig, status: StatusPipe) -> None:
+    """The life of the process: ready when the port accepts, ended by signals."""
+    lifecycle = Lifecycle()
+    lifecycle.install_signals()
+    service = RouterService(config)
+    port = await service.start()
+    lifecycle.ready()
+    log.info("listening", host=config.host, port=port, workers=",".join(config.worker))
+    status.ready(port=port)
+    try:
+        await lifecycle.wait_drain()
+        await lifecycle.unless_stopped(service.drain())
+    finally:
+        await service.stop()

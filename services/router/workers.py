@@ -1,0 +1,136 @@
+"""The workers of one router: which of them a sequence goes to, and the model they serve.
+
+A worker counts once its handshake is done and the model's folder is read. All workers serve one model: the first
+that answers says which, and one that runs another is not used (and says so in /ready) until it is the only one left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from tokenrelay.base.errors import TokenRelayError, Unavailable
+from tokenrelay.base.logging import get_logger
+from tokenrelay.proto import worker_pb2
+from tokenrelay.services.chassis.client import OnOutput, WorkerClient
+from tokenrelay.services.router.config import RouterConfig
+from tokenrelay.services.router.model import ServedModel, load_model
+
+log = get_logger("router")
+
+
+@dataclass(slots=True)
+class Handle:
+    """A sequence at a worker."""
+
+    client: WorkerClient
+    sequence: int
+
+    def abort(self) -> None:
+        """End it; nothing happens when it has ended."""
+        self.client.abort(self.sequence)
+
+
+class WorkerPool:
+    """All workers. Event loop only."""
+
+    def __init__(self, config: RouterConfig, executor: Executor) -> None:
+        self._config = config
+        self._executor = executor
+        self._clients = [self._client(target) for target in config.worker]
+        self._loads: dict[str, asyncio.Task[None]] = {}
+        self._problems: dict[str, str] = {}  # target -> why it is not used although it is connected
+        self._usable: set[str] = set()
+        self.model: ServedModel | None = None
+
+    def _client(self, target: str) -> WorkerClient:
+        return WorkerClient(target, on_ready=lambda ready: self._changed(target, ready))
+
+    @property
+    def clients(self) -> Sequence[WorkerClient]:
+        """Every worker, ready or not."""
+        return self._clients
+
+    @property
+    def usable(self) -> list[WorkerClient]:
+        """Workers that take sequences now."""
+        return [client for client in self._clients if client.ready and client.target in self._usable]
+
+    async def start(self) -> None:
+        """Begin to connect, in the background."""
+        for client in self._clients:
+            await client.start()
+
+    async def close(self) -> None:
+        """End every connection; open sequences get their terminal error."""
+        for task in self._loads.values():
+            task.cancel()
+        await asyncio.gather(*self._loads.values(), return_exceptions=True)
+        await asyncio.gather(*(client.close() for client in self._clients))
+
+    def why_not(self) -> str:
+        """Why no worker is usable, for people."""
+        reasons = []
+        for client in self._clients:
+            problem = self._problems.get(client.target) or (client.last_error.message if client.last_error else None)
+            reasons.append(problem or f"worker {client.target} is not connected yet")
+        return "; ".join(reasons)
+
+    def require_model(self) -> ServedModel:
+        """The model, even while its worker is restarting. Raises Unavailable before the first worker was there."""
+        if self.model is None:
+            raise Unavailable(f"no worker is ready: {self.why_not()}")
+        return self.model
+
+    def choose(self) -> WorkerClient:
+        """The usable worker with the fewest open sequences. Raises Unavailable."""
+        usable = self.usable
+        if not usable:
+            raise Unavailable(f"no worker is ready: {self.why_not()}")
+        return usable[0] if len(usable) == 1 else min(usable, key=lambda client: client.open_count)
+
+    def submit(self, client: WorkerClient, submit: worker_pb2.Submit, on_output: OnOutput) -> Handle:
+        """Send one sequence to a worker. Raises Unavailable or Overloaded."""
+        return Handle(client, client.submit(submit, on_output))
+
+    # -- readiness ----------------------------------------------------------------------------------------------------
+    def _changed(self, target: str, ready: bool) -> None:
+        load = self._loads.pop(target, None)
+        if load is not None:
+            load.cancel()
+        self._usable.discard(target)
+        self._problems.pop(target, None)
+        if ready:
+            client = next(client for client in self._clients if client.target == target)
+            if client.handshake is not None:
+                load = asyncio.create_task(self._load(client, client.handshake), name=f"load model of {target}")
+                self._loads[target] = load
+
+    async def _load(self, client: WorkerClient, reply: worker_pb2.HandshakeReply) -> None:
+        """Make a connected worker usable: its model must be ours, or become ours."""
+        if self.model is None or self._differs(self.model, reply):
+            if self.model is not None and self.usable:
+                served, other = self.model.names[0], reply.model_name
+                self._problems[client.target] = f"worker {client.target} runs {other!r}, the others run {served!r}"
+                log.error("another model", target=client.target, served=served, other=other)
+                return
+            loop = asyncio.get_running_loop()
+            try:
+                model = await loop.run_in_executor(self._executor, load_model, reply, self._config, self._executor)
+            except TokenRelayError as error:
+                self._problems[client.target] = error.message
+                log.error("the model's folder cannot be used", target=client.target, reason=error.message)
+                return
+            self.model = model
+            log.info("model loaded", model=model.names[0], incremental_tokenizer=model.tokenizer.incremental)
+        self._usable.add(client.target)
+
+    def _differs(self, model: ServedModel, reply: worker_pb2.HandshakeReply) -> bool:
+        return bool(
+            model.identity != reply.model_identity
+            or model.context_tokens != reply.context_tokens
+            or (reply.vocab_size and model.vocabulary_size != reply.vocab_size)
+            or (not self._config.model_dir and str(model.folder) != reply.model_path)
+        )
