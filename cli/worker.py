@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         log.exception("the worker ends")
         status.failed(error)
         return 1
-    if code == STOPPED_CODE:  # a step may still run, or the model load: nobody waits for it
+    if code != 0:  # a step may still run or hang, or the model load: nobody waits for it
         logging.shutdown()
         os._exit(code)
     return code
@@ -147,14 +147,22 @@ async def _load_unless_ended(config: WorkerConfig, status: StatusPipe, lifecycle
     loop = asyncio.get_running_loop()
     loaded: asyncio.Future[Model] = loop.create_future()
 
+    def answer(model: Model | None, error: Exception | None) -> None:
+        if loaded.done():  # given up
+            return
+        if error is not None:
+            loaded.set_exception(error)
+        elif model is not None:
+            loaded.set_result(model)
+
     def work() -> None:
+        model: Model | None = None
+        failure: Exception | None = None
         try:
             model = load(config, status)
         except Exception as error:
             failure = error
-            loop.call_soon_threadsafe(lambda: loaded.done() or loaded.set_exception(failure))
-        else:
-            loop.call_soon_threadsafe(lambda: loaded.done() or loaded.set_result(model))
+        loop.call_soon_threadsafe(answer, model, failure)
 
     threading.Thread(target=work, name="load", daemon=True).start()
     return loaded.result() if await lifecycle.unless_ended(loaded) else None
