@@ -174,18 +174,19 @@ Scheduler::Match Scheduler::match(Sequence& sequence) noexcept {
 
 Scheduler::Admission Scheduler::admit(SequenceIndex index, Plan& out) noexcept {
   Sequence& sequence = at(index);
-  if (sequence.blocks_wanted > pool_.available()) return Admission::blocked;
+  // Room for running ones to grow, against thrashing. When nothing runs there is none: a whole pool must be had by one.
+  const int running = prefilling_.size() + decoding_.size();
+  const int available = pool_.available() - (running == 0 ? 0 : std::max(1, running / 4));
+  if (sequence.blocks_wanted > available) return Admission::blocked;
   const Match found = match(sequence);
   if (found.promised != no_block && sequence.holds < holds_max) {
     ++sequence.holds;
     send(sequence, request::Hold{resources_, found.promised});
     return Admission::held;
   }
-  const int running = prefilling_.size() + decoding_.size();
-  const int reserve = running == 0 ? 0 : std::max(1, running / 4);  // room for running ones to grow, against thrashing
   const int blocks = (sequence.text.size() + config_.block_tokens - 1) / config_.block_tokens - found.blocks;
-  sequence.blocks_wanted = blocks + found.unpinned + reserve;
-  if (sequence.blocks_wanted > pool_.available()) return Admission::blocked;
+  sequence.blocks_wanted = blocks + found.unpinned;
+  if (sequence.blocks_wanted > available) return Admission::blocked;
   reside(index, found, blocks, out);
   return Admission::admitted;
 }

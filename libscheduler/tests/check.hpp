@@ -1,11 +1,11 @@
-// A very small test framework: TEST(name) { CHECK(x); CHECK_EQUAL(a, b); }, and `expect_abort` for assertions that stay on.
-// A test program runs all its tests, or those whose names contain its argument, and exits with 1 if a check failed.
+// A very small test framework: TEST(name) { CHECK(x); CHECK_EQUAL(a, b); }, and `expect_abort` for assertions that stay
+// on. A test program runs all its tests, or those whose names contain its argument, and exits with 1 if a check failed.
 #pragma once
 
-#include <csignal>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <iostream>
@@ -64,7 +64,8 @@ void expect_abort(Body body, std::string_view message, const char* file, int lin
   close(pipe_ends[1]);
   std::string said;
   char buffer[512];
-  for (ssize_t size; (size = ::read(pipe_ends[0], buffer, sizeof buffer)) > 0;) said.append(buffer, static_cast<std::size_t>(size));
+  for (ssize_t size; (size = ::read(pipe_ends[0], buffer, sizeof buffer)) > 0;)
+    said.append(buffer, static_cast<std::size_t>(size));
   close(pipe_ends[0]);
   int status = 0;
   waitpid(child, &status, 0);
@@ -87,12 +88,11 @@ inline int run(int argc, char** argv) {
 
 }  // namespace check
 
-#define TEST(name)                                      \
-  static void name();                                   \
+#define TEST(name)                                            \
+  static void name();                                         \
   static const check::Register register_##name(#name, &name); \
   static void name()
-#define CHECK(condition) \
-  ((condition) ? static_cast<void>(0) : check::fail(__FILE__, __LINE__, #condition " is false"))
+#define CHECK(condition) ((condition) ? static_cast<void>(0) : check::fail(__FILE__, __LINE__, #condition " is false"))
 #define CHECK_EQUAL(a, b) check::equal((a), (b), #a, __FILE__, __LINE__)
 #define EXPECT_ABORT(message, ...) check::expect_abort([&] { __VA_ARGS__; }, message, __FILE__, __LINE__)
 #define CHECK_MAIN \

@@ -1,4 +1,4 @@
-"""The scheduler: sequences, the block pool, the prefix index and the KV-ownership states, in C++. See docs/scheduler.md."""
+"""Sequences, the block pool, the prefix index and the KV-ownership states, in C++. See docs/scheduler.md."""
 
 from tokenrelay.libscheduler._native import (
     AbortAnswer,

@@ -161,13 +161,13 @@ class Scheduler:
         salt: bytes = b"",
         now_us: int,
     ) -> RejectReason | None:
-        """Queue a sequence: `token_ids` (uint32, copied) is the prompt up to `output_start`, then output emitted elsewhere.
+        """Queue a sequence: `token_ids` (uint32, copied) is the prompt up to `output_start`, then earlier output.
 
         `tokens_max` counts output tokens, those in `token_ids` included. None: accepted.
         """
 
     def abort(self, sequence_id: int, now_us: int) -> AbortAnswer:
-        """End a sequence. Its blocks are free or cached now, or at the commit of the last launched step that holds it."""
+        """End a sequence. Its blocks are free or cached now, or when the last launched step that holds it is committed."""
 
     def plan(self, now_us: int) -> Plan | None:
         """The next step, which counts as launched; None when nothing can run now."""

@@ -1,0 +1,129 @@
+// Random events against the simulator, from a seed: `scheduler_random_driver SEED EVENTS`. Any failure is replayed by
+// them.
+#include <random>
+
+#include "simulator.hpp"
+
+using namespace simulation;
+
+namespace {
+
+/// A small world in which prefixes repeat, pools are tight and every bound is met.
+struct Driver {
+  std::mt19937_64 random;
+  Config config;
+  std::vector<std::vector<TokenId>> texts;  // prompts begin with a part of one of these
+  std::uint64_t next_id = 1;
+
+  explicit Driver(std::uint64_t seed) : random(seed) {
+    config.block_tokens = 16;
+    config.slots = 1 + pick(8);
+    config.context_tokens = 40 + pick(200);
+    const int blocks_min = (config.context_tokens + 15) / 16;
+    config.blocks = blocks_min + pick(blocks_min * 3);
+    config.step_tokens = config.slots + pick(120);
+    config.chunk_tokens = 1 + pick(80);
+    config.waiting_max = 1 + pick(20);
+    config.steps_in_flight = 1 + pick(3);
+    config.overtakes_max = pick(4);
+    config.class_overtakes_max = 1 + pick(6);
+    for (int i = 0; i < 3; ++i) texts.push_back(tokens(config.context_tokens));
+  }
+
+  int pick(int bound) { return static_cast<int>(random() % static_cast<std::uint64_t>(std::max(1, bound))); }
+  std::vector<TokenId> tokens(int count) {
+    std::vector<TokenId> out;
+    for (int i = 0; i < count; ++i) out.push_back(static_cast<TokenId>(pick(Request::vocabulary)));
+    return out;
+  }
+
+  Request request() {
+    Request request;
+    request.id = pick(20) == 0 ? 1 + random() % next_id : next_id++;
+    const auto& text = texts[static_cast<std::size_t>(pick(3))];
+    const int shared = pick(config.context_tokens);
+    request.tokens.assign(text.begin(), text.begin() + shared);
+    for (const TokenId token : tokens(pick(20))) request.tokens.push_back(token);
+    const int size = static_cast<int>(request.tokens.size());
+    request.output_start = pick(6) == 0 ? 1 + pick(size) : size;
+    request.tokens_max = size - request.output_start + pick(60);
+    if (pick(2) == 0) request.stops = {static_cast<TokenId>(pick(64)), static_cast<TokenId>(pick(64))};
+    request.priority = pick(4) == 0 ? pick(5) - 2 : 0;
+    if (pick(8) == 0) request.salt = {static_cast<std::uint8_t>(pick(2))};
+    return request;
+  }
+};
+
+/// What happened in all runs: a driver that never gets into a state proves nothing about it.
+struct Coverage {
+  std::uint64_t preemptions = 0;
+  std::uint64_t aborts = 0;
+  std::uint64_t cached_tokens = 0;
+  std::uint64_t output_tokens = 0;
+  std::uint64_t evicted = 0;
+  std::set<std::string> states;
+} coverage;
+
+std::uint64_t run(std::uint64_t seed, int events) {
+  Driver driver(seed);
+  Simulator world(driver.config);
+  const bool late = driver.pick(2) == 0;
+  for (int i = 0; i < events && check::failures() == 0; ++i) {
+    const int what = driver.pick(100);
+    if (what < 20) {
+      (void)world.submit(driver.request());
+    } else if (what < 25 && world.live() > 0) {
+      world.abort(world.some_live(driver.random()));
+    } else if (what < 27) {
+      world.abort(driver.random() % (driver.next_id + 2));
+    } else if (what < 65) {
+      world.plan(late && driver.pick(3) > 0);
+    } else {
+      world.commit();
+    }
+    if (world.live() > 0) {
+      const std::string said = world.scheduler.explain(world.some_live(static_cast<std::uint64_t>(i)));
+      coverage.states.insert(said.substr(0, said.find(':')));
+    }
+  }
+  CHECK(world.drain());
+  if (world.live() > 0) std::cerr << world.explain();
+  const Counts counts = world.scheduler.counts();
+  CHECK_EQUAL(counts.blocks_active, 0);
+  CHECK_EQUAL(counts.sequences_running + counts.sequences_waiting + counts.steps_in_flight, 0);
+  coverage.preemptions += counts.preemptions;
+  coverage.aborts += counts.aborts;
+  coverage.cached_tokens += counts.cached_tokens;
+  coverage.output_tokens += counts.output_tokens;
+  for (const CacheEvent& event : world.scheduler.take_cache_events()) {
+    coverage.evicted += event.kind == CacheEvent::Kind::evicted;
+  }
+  return world.digest();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::uint64_t first = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
+  const int events = argc > 2 ? std::atoi(argv[2]) : 400;
+  const std::uint64_t count = argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 1;
+  for (std::uint64_t seed = first; seed < first + count; ++seed) {
+    const std::uint64_t digest = run(seed, events);
+    if (seed % 10 == 0) CHECK_EQUAL(run(seed, events), digest);  // the same inputs give the same plans
+    if (check::failures() > 0) {
+      std::cerr << "replay with: scheduler_random_driver " << seed << " " << events << "\n";
+      return 1;
+    }
+  }
+  std::cout << count << " seeds from " << first << ", " << events << " events each: ok; preemptions "
+            << coverage.preemptions << ", aborts " << coverage.aborts << ", cached tokens " << coverage.cached_tokens
+            << ", output tokens " << coverage.output_tokens << ", evicted blocks " << coverage.evicted << "\n";
+  if (count >= 100) {
+    CHECK(coverage.preemptions > 100 && coverage.aborts > 100 && coverage.evicted > 100);
+    for (const char* state : {"Waiting", "Held", "Prefilling", "Decoding", "Preempting"}) {
+      if (coverage.states.count(state) == 0) check::fail(__FILE__, __LINE__, std::string(state) + " was never seen");
+    }
+  }
+  if (check::failures() > 0) return 1;
+  return 0;
+}

@@ -1,0 +1,286 @@
+// A model of what runs the plans: a pretend transformer whose KV of a position is a fingerprint of all tokens up to it,
+// kept in blocks as the real one is. A plan that reads a block with other content, too early or too late, gives other
+// tokens than the sequence gives alone. Every plan and outcome is checked against what its sequence may do.
+#pragma once
+
+#include <algorithm>
+#include <deque>
+#include <map>
+#include <set>
+#include <vector>
+
+#include "check.hpp"
+#include "tokenrelay/scheduler/scheduler.hpp"
+
+namespace simulation {
+
+using namespace tokenrelay::scheduler;
+
+inline std::uint64_t mix(std::uint64_t a, std::uint64_t b) {
+  std::uint64_t x = (a ^ (b + 0x9e3779b97f4a7c15ULL)) * 0xbf58476d1ce4e5b9ULL;
+  x = (x ^ (x >> 29)) * 0x94d049bb133111ebULL;
+  return x ^ (x >> 32);
+}
+
+/// A request, and what it gives when it runs alone.
+struct Request {
+  std::uint64_t id = 0;
+  std::vector<TokenId> tokens;  // what is submitted
+  int output_start = 0;
+  int tokens_max = 1;
+  std::vector<TokenId> stops;
+  int priority = 0;
+  std::vector<std::uint8_t> salt;
+
+  std::vector<std::uint64_t> kv;  // expected, by position
+  std::vector<TokenId> outputs;   // expected, after those submitted
+  Finish finish = Finish::none;
+
+  static constexpr TokenId vocabulary = 64;
+  static TokenId sample(std::uint64_t fingerprint) { return static_cast<TokenId>(mix(fingerprint, 1) % vocabulary); }
+
+  void roll_out(int context_tokens) {
+    std::uint64_t last = root();
+    for (const TokenId token : tokens) kv.push_back(last = mix(last, token));
+    const int limit = std::min(output_start + tokens_max, context_tokens);
+    for (int length = static_cast<int>(tokens.size()); finish == Finish::none;
+         kv.push_back(last = mix(last, outputs.back()))) {
+      outputs.push_back(sample(last));
+      ++length;
+      if (std::find(stops.begin(), stops.end(), outputs.back()) != stops.end()) {
+        finish = Finish::stop;
+      } else if (length == limit) {
+        finish = Finish::length;
+      }
+    }
+  }
+  /// KV of one tenant is never another's: the pretend transformer sees the salt.
+  [[nodiscard]] std::uint64_t root() const {
+    std::uint64_t value = 17;
+    for (const std::uint8_t byte : salt) value = mix(value, byte);
+    return value;
+  }
+};
+
+class Simulator {
+ public:
+  explicit Simulator(const Config& config) : scheduler(config), config_(config) {
+    kv_.resize(static_cast<std::size_t>(config.blocks * config.block_tokens));
+    sampled_.resize(static_cast<std::size_t>(config.slots));
+  }
+
+  std::optional<RejectReason> submit(Request request) {
+    const auto reason = scheduler.submit({.sequence_id = request.id,
+                                          .token_ids = request.tokens,
+                                          .output_start = request.output_start,
+                                          .tokens_max = request.tokens_max,
+                                          .stop_token_ids = request.stops,
+                                          .priority = request.priority,
+                                          .salt = request.salt},
+                                         now_us);
+    if (!reason) {
+      request.roll_out(config_.context_tokens);
+      live_[request.id] = {std::move(request), 0, 0, 0, step_};
+    }
+    verify();
+    return reason;
+  }
+
+  AbortAnswer abort(std::uint64_t id) {
+    const AbortAnswer answer = scheduler.abort(id, now_us);
+    CHECK_EQUAL(answer == AbortAnswer::aborted, live_.count(id) == 1);
+    if (answer == AbortAnswer::aborted) over_.insert(id), live_.erase(id);
+    verify();
+    return answer;
+  }
+
+  /// False: nothing can run. With `late` the step runs at its commit, as on a device that lags behind.
+  bool plan(bool late) {
+    Plan plan;
+    const bool planned = scheduler.plan(now_us++, plan);
+    CHECK(!planned || launched_.size() < static_cast<std::size_t>(config_.steps_in_flight));
+    if (planned) {
+      check_plan(plan);
+      launched_.push_back({std::move(plan), {}, false});
+      if (!late) execute_until(launched_.size());
+    }
+    verify();
+    return planned;
+  }
+
+  bool commit() {
+    if (launched_.empty()) return false;
+    execute_until(1);
+    Launched launched = std::move(launched_.front());
+    launched_.pop_front();
+    Outcome outcome;
+    scheduler.commit(launched.plan.step, launched.sampled, now_us++, outcome);
+    check_outcome(launched, outcome);
+    verify();
+    return true;
+  }
+
+  /// Runs until nothing is left; false when it stops making progress.
+  bool drain() {
+    for (int idle = 0; !live_.empty() || !launched_.empty();) {
+      const bool planned = plan(false);
+      const bool committed = commit();
+      idle = planned || committed ? 0 : idle + 1;
+      if (idle > 2) return false;
+    }
+    return true;
+  }
+
+  void verify() {
+    const auto broken = scheduler.check();
+    if (broken) check::fail(__FILE__, __LINE__, *broken);
+    const Counts counts = scheduler.counts();
+    CHECK_EQUAL(counts.blocks_free + counts.blocks_cached + counts.blocks_active, config_.blocks);
+  }
+
+  [[nodiscard]] std::size_t live() const { return live_.size(); }
+  [[nodiscard]] std::uint64_t some_live(std::uint64_t random) const {
+    return std::next(live_.begin(), static_cast<std::ptrdiff_t>(random % live_.size()))->first;
+  }
+  /// What every live sequence does, for a failure's message.
+  [[nodiscard]] std::string explain() const {
+    std::string text;
+    for (const auto& [id, live] : live_) text += std::to_string(id) + " " + scheduler.explain(id) + "\n";
+    return text;
+  }
+  [[nodiscard]] bool is_live(std::uint64_t id) const { return live_.count(id) == 1; }
+  [[nodiscard]] std::uint64_t step() const { return step_; }
+  [[nodiscard]] std::uint64_t digest() const { return digest_; }
+  /// Steps between submission and end, at most, so far.
+  [[nodiscard]] std::uint64_t longest() const { return longest_; }
+
+  Scheduler scheduler;
+  std::int64_t now_us = 0;
+
+ private:
+  struct Live {
+    Request request;
+    std::size_t emitted;  // outputs that were committed
+    int planned;          // tokens computed or launched, since the last admission
+    int in_flight;        // sampled rows that are launched
+    std::uint64_t submitted_step;
+  };
+  struct Launched {
+    Plan plan;
+    std::vector<TokenId> sampled;
+    bool executed;
+  };
+
+  void check_plan(const Plan& plan) {
+    ++step_;
+    CHECK_EQUAL(plan.step, step_);
+    CHECK(plan.token_ids.size() <= static_cast<std::size_t>(config_.step_tokens));
+    std::set<std::uint64_t> seen;
+    for (std::size_t i = 0; i < plan.admitted_ids.size(); ++i) {
+      Live& live = live_.at(plan.admitted_ids[i]);
+      live.planned = plan.admitted_cached[i];
+      CHECK_EQUAL(live.in_flight, 0);
+      CHECK_EQUAL(plan.admitted_output_start[i], live.request.output_start);
+      digest_ = mix(digest_, plan.admitted_ids[i]);
+    }
+    std::size_t at = 0;
+    for (std::size_t row = 0; row < plan.sequence_ids.size(); ++row) {
+      const std::uint64_t id = plan.sequence_ids[row];
+      CHECK(seen.insert(id).second);
+      Live& live = live_.at(id);  // an aborted or ended sequence has no new rows
+      const int known = static_cast<int>(live.request.tokens.size() + live.emitted);
+      const int start = plan.starts[row];
+      const int length = plan.lengths[row];
+      const bool decodes = row < static_cast<std::size_t>(plan.decodes);
+      CHECK_EQUAL(start, live.planned);
+      CHECK(length >= 1 && length <= (decodes ? 1 : config_.chunk_tokens));
+      CHECK_EQUAL(plan.feedback[row] == 1, start >= known);
+      CHECK_EQUAL(plan.samples[row] == 1, decodes || start + length == known);
+      CHECK(!decodes || start >= static_cast<int>(live.request.tokens.size()) || plan.samples[row] == 1);
+      live.planned += length;
+      live.in_flight += plan.samples[row];
+      const int limit = std::min(live.request.output_start + live.request.tokens_max, config_.context_tokens);
+      CHECK(known + live.in_flight <= limit);  // no row past the length limit
+      at += static_cast<std::size_t>(length);
+      digest_ = mix(mix(mix(digest_, id), static_cast<std::uint64_t>(start)), static_cast<std::uint64_t>(length));
+    }
+    CHECK_EQUAL(at, plan.token_ids.size());
+  }
+
+  void execute_until(std::size_t count) {
+    for (std::size_t i = 0; i < count; ++i) {
+      if (!launched_[i].executed) execute(launched_[i]);
+    }
+  }
+
+  [[nodiscard]] std::uint64_t& cell(int slot, int position) {
+    const std::int32_t* row = scheduler.block_table() + slot * scheduler.table_width();
+    return kv_[static_cast<std::size_t>(row[position / config_.block_tokens] * config_.block_tokens +
+                                        position % config_.block_tokens)];
+  }
+
+  void execute(Launched& launched) {
+    const Plan& plan = launched.plan;
+    std::size_t at = 0;
+    for (std::size_t row = 0; row < plan.sequence_ids.size(); ++row) {
+      const int slot = plan.slots[row];
+      const int start = plan.starts[row];
+      const auto found = live_.find(plan.sequence_ids[row]);  // not there: it ended meanwhile, and the row is discarded
+      std::uint64_t last = root_of(plan.sequence_ids[row], found);
+      for (int position = 0; position < start; ++position) {
+        last = cell(slot, position);
+        if (found != live_.end() && static_cast<std::size_t>(position) < found->second.request.kv.size()) {
+          CHECK_EQUAL(last, found->second.request.kv[static_cast<std::size_t>(position)]);
+        }
+      }
+      for (int i = 0; i < plan.lengths[row]; ++i, ++at) {
+        const TokenId token = plan.feedback[row] ? sampled_[static_cast<std::size_t>(slot)] : plan.token_ids[at];
+        cell(slot, start + i) = last = mix(last, token);
+      }
+      if (plan.samples[row]) {
+        sampled_[static_cast<std::size_t>(slot)] = Request::sample(last);
+        launched.sampled.push_back(Request::sample(last));
+      }
+    }
+    launched.executed = true;
+  }
+
+  std::uint64_t root_of(std::uint64_t, const std::map<std::uint64_t, Live>::iterator& found) {
+    return found == live_.end() ? 0 : found->second.request.root();
+  }
+
+  void check_outcome(const Launched& launched, const Outcome& outcome) {
+    for (std::size_t i = 0; i < outcome.sequence_ids.size(); ++i) {
+      const std::uint64_t id = outcome.sequence_ids[i];
+      const auto found = live_.find(id);
+      CHECK(found != live_.end());  // nothing of an ended or aborted sequence is listed
+      if (found == live_.end()) continue;
+      Live& live = found->second;
+      CHECK_EQUAL(outcome.token_ids[i], live.request.outputs.at(live.emitted));
+      CHECK_EQUAL(outcome.token_ids[i], launched.sampled.at(static_cast<std::size_t>(outcome.rows[i])));
+      CHECK_EQUAL(outcome.first[i] == 1, live.emitted == 0);
+      ++live.emitted;
+      --live.in_flight;
+      const bool last = live.emitted == live.request.outputs.size();
+      CHECK_EQUAL(static_cast<int>(outcome.finish[i]), static_cast<int>(last ? live.request.finish : Finish::none));
+      digest_ = mix(mix(digest_, id), outcome.token_ids[i]);
+      if (last) {
+        longest_ = std::max(longest_, step_ - live.submitted_step);
+        over_.insert(id);
+        live_.erase(found);
+      }
+    }
+  }
+
+  Config config_;
+  std::vector<std::uint64_t> kv_;
+  std::vector<TokenId> sampled_;  // by slot: what it sampled last
+  std::map<std::uint64_t, Live> live_;
+  std::set<std::uint64_t> over_;
+  std::deque<Launched> launched_;
+  std::uint64_t step_ = 0;
+  std::uint64_t digest_ = 0;
+  std::uint64_t longest_ = 0;
+};
+
+}  // namespace simulation
