@@ -84,6 +84,10 @@ def serve(
         Dtype | None,
         _option("--dtype", panel=MODEL, help="Default: auto, bfloat16 where the machine computes in it, else float32."),
     ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"] | None,
+        _option("--device", panel=MODEL, help="Default: auto, a GPU if there is one, else the CPU."),
+    ] = None,
     served_model_name: Annotated[
         str | None,
         _option(
@@ -109,7 +113,7 @@ def serve(
             "--kv-memory",
             panel=MEMORY,
             metavar="SIZE",
-            help="Memory of the KV pool, such as 4GiB. Default: a part of what is free after loading.",
+            help="Memory of the KV pool, such as 4GiB. Default: a quarter of what is free.",
         ),
     ] = None,
     blocks: Annotated[
@@ -126,7 +130,8 @@ def serve(
         ),
     ] = None,
     slots: Annotated[
-        int | None, _option("--slots", panel=STEPS, metavar="N", help="Sequences that run at once; others wait.")
+        int | None,
+        _option("--slots", panel=STEPS, metavar="N", help="Sequences that run at once; others wait. Default: 64."),
     ] = None,
     step_tokens: Annotated[
         int | None,
@@ -135,16 +140,27 @@ def serve(
             panel=STEPS,
             metavar="N",
             help="Tokens of one step, all sequences together: more "
-            "raises throughput, less keeps running answers fluent.",
+            "raises throughput, less keeps running answers fluent. Default: 2048.",
         ),
     ] = None,
     chunk_tokens: Annotated[
         int | None,
-        _option("--chunk-tokens", panel=STEPS, metavar="N", help="Prompt tokens of one sequence in one step."),
+        _option(
+            "--chunk-tokens", panel=STEPS, metavar="N", help="Prompt tokens of one sequence in one step. Default: 512."
+        ),
     ] = None,
     waiting_max: Annotated[
         int | None,
-        _option("--waiting-max", panel=STEPS, metavar="N", help="Requests that may wait; one more is answered 429."),
+        _option(
+            "--waiting-max",
+            panel=STEPS,
+            metavar="N",
+            help="Sequences that may wait; one more is answered 429. Default: 1024.",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        _option("--threads", panel=STEPS, metavar="N", help="CPU threads of a step. Default: one per usable CPU."),
     ] = None,
     log_level: Annotated[LogLevel | None, _option("--log-level", panel=OTHER, help="Default: info.")] = None,
     config: ConfigOption = None,
@@ -176,8 +192,9 @@ def serve(
         file=config,
         router={"host": host, "port": port, "log_level": log_level},
         worker={
-            "model": model,
+            "model": None if model is None else str(model),
             "dtype": dtype,
+            "device": device,
             "served_model_name": served_model_name,
             "context_tokens": context_tokens,
             "block_tokens": block_tokens,
@@ -187,6 +204,7 @@ def serve(
             "step_tokens": step_tokens,
             "chunk_tokens": chunk_tokens,
             "waiting_max": waiting_max,
+            "threads": threads,
             "log_level": log_level,
         },
         status_fd=status_fd,

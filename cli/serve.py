@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +27,11 @@ from tokenrelay.cli.console import LogObserver, Observers, StatusObserver, Termi
 from tokenrelay.cli.machine import look
 from tokenrelay.cli.process import STATUS_FD, ChildFailed, ChildSpec
 from tokenrelay.cli.supervisor import Observer, Supervisor, claim_port, private_folder
+from tokenrelay.services.decode.config import WorkerConfig
+from tokenrelay.services.prefill.config import PrefillConfig
+from tokenrelay.services.router.config import RouterConfig
 
+JOIN_S = 30.0  # for the router's handshake with the worker, which takes some milliseconds
 BUNDLED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "tokenrelay-tiny"
 
 
@@ -50,11 +56,12 @@ def run_serve(options: ServeOptions) -> int:
 
 
 def _serve(options: ServeOptions) -> int:
-    limits, router, worker = _resolve(options)
-    setup_logging("supervisor", level=router.values.log_level)
-    model = check_model_folder(Path(worker.values.model) if worker.values.model else BUNDLED_MODEL)
-    port = claim_port(router.values.host, router.values.port)
-    url = f"http://{_in_url(router.values.host)}:{port}"
+    settings = _resolve(options)
+    router, worker = settings.router.values, settings.worker.values
+    setup_logging("supervisor", level=router.log_level, style=router.log_style)
+    model = check_model_folder(Path(worker.model) if worker.model else BUNDLED_MODEL)
+    port = claim_port(router.host, router.port)
+    url = f"http://{_in_url(router.host)}:{port}"
     display = sys.stderr.isatty() and not options.quiet
     observers = _observers(url, options.status_fd, display)
     if display:
@@ -65,8 +72,12 @@ def _serve(options: ServeOptions) -> int:
         worker_spec = ChildSpec("worker", _command("tokenrelay.cli.worker", flags, options.file), socket=socket)
         flags = {**options.router, "port": port, "worker": f"unix:{socket}"}
         router_spec = ChildSpec("router", _command("tokenrelay.services.router", flags, options.file))
-        supervisor = Supervisor(worker_spec, router_spec, limits.values, observers)
-        code = asyncio.run(supervisor.run())
+        limits = settings.supervisor.values
+
+        async def supervise() -> int:
+            return await Supervisor(worker_spec, router_spec, limits, observers, joined=lambda: _joined(url)).run()
+
+        code = asyncio.run(supervise())
     if observers.failure is not None:
         raise ChildFailed(observers.failure)
     return code
@@ -77,7 +88,8 @@ def print_settings(options: ServeOptions) -> None:
     table = Table(box=None, header_style="bold")
     for column in ("setting", "value", "from"):
         table.add_column(column, overflow="fold")
-    for resolved in _resolve(options):
+    settings = _resolve(options)
+    for resolved in (settings.router, settings.worker, settings.prefill, settings.supervisor):
         for name, value, origin in resolved.rows():
             table.add_row(name, value, origin, style=None if origin != "default" else "dim")
     Console(highlight=False).print(table)
@@ -94,15 +106,44 @@ def check_model_folder(folder: Path) -> Path:
     return folder.resolve()
 
 
-def _resolve(options: ServeOptions) -> tuple[Resolved[SupervisorConfig], Resolved[Any], Resolved[Any]]:
-    from tokenrelay.services.decode.config import WorkerConfig
-    from tokenrelay.services.router.config import RouterConfig
+@dataclass(frozen=True)
+class _Settings:
+    supervisor: Resolved[SupervisorConfig]
+    router: Resolved[RouterConfig]
+    worker: Resolved[WorkerConfig]
+    prefill: Resolved[PrefillConfig]
 
-    return (
-        resolve(SupervisorConfig, "supervisor", file=options.file),
-        resolve(RouterConfig, "router", file=options.file, flags=options.router),
-        resolve(WorkerConfig, "worker", file=options.file, flags=options.worker),
+
+def _resolve(options: ServeOptions) -> _Settings:
+    """As each part will do it for itself. Raises ConfigError."""
+    settings = _Settings(
+        supervisor=resolve(SupervisorConfig, "supervisor", file=options.file),
+        router=resolve(RouterConfig, "router", file=options.file, flags=options.router),
+        worker=resolve(WorkerConfig, "worker", file=options.file, flags=options.worker),
+        prefill=resolve(PrefillConfig, "prefill", file=options.file),
     )
+    settings.worker.values.check()
+    return settings
+
+
+async def _joined(url: str) -> None:
+    """Until the router has shaken hands with the worker: then `ready` means that a request will work."""
+    host, port = urlsplit(url).hostname, urlsplit(url).port
+    end_s = time.monotonic() + JOIN_S
+    while True:
+        try:
+            async with asyncio.timeout(JOIN_S):
+                reader, writer = await asyncio.open_connection(host, port)
+                writer.write(b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                status = (await reader.readline()).split()[1:2]
+                writer.close()
+        except (OSError, TimeoutError) as error:
+            raise ChildFailed(f"the router does not answer at {url}") from error
+        if status == [b"200"]:
+            return
+        if time.monotonic() > end_s:
+            raise ChildFailed(f"the router did not accept the worker within {JOIN_S:.0f} s; its log says why")
+        await asyncio.sleep(0.02)
 
 
 def _observers(url: str, status_fd: int | None, display: bool) -> Observers:

@@ -18,7 +18,7 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,18 @@ class Backoff:
 class Supervisor:
     """Runs the worker and the router until a signal or a failure ends them. For one `run`, on a main thread's loop."""
 
-    def __init__(self, worker: ChildSpec, router: ChildSpec, limits: SupervisorConfig, observer: Observer) -> None:
+    def __init__(
+        self,
+        worker: ChildSpec,
+        router: ChildSpec,
+        limits: SupervisorConfig,
+        observer: Observer,
+        *,
+        joined: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """`joined` returns when the children, each ready for itself, found each other. ChildFailed: they did not."""
         self._specs = (worker, router)  # in start order
+        self._joined = joined
         self._limits = limits
         self._observer = observer
         self._lives: dict[str, ChildProcess] = {}  # by name; at most one life each
@@ -101,24 +111,27 @@ class Supervisor:
 
     async def _start_all(self) -> bool:
         """The first start of each child, in order. False: one failed (told), or a signal came meanwhile."""
-        facts: dict[str, Mapping[str, Any]] = {}
         stop = asyncio.ensure_future(self._stop.wait())
-        for spec in self._specs:
-            start = asyncio.ensure_future(self._start(spec))
-            await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if not start.done():
-                start.cancel()
-                await asyncio.gather(start, return_exceptions=True)
-                return False
-            try:
-                facts[spec.name] = start.result()
-            except ChildFailed as error:
-                stop.cancel()
-                self._observer.failed(error.message)
-                return False
-        stop.cancel()
-        self._observer.serving(facts)
+        start = asyncio.ensure_future(self._start_in_order())
+        either: set[asyncio.Future[Any]] = {start, stop}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        for task in either:
+            task.cancel()
+        await asyncio.gather(*either, return_exceptions=True)
+        if start.cancelled():
+            return False
+        try:
+            self._observer.serving(start.result())
+        except ChildFailed as error:
+            self._observer.failed(error.message)
+            return False
         return True
+
+    async def _start_in_order(self) -> dict[str, Mapping[str, Any]]:
+        facts = {spec.name: await self._start(spec) for spec in self._specs}
+        if self._joined is not None:
+            await self._joined()
+        return facts
 
     async def _keep_all(self) -> int:
         keepers = [asyncio.ensure_future(self._keep(spec)) for spec in self._specs]
