@@ -35,8 +35,6 @@ class Architecture:
     attention: Gqa | Mla
     moe: Moe | None
     moe_layers: frozenset[int]  # the layers that have `moe`; the others have a dense MLP
-    attention_scope: str = "self_attn."  # where a checkpoint keeps them within a layer
-    mlp_scope: str = "mlp."
 
     def kv_layout(self, block_tokens: int) -> GqaLayout | MlaLayout:
         """The layout of one layer's cache."""

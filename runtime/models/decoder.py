@@ -31,7 +31,6 @@ class DecoderLayer(Module):
     def __init__(self, architecture: Architecture, layer: int, *, dtype: torch.dtype) -> None:
         super().__init__()
         hidden, eps = architecture.hidden, architecture.norm_eps
-        self.scopes = (architecture.attention_scope, architecture.mlp_scope)
         self.input_norm = AddRmsNorm("input_layernorm", hidden, eps, dtype=dtype)
         self.attention: nn.Module
         if isinstance(architecture.attention, Mla):
@@ -40,9 +39,8 @@ class DecoderLayer(Module):
             self.attention = GqaAttention(architecture.attention, hidden, eps, dtype=dtype)
         self.post_norm = AddRmsNorm("post_attention_layernorm", hidden, eps, dtype=dtype)
         self.mlp: nn.Module
-        self.sparse = architecture.moe is not None and layer in architecture.moe_layers
         out: Layout = {"tensor": Partial()}
-        if architecture.moe is not None and self.sparse:
+        if architecture.moe is not None and layer in architecture.moe_layers:
             self.mlp = MoeMlp(architecture.moe, hidden, dtype=dtype)
             out = dict.fromkeys(EXPERT_AXES, Partial())
         else:
@@ -65,11 +63,10 @@ class DecoderLayer(Module):
 
     def sources(self, prefix: str) -> Iterator[WeightSource]:
         """All tensors of the layer below `prefix`."""
-        attention_scope, mlp_scope = self.scopes
         yield from self.input_norm.sources(prefix)
-        yield from self.attention.sources(prefix + attention_scope)  # type: ignore[operator]
+        yield from self.attention.sources(f"{prefix}self_attn.")  # type: ignore[operator]
         yield from self.post_norm.sources(prefix)
-        yield from self.mlp.sources(prefix + mlp_scope)  # type: ignore[operator]
+        yield from self.mlp.sources(f"{prefix}mlp.")  # type: ignore[operator]
 
     def attend(
         self, x: Tensor, residual: Tensor | None, cos_sin: Tensor, batch: ops.AttentionBatch, cache: Tensor
