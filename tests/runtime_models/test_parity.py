@@ -67,6 +67,34 @@ def test_mixed_batches_with_prefix_hits(pair: Any) -> None:
     step({d: 1, c: 1, b: 1, a: 1})
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", ["v3-direct-q-yarn", "v2-grouped-qlora-yarn", "qwen3-sharded", "qwen3-moe-mixed"])
+def test_random_schedules(pair_of: Callable[..., Any], name: str, seed: int) -> None:
+    """Six sequences, half of them on another's blocks, cut and mixed at random until all are done."""
+    pair = pair_of(CASE[name])
+    source = random.Random(seed)
+    paged = Paged(pair.model, seed=seed)
+    trunk = prompt(60, seed=seed)
+    texts: list[list[int]] = []
+    for i in range(6):
+        shared = source.choice([0, 1, 2, 3]) if i and paged.rows[0].done >= 48 else 0
+        texts.append(trunk[: shared * 16] + prompt(source.randrange(1, 40), seed=100 * seed + i) if i else trunk)
+        paged.add(texts[i], prefix_of=0 if shared else None, prefix_blocks=shared)
+        while True:
+            left = {row: len(texts[row]) - paged.rows[row].done for row in range(i + 1)}
+            running = [row for row, count in left.items() if count]
+            if not running or (i < 5 and source.random() < 0.3 and paged.rows[0].done >= 48):
+                break
+            chosen = source.sample(running, source.randrange(1, len(running) + 1))
+            lengths = {row: source.choice([1, source.randrange(1, left[row] + 1)]) for row in chosen}
+            before = {row: paged.rows[row].done for row in chosen}
+            for row, found in paged.step(lengths, every=True).items():
+                expected = reference_logits(pair.hf, texts[row])[before[row] : before[row] + lengths[row]]
+                assert_close(found, expected, f"sequence {row} from {before[row]}")
+    assert all(paged.rows[row].done == len(texts[row]) for row in range(6))
+    assert any(row.blocks[:1] == paged.rows[0].blocks[:1] for row in paged.rows[1:]), "no prefix was shared"
+
+
 def test_logits_of_sampled_rows_only(pair: Any) -> None:
     tokens = prompt(40, seed=6)
     paged = Paged(pair.model, seed=3)
