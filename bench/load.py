@@ -55,6 +55,8 @@ async def send(
             outcome.status = response.status
             if response.status != 200:
                 _read_refusal(outcome, await response.text())
+                if response.status == 429 and not response.headers.get("Retry-After", "").isdigit():
+                    outcome.problems.append("429 without Retry-After")
             elif abort_after == 0:
                 outcome.kind = "aborted"
             elif body.get("stream"):
