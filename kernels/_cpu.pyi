@@ -1,3 +1,216 @@
-"""The native extension; see csrc/."""
+"""The native extension (csrc/bindings.cpp). Addresses are `Tensor.data_ptr()`; sizes and strides count elements."""
+
+RUN_TOKENS: int
+
+_Part = tuple[int, int, int]  # address, token stride, head stride
+_Batch = tuple[int, int, int, int, int, int, int]  # block_table, slots, blocks_max, slots, starts, lengths, offsets
+_Range = tuple[int, int, int]  # first row, last row, token of index 0
 
 def isa_features() -> list[str]: ...
+def isa_runs(isa: int) -> bool: ...
+def processors() -> int: ...
+def threads() -> int: ...
+def set_threads(count: int) -> None: ...
+def mla_attention(
+    isa: int,
+    dtype: int,
+    batch: _Batch,
+    range: _Range,
+    cache: int,
+    blocks: int,
+    block_tokens: int,
+    tokens: int,
+    heads: int,
+    rank: int,
+    rope: int,
+    q_latent: _Part,
+    q_rope: _Part,
+    out: _Part,
+    scale: float,
+    /,
+) -> None: ...
+def gqa_attention(
+    isa: int,
+    dtype: int,
+    batch: _Batch,
+    range: _Range,
+    cache: int,
+    blocks: int,
+    kv_heads: int,
+    block_tokens: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    q: _Part,
+    out: _Part,
+    scale: float,
+    /,
+) -> None: ...
+def dense_attention(
+    isa: int,
+    dtype: int,
+    heads: int,
+    q_tokens: int,
+    tokens: int,
+    first: int,
+    q_first: int,
+    k: _Part,
+    v: _Part,
+    k2: int,
+    k2_token: int,
+    dk: int,
+    dk2: int,
+    dv: int,
+    q_nope: _Part,
+    q_rope: _Part,
+    scale: float,
+    state_m: int,
+    state_l: int,
+    state_o: int,
+    /,
+) -> None: ...
+def dense_finish(
+    isa: int, dtype: int, heads: int, q_tokens: int, dv: int, state_l: int, state_o: int, out: _Part, /
+) -> None: ...
+def rms_norm(
+    isa: int,
+    dtype: int,
+    tokens: int,
+    d: int,
+    x: int,
+    x_stride: int,
+    residual: int,
+    residual_stride: int,
+    weight: int,
+    eps: float,
+    normed: int,
+    total: int,
+    /,
+) -> None: ...
+def rotary(
+    isa: int,
+    dtype: int,
+    tokens: int,
+    heads: int,
+    r: int,
+    x: _Part,
+    positions: int,
+    cos_sin: int,
+    table_rows: int,
+    interleaved: bool,
+    out: int,
+    /,
+) -> None: ...
+def silu_mul(isa: int, dtype: int, tokens: int, f: int, gate_up: int, stride: int, out: int, /) -> None: ...
+def mla_cache_write(
+    dtype: int,
+    tokens: int,
+    rank: int,
+    rope: int,
+    latent: int,
+    latent_stride: int,
+    k_rope: int,
+    k_rope_stride: int,
+    cache: int,
+    blocks: int,
+    block_tokens: int,
+    cache_slots: int,
+    /,
+) -> None: ...
+def gqa_cache_write(
+    dtype: int,
+    tokens: int,
+    kv_heads: int,
+    head_dim: int,
+    k: _Part,
+    v: _Part,
+    cache: int,
+    blocks: int,
+    block_tokens: int,
+    cache_slots: int,
+    /,
+) -> None: ...
+def moe(
+    isa: int,
+    dtype: int,
+    tokens: int,
+    top_k: int,
+    experts: int,
+    d: int,
+    f: int,
+    x: int,
+    x_stride: int,
+    chosen: int,
+    weights: int,
+    gate_up: int,
+    down: int,
+    out: int,
+    /,
+) -> None: ...
+def moe_route(
+    isa: int,
+    tokens: int,
+    experts: int,
+    logits: int,
+    stride: int,
+    bias: int,
+    top_k: int,
+    groups: int,
+    groups_top_k: int,
+    sigmoid: bool,
+    normalize: bool,
+    top2: bool,
+    scale: float,
+    chosen: int,
+    weights: int,
+    /,
+) -> None: ...
+def sample(
+    isa: int,
+    rows: int,
+    vocab: int,
+    logits: int,
+    stride: int,
+    temperature: int,
+    top_p: int,
+    top_k: int,
+    min_p: int,
+    seed: int,
+    choice: int,
+    position: int,
+    tokens: int,
+    /,
+) -> None: ...
+def token_logprobs(
+    isa: int,
+    rows: int,
+    vocab: int,
+    top_k: int,
+    logits: int,
+    stride: int,
+    tokens: int,
+    chosen: int,
+    top: int,
+    top_tokens: int,
+    /,
+) -> None: ...
+def apply_penalties(
+    rows: int,
+    vocab: int,
+    logits: int,
+    stride: int,
+    count: int,
+    row: int,
+    presence: int,
+    frequency: int,
+    repetition: int,
+    offsets: int,
+    tokens: int,
+    seen_total: int,
+    output_counts: int,
+    bias_offsets: int,
+    bias_tokens: int,
+    bias_total: int,
+    bias: int,
+    /,
+) -> None: ...

@@ -1,0 +1,314 @@
+"""Paged attention on the CPU: wrappers of the native kernels, and the choice of the MLA prefill algorithm."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+import tokenrelay.kernels._cpu as _native
+from tokenrelay.kernels.batch import AttentionBatch
+from tokenrelay.kernels.cpu.variants import FLOATS, Variant, check, check_axes, check_dense, code_of, part
+from tokenrelay.kernels.registry import Limit, register
+
+# Tokens of a context that are projected up at once; its keys and values should stay in the last cache.
+_STRETCH_TOKENS = 2048
+
+_Batch = tuple[int, int, int, int, int, int, int]
+_last_batch: tuple[AttentionBatch | None, _Batch] = (None, (0, 0, 0, 0, 0, 0, 0))
+
+
+def register_variant(variant: Variant) -> None:
+    """Register every operation of this file for one set of inner loops."""
+    dtypes = ("bfloat16",) if variant.pairs else FLOATS
+    common = {"device": "cpu", "isa": variant.isa, "dtypes": dtypes}
+    for op, call, layout in (
+        ("mla_decode", mla_decode, "mla"),
+        ("mla_prefill", mla_prefill, "mla"),
+        ("gqa_decode", gqa_decode, "gqa"),
+        ("gqa_prefill", gqa_prefill, "gqa"),
+    ):
+        limits = {"heads": Limit(1, 1024), "block_tokens": Limit(1, 1024)}
+        add = register(
+            op=op,
+            path=variant.path,
+            layout=layout,
+            priority=variant.priority,
+            limits=limits,
+            **common,  # type: ignore[arg-type]
+        )
+        add(functools.partial(call, variant.code))
+    # One algorithm for decode and prefill, whose bits do not depend on how a prompt is cut: for deterministic serving.
+    add = register(
+        op="mla_prefill",
+        path=f"{variant.path}/absorbed",
+        layout="mla",
+        priority=variant.priority - 5,
+        **common,  # type: ignore[arg-type]
+    )
+    add(functools.partial(mla_prefill, variant.code, absorbed_tokens=1 << 62))
+
+
+def _native_batch(batch: AttentionBatch) -> _Batch:
+    """The batch as the extension takes it. All layers of a step pass the same object: it is checked once."""
+    global _last_batch
+    last, found = _last_batch
+    if last is batch:
+        return found
+    check_axes("batch.block_table", batch.block_table, 2)
+    rows = batch.slots.shape[0]
+    check_dense("batch.block_table", batch.block_table, torch.int32, tuple(batch.block_table.shape))
+    check_dense("batch.slots", batch.slots, torch.int32, (rows,))
+    check_dense("batch.starts", batch.starts, torch.int32, (rows,))
+    check_dense("batch.lengths", batch.lengths, torch.int32, (rows,))
+    check_dense("batch.offsets", batch.offsets, torch.int32, (rows + 1,))
+    if not 0 <= batch.decodes <= rows:
+        raise ValueError(f"batch.decodes is {batch.decodes}, expected 0 to {rows}")
+    found = (
+        batch.block_table.data_ptr(),
+        batch.block_table.shape[0],
+        batch.block_table.shape[1],
+        batch.slots.data_ptr(),
+        batch.starts.data_ptr(),
+        batch.lengths.data_ptr(),
+        batch.offsets.data_ptr(),
+    )
+    _last_batch = (batch, found)
+    return found
+
+
+def mla_decode(
+    isa: int, q_latent: Tensor, q_rope: Tensor, cache: Tensor, batch: AttentionBatch, scale: float
+) -> Tensor:
+    """See `ops.mla_decode`."""
+    native = _native_batch(batch)
+    out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
+    check_axes("q_latent", q_latent, 3)
+    if q_latent.shape[0] != batch.decodes:
+        raise ValueError(f"q_latent has {q_latent.shape[0]} rows, the batch has {batch.decodes} decodes")
+    _mla_attend(isa, q_latent, q_rope, cache, native, (0, batch.decodes, 0), out, scale)
+    return out
+
+
+def _mla_attend(
+    isa: int,
+    q_latent: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    native: _Batch,
+    rows: tuple[int, int, int],
+    out: Tensor,
+    scale: float,
+) -> None:
+    """Attention over latents: q_latent, out [t, h, rank], q_rope [t, h, rope], any strides but the last."""
+    code = code_of("cache", cache)
+    tokens, heads, rank = q_latent.shape
+    check_axes("cache", cache, 3)
+    blocks, block_tokens, width = cache.shape
+    check_dense("cache", cache, cache.dtype, (blocks, block_tokens, width))
+    check("q_latent", q_latent, cache.dtype, (tokens, heads, rank))
+    check("q_rope", q_rope, cache.dtype, (tokens, heads, width - rank))
+    _native.mla_attention(
+        isa,
+        code,
+        native,
+        rows,
+        cache.data_ptr(),
+        blocks,
+        block_tokens,
+        tokens,
+        heads,
+        rank,
+        width - rank,
+        part(q_latent),
+        part(q_rope),
+        part(out),
+        scale,
+    )
+
+
+def absorbed_tokens_max(rank: int, rope: int, nope: int, value: int) -> int:
+    """Up to this many tokens of a row, attending over latents costs less than projecting them up first.
+
+    Per pair of token and head, latents cost 2 * rank + rope multiplications, keys and values nope + rope + value; but
+    those must first be made, for each head and cached token, by rank * (nope + value).
+    """
+    saved = 2 * rank - nope - value
+    return 1 << 62 if saved <= 0 else rank * (nope + value) // saved
+
+
+def mla_prefill(
+    isa: int,
+    q_nope: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    batch: AttentionBatch,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    scale: float,
+    *,
+    absorbed_tokens: int | None = None,
+) -> Tensor:
+    """See `ops.mla_prefill`. Rows of at most `absorbed_tokens` tokens attend over latents, longer ones over keys and
+    values that are projected up stretch by stretch; without it, whichever is cheaper."""
+    native = _native_batch(batch)
+    check_axes("q_nope", q_nope, 3)
+    check_axes("w_uv", w_uv, 3)
+    (tokens, heads, nope), (_, value, rank) = q_nope.shape, w_uv.shape
+    check("q_nope", q_nope, cache.dtype, (tokens, heads, nope))
+    check_dense("w_uk", w_uk, cache.dtype, (heads, nope, rank))
+    check_dense("w_uv", w_uv, cache.dtype, (heads, value, rank))
+    check_axes("cache", cache, 3)
+    rope = cache.shape[2] - rank
+    check("q_rope", q_rope, cache.dtype, (tokens, heads, rope))
+    if absorbed_tokens is None:
+        absorbed_tokens = absorbed_tokens_max(rank, rope, nope, value)
+    out = q_nope.new_empty(tokens, heads, value)
+    offsets, lengths = batch.offsets.tolist(), batch.lengths.tolist()
+    rows = len(lengths)
+    if offsets[rows] - batch.decodes != tokens:
+        raise ValueError(f"q_nope has {tokens} tokens, the batch has {offsets[rows] - batch.decodes} prefill tokens")
+    row = batch.decodes
+    while row < rows:
+        last = row
+        while last < rows and lengths[last] <= absorbed_tokens:
+            last += 1
+        if last > row:  # some short rows side by side
+            first = offsets[row]
+            span = slice(first - batch.decodes, offsets[last] - batch.decodes)
+            _absorbed(isa, q_nope[span], q_rope[span], cache, native, (row, last, first), w_uk, w_uv, scale, out[span])
+            row = last
+        else:
+            span = slice(offsets[row] - batch.decodes, offsets[row] - batch.decodes + lengths[row])
+            _projected(isa, q_nope[span], q_rope[span], cache, batch, row, w_uk, w_uv, scale, out[span])
+            row += 1
+    return out
+
+
+def _absorbed(
+    isa: int,
+    q_nope: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    native: _Batch,
+    rows: tuple[int, int, int],
+    w_uk: Tensor,
+    w_uv: Tensor,
+    scale: float,
+    out: Tensor,
+) -> None:
+    q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk)  # [h, t, rank]
+    latent = torch.empty_like(q_latent)
+    _mla_attend(isa, q_latent.transpose(0, 1), q_rope, cache, native, rows, latent.transpose(0, 1), scale)
+    out.copy_(torch.bmm(latent, w_uv.transpose(1, 2)).transpose(0, 1))
+
+
+def _projected(
+    isa: int,
+    q_nope: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    batch: AttentionBatch,
+    row: int,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """One row: stretches of its context are projected up, and attended to as ordinary heads."""
+    (tokens, heads, nope), (_, value, rank) = q_nope.shape, w_uv.shape
+    block_tokens, width = cache.shape[1:]
+    start = int(batch.starts[row])
+    context = start + tokens
+    blocks = _row_blocks(batch, row, -(-context // block_tokens), cache.shape[0])
+    code = code_of("cache", cache)
+    state_m = torch.full((heads, tokens), -math.inf)
+    state_l = torch.zeros(heads, tokens)
+    state_o = torch.zeros(heads, tokens, value)
+    unit = math.lcm(_native.RUN_TOKENS, block_tokens)
+    stretch = unit * max(1, _STRETCH_TOKENS // unit)
+    for first in range(0, context, stretch):
+        count = min(stretch, context - first)
+        entries = cache.index_select(0, blocks[first // block_tokens : -(-(first + count) // block_tokens)])
+        entries = entries.view(-1, width)[:count]
+        keys = entries[:, :rank] @ w_uk.view(heads * nope, rank).T  # [c, h * nope]
+        values = entries[:, :rank] @ w_uv.view(heads * value, rank).T  # [c, h * v]
+        _native.dense_attention(
+            isa,
+            code,
+            heads,
+            tokens,
+            count,
+            first,
+            start,
+            (keys.data_ptr(), heads * nope, nope),
+            (values.data_ptr(), heads * value, value),
+            entries[:, rank:].data_ptr(),
+            width,
+            nope,
+            width - rank,
+            value,
+            part(q_nope),
+            part(q_rope),
+            scale,
+            state_m.data_ptr(),
+            state_l.data_ptr(),
+            state_o.data_ptr(),
+        )
+    _native.dense_finish(isa, code, heads, tokens, value, state_l.data_ptr(), state_o.data_ptr(), part(out))
+
+
+def _row_blocks(batch: AttentionBatch, row: int, count: int, blocks_total: int) -> Tensor:
+    """The row's blocks as int64 [count]; ValueError where the table does not hold them."""
+    slot = int(batch.slots[row])
+    if not 0 <= slot < batch.block_table.shape[0]:
+        raise ValueError(f"row {row}: slot {slot} is not in block_table")
+    if count > batch.block_table.shape[1]:
+        raise ValueError(f"row {row}: its context is longer than block_table is wide")
+    blocks = batch.block_table[slot, :count].long()
+    if count and (int(blocks.min()) < 0 or int(blocks.max()) >= blocks_total):
+        raise ValueError(f"row {row}: a block is not in the cache of {blocks_total}")
+    return blocks
+
+
+def gqa_decode(isa: int, q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float) -> Tensor:
+    """See `ops.gqa_decode`."""
+    if q.shape[0] != batch.decodes:
+        raise ValueError(f"q has {q.shape[0]} rows, the batch has {batch.decodes} decodes")
+    return _gqa(isa, q, cache, batch, (0, batch.decodes, 0), scale)
+
+
+def gqa_prefill(isa: int, q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float) -> Tensor:
+    """See `ops.gqa_prefill`."""
+    return _gqa(isa, q, cache, batch, (batch.decodes, batch.slots.shape[0], batch.decodes), scale)
+
+
+def _gqa(isa: int, q: Tensor, cache: Tensor, batch: AttentionBatch, rows: tuple[int, int, int], scale: float) -> Tensor:
+    native = _native_batch(batch)
+    check_axes("q", q, 3)
+    check_axes("cache", cache, 5)
+    code = code_of("cache", cache)
+    tokens, heads, head_dim = q.shape
+    blocks, _, kv_heads, block_tokens, _ = cache.shape
+    check_dense("cache", cache, cache.dtype, (blocks, 2, kv_heads, block_tokens, head_dim))
+    check("q", q, cache.dtype, (tokens, heads, head_dim))
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _native.gqa_attention(
+        isa,
+        code,
+        native,
+        rows,
+        cache.data_ptr(),
+        blocks,
+        kv_heads,
+        block_tokens,
+        tokens,
+        heads,
+        head_dim,
+        part(q),
+        part(out),
+        scale,
+    )
+    return out

@@ -1,0 +1,170 @@
+// Online-softmax attention of a block of rows over a run of tokens (Milakov and Gimelshein 2018; Dao et al. 2022), and
+// the merge of two runs. Part of isa_*.cpp.
+#pragma once
+
+#include "leaf_math.hpp"
+
+namespace tokenrelay::TOKENRELAY_ISA {
+namespace {
+
+// o[r, column ..] += sum over tokens of p[r, t] * v[t, column ..], NV vectors wide, tokens in order.
+template <int MR, int NV, class TV>
+inline void weigh_block(const float* p, const TV* const* v, int64_t tokens, int64_t column, float* o, int64_t stride) {
+  F acc[MR][NV];
+#pragma GCC unroll 4
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 8
+    for (int i = 0; i < NV; ++i) acc[r][i] = load(o + r * stride + column + i * W);
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    const TV* value = v[t] + column;
+    F lane[NV];
+#pragma GCC unroll 8
+    for (int i = 0; i < NV; ++i) lane[i] = load(value + i * W);
+#pragma GCC unroll 4
+    for (int r = 0; r < MR; ++r) {
+      const F weight = set1(p[r * kTileTokens + t]);
+#pragma GCC unroll 8
+      for (int i = 0; i < NV; ++i) acc[r][i] = fma(weight, lane[i], acc[r][i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 8
+    for (int i = 0; i < NV; ++i) store(o + r * stride + column + i * W, acc[r][i]);
+  }
+}
+
+template <int NV, class TV>
+void weigh_columns(const float* p, int64_t rows, const TV* const* v, int64_t tokens, int64_t column, float* o,
+                   int64_t stride) {
+  int64_t r = 0;
+  for (; r + ROWS <= rows; r += ROWS) {
+    weigh_block<ROWS, NV>(p + r * kTileTokens, v, tokens, column, o + r * stride, stride);
+  }
+  for (; r < rows; ++r) weigh_block<1, NV>(p + r * kTileTokens, v, tokens, column, o + r * stride, stride);
+}
+
+// The last columns, fewer than a vector.
+template <class TV>
+void weigh_tail(const float* p, int64_t rows, const TV* const* v, int64_t tokens, int64_t column, int64_t n, float* o,
+                int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    F acc = load_n(o + r * stride + column, n);
+    for (int64_t t = 0; t < tokens; ++t) acc = fma(set1(p[r * kTileTokens + t]), load_n(v[t] + column, n), acc);
+    store_n(o + r * stride + column, acc, n);
+  }
+}
+
+template <class TV>
+void weigh(const float* p, int64_t rows, const TV* const* v, int64_t tokens, int64_t dv, float* o) {
+  int64_t column = 0;
+  for (; column + 4 * W <= dv; column += 4 * W) weigh_columns<4>(p, rows, v, tokens, column, o, dv);
+  for (; column + W <= dv; column += W) weigh_columns<1>(p, rows, v, tokens, column, o, dv);
+  if (column < dv) weigh_tail(p, rows, v, tokens, column, dv - column, o, dv);
+}
+
+inline void scale_row(float* o, int64_t dv, float factor) {
+  int64_t i = 0;
+  for (; i + W <= dv; i += W) store(o + i, load(o + i) * set1(factor));
+  if (i < dv) store_n(o + i, load_n(o + i, dv - i) * set1(factor), dv - i);
+}
+
+// Turns a row's scores into weights e^(score - maximum) and updates maximum, sum and what was weighed before.
+// Tokens from `visible` on get the weight 0.
+inline void soften(float* s, int64_t tokens, int64_t visible, float scale, float& m, float& l, float* o, int64_t dv) {
+  for (int64_t t = visible; t < kTileTokens; ++t) s[t] = -__builtin_inff();
+  if (visible <= 0) {
+    for (int64_t t = 0; t < tokens; ++t) s[t] = 0;
+    return;
+  }
+  F top = set1(-__builtin_inff());
+  for (int64_t t = 0; t < kTileTokens; t += W) {
+    const F scaled = load(s + t) * set1(scale);
+    store(s + t, scaled);
+    top = max(top, scaled);
+  }
+  float highest = largest(top);
+  if (highest < m) highest = m;
+  if (highest > m) {
+    const float factor = exp(m - highest);  // 0 for the first tile, where m is -inf
+    l *= factor;
+    scale_row(o, dv, factor);
+    m = highest;
+  }
+  F total = zero();
+  for (int64_t t = 0; t < kTileTokens; t += W) {
+    const F weight = exp(load(s + t) - set1(highest));
+    store(s + t, weight);
+    total = total + weight;
+  }
+  l += sum(total);
+}
+
+template <class T>
+void attend_typed(const AttendJob& job) {
+  using TQ = typename Partner<T>::type;
+  const auto k = reinterpret_cast<const T* const*>(job.k);
+  const auto k2 = reinterpret_cast<const T* const*>(job.k2);
+  const auto v = reinterpret_cast<const T* const*>(job.v);
+  constexpr int64_t kRows = 8;  // queries whose addresses are at hand at once
+  const int64_t width = job.dk + job.dk2;
+  for (int64_t r = 0; r < job.rows; ++r) {
+    job.m[r] = -__builtin_inff();
+    job.l[r] = 0;
+  }
+  __builtin_memset(job.o, 0, static_cast<size_t>(job.rows * job.dv) * sizeof(float));
+  for (int64_t t = 0; t < job.tokens; t += kTileTokens) {
+    const int64_t n = min_of(kTileTokens, job.tokens - t);
+    for (int64_t r = 0; r < job.rows; r += kRows) {
+      const int64_t rows = min_of(kRows, job.rows - r);
+      const TQ *q[kRows], *q2[kRows];
+      for (int64_t i = 0; i < rows; ++i) {
+        q[i] = static_cast<const TQ*>(job.q) + (r + i) * width;
+        q2[i] = q[i] + job.dk;
+      }
+      float* scores = job.scores + r * kTileTokens;
+      dot_all(q, rows, k + t, n, job.dk, scores, kTileTokens);
+      if (job.dk2 > 0) {
+        alignas(64) float second[kRows * kTileTokens];
+        dot_all(q2, rows, k2 + t, n, job.dk2, second, kTileTokens);
+        for (int64_t i = 0; i < rows * kTileTokens; ++i) scores[i] += second[i];
+      }
+    }
+    for (int64_t r = 0; r < job.rows; ++r) {
+      const int64_t visible = max_of(0, min_of(n, job.visible[r] - job.first - t));
+      soften(job.scores + r * kTileTokens, n, visible, job.scale, job.m[r], job.l[r], job.o + r * job.dv, job.dv);
+    }
+    weigh(job.scores, job.rows, v + t, n, job.dv, job.o);
+  }
+}
+
+void attend(const AttendJob& job) { TOKENRELAY_BY_TYPE(job.dtype, T, attend_typed<T>(job)); }
+
+void merge(int64_t rows, int64_t dv, float* m, float* l, float* o, const float* m2, const float* l2, const float* o2) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (l2[r] == 0) continue;  // the row saw nothing of the later run
+    const float top = m[r] > m2[r] ? m[r] : m2[r];
+    const float a = exp(m[r] - top), b = exp(m2[r] - top);
+    float* to = o + r * dv;
+    const float* from = o2 + r * dv;
+    int64_t i = 0;
+    for (; i + W <= dv; i += W) store(to + i, fma(load(from + i), set1(b), load(to + i) * set1(a)));
+    if (i < dv) store_n(to + i, fma(load_n(from + i, dv - i), set1(b), load_n(to + i, dv - i) * set1(a)), dv - i);
+    l[r] = l[r] * a + l2[r] * b;
+    m[r] = top;
+  }
+}
+
+void divide(DType dtype, int64_t dv, float l, const float* o, void* out) {
+  TOKENRELAY_BY_TYPE(dtype, T, {
+    T* to = static_cast<T*>(out);
+    const F factor = set1(1.0f / l);
+    int64_t i = 0;
+    for (; i + W <= dv; i += W) store(to + i, load(o + i) * factor);
+    if (i < dv) store_n(to + i, load_n(o + i, dv - i) * factor, dv - i);
+  });
+}
+
+}  // namespace
+}  // namespace tokenrelay::TOKENRELAY_ISA

@@ -1,0 +1,231 @@
+#include "sampling.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "pool.hpp"
+
+namespace tokenrelay {
+namespace {
+
+constexpr int64_t kWeightOne = int64_t{1} << 42;
+constexpr int64_t kRun = 4096;  // tokens whose weights are summed before one of them is looked for
+constexpr float kLargest = std::numeric_limits<float>::max();
+
+// Philox-4x32-10 (Salmon et al. 2011), the first two words of its output.
+uint64_t philox(uint64_t seed, uint32_t choice, uint64_t position) {
+  uint32_t c0 = static_cast<uint32_t>(position), c1 = static_cast<uint32_t>(position >> 32), c2 = choice, c3 = 0;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t{0xD2511F53} * c0, b = uint64_t{0xCD9E8D57} * c2;
+    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
+    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(b);
+    c3 = static_cast<uint32_t>(a);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return (static_cast<uint64_t>(c1) << 32) | c0;
+}
+
+// random * total / 2^64, in [0, total).
+int64_t scaled(uint64_t random, int64_t total) {
+  __extension__ using Wide = unsigned __int128;
+  return static_cast<int64_t>((static_cast<Wide>(random) * static_cast<uint64_t>(total)) >> 64);
+}
+
+// A token that may be drawn. Order: the larger logit first, the lower id among equals.
+struct Candidate {
+  float logit;
+  int32_t id;
+  int64_t weight;
+};
+bool likelier(const Candidate& a, const Candidate& b) {
+  return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
+}
+
+float cleaned(float logit) {
+  if (std::isnan(logit)) return -std::numeric_limits<float>::infinity();
+  return std::min(logit, kLargest);
+}
+
+int64_t first_at(const float* logits, int64_t vocab, float max) {
+  for (int64_t i = 0; i < vocab; ++i) {
+    if (cleaned(logits[i]) == max) return i;
+  }
+  return 0;
+}
+
+// No filter: sum the weights in runs, find the run, then the token.
+int64_t draw_from_all(const Table& table, const float* logits, int64_t vocab, float max, double inverse,
+                      uint64_t random) {
+  std::vector<int64_t> sums;
+  int64_t total = 0;
+  for (int64_t i = 0; i < vocab; i += kRun) {
+    sums.push_back(table.token_weights(logits + i, min_of(kRun, vocab - i), max, inverse, nullptr));
+    total += sums.back();
+  }
+  int64_t left = scaled(random, total);
+  size_t run = 0;
+  while (left >= sums[run]) left -= sums[run++];
+  const int64_t first = static_cast<int64_t>(run) * kRun;
+  int64_t weights[kRun];
+  table.token_weights(logits + first, min_of(kRun, vocab - first), max, inverse, weights);
+  int64_t i = 0;
+  while (left >= weights[i]) left -= weights[i++];
+  return first + i;
+}
+
+// Cuts `kept` (any order) to the likeliest while fewer than `count` stand before and their weight is below `bound`: the
+// same that sorting all and walking down would keep, without sorting all.
+void keep_likeliest(std::vector<Candidate>& kept, int64_t count, int64_t bound) {
+  constexpr std::ptrdiff_t kSmall = 64;
+  auto begin = kept.begin(), end = kept.end();
+  int64_t before_count = 0, before_weight = 0;
+  while (end - begin > kSmall) {
+    // Everything in [kept.begin(), begin) stays, everything from end on goes; halve what is open.
+    const auto middle = begin + (end - begin) / 2;
+    std::nth_element(begin, middle, end, likelier);
+    int64_t weight = before_weight;
+    for (auto it = begin; it != middle; ++it) weight += it->weight;
+    const int64_t number = before_count + (middle - begin);
+    if (number < count && weight < bound) {  // then the middle one stays too, and all before it
+      before_count = number;
+      before_weight = weight;
+      begin = middle;
+    } else {
+      end = middle;
+    }
+  }
+  std::sort(begin, end, likelier);
+  while (begin != end && before_count < count && before_weight < bound) {
+    before_weight += begin->weight;
+    ++before_count;
+    ++begin;
+  }
+  kept.erase(begin, kept.end());
+}
+
+int64_t total_weight(const std::vector<Candidate>& kept) {
+  int64_t total = 0;
+  for (const Candidate& candidate : kept) total += candidate.weight;
+  return total;
+}
+
+int64_t draw_filtered(const Table& table, const Sampling& s, int64_t row, const float* logits, float max,
+                      double inverse, uint64_t random) {
+  constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
+  const float min_p = std::min(s.min_p[row], 1.0f);
+  const int64_t lightest =
+      min_p > 0 ? max_of(1, static_cast<int64_t>(static_cast<double>(min_p) * static_cast<double>(kWeightOne))) : 1;
+  std::vector<Candidate> kept;
+  int64_t weights[kRun];
+  for (int64_t first = 0; first < s.vocab; first += kRun) {
+    const int64_t n = min_of(kRun, s.vocab - first);
+    table.token_weights(logits + first, n, max, inverse, weights);
+    for (int64_t i = 0; i < n; ++i) {
+      // Who has no weight is never drawn, and stands behind all who have in every order.
+      if (weights[i] >= lightest)
+        kept.push_back({cleaned(logits[first + i]), static_cast<int32_t>(first + i), weights[i]});
+    }
+  }
+  const int64_t top_k = s.top_k[row];
+  if (top_k > 0 && top_k < static_cast<int64_t>(kept.size())) keep_likeliest(kept, top_k, kAll);
+  if (s.top_p[row] < 1.0f) {
+    const double share = std::max(static_cast<double>(s.top_p[row]), 0.0);
+    const auto bound = static_cast<int64_t>(share * static_cast<double>(total_weight(kept)));
+    keep_likeliest(kept, kAll, max_of(bound, 1));  // at least 1: the likeliest token stays
+  }
+  std::sort(kept.begin(), kept.end(), [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
+  int64_t left = scaled(random, total_weight(kept));
+  size_t i = 0;
+  while (left >= kept[i].weight) left -= kept[i++].weight;
+  return kept[i].id;
+}
+
+int64_t sample_row(const Table& table, const Sampling& s, int64_t row) {
+  const float* logits = s.logits + row * s.stride;
+  const float max = table.max_logit(logits, s.vocab);
+  if (max == -std::numeric_limits<float>::infinity()) return 0;
+  if (!(s.temperature[row] > 0)) return first_at(logits, s.vocab, max);
+  const double inverse = 1.0 / static_cast<double>(s.temperature[row]);
+  const uint64_t random = philox(static_cast<uint64_t>(s.seed[row]), static_cast<uint32_t>(s.choice[row]),
+                                 static_cast<uint64_t>(s.position[row]));
+  const bool filtered = s.top_p[row] < 1.0f || s.min_p[row] > 0 || (s.top_k[row] > 0 && s.top_k[row] < s.vocab);
+  return filtered ? draw_filtered(table, s, row, logits, max, inverse, random)
+                  : draw_from_all(table, logits, s.vocab, max, inverse, random);
+}
+
+void logprobs_row(const Table& table, const Logprobs& l, int64_t row) {
+  const float* logits = l.logits + row * l.stride;
+  const float max = table.max_logit(logits, l.vocab);
+  const double log_sum = std::log(table.sum_exp(logits, l.vocab, max));
+  const auto logprob = [&](int64_t id) {
+    return static_cast<float>(static_cast<double>(logits[id]) - static_cast<double>(max) - log_sum);
+  };
+  l.chosen[row] = logprob(l.tokens[row]);
+  if (l.top_k == 0) return;
+  std::vector<int64_t> order(static_cast<size_t>(l.vocab));
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
+  std::partial_sort(order.begin(), order.begin() + l.top_k, order.end(), [&](int64_t a, int64_t b) {
+    const float x = cleaned(logits[a]), y = cleaned(logits[b]);
+    return x > y || (x == y && a < b);
+  });
+  for (int64_t i = 0; i < l.top_k; ++i) {
+    l.top_tokens[row * l.top_k + i] = order[static_cast<size_t>(i)];
+    l.top[row * l.top_k + i] = logprob(order[static_cast<size_t>(i)]);
+  }
+}
+
+void check_tokens(const char* name, const int64_t* tokens, int64_t count, int64_t vocab) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (tokens[i] < 0 || tokens[i] >= vocab) {
+      throw std::invalid_argument(std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(tokens[i]) +
+                                  ", the vocabulary has " + std::to_string(vocab));
+    }
+  }
+}
+
+void check_offsets(const char* name, const int64_t* offsets, int64_t count, int64_t total) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (offsets[i] < 0 || offsets[i] > offsets[i + 1] || offsets[i + 1] > total) {
+      throw std::invalid_argument(std::string(name) + " must ascend from 0 to the number of entries");
+    }
+  }
+}
+
+}  // namespace
+
+void sample(const Table& table, const Sampling& sampling) {
+  parallel_for(sampling.rows, [&](int64_t row) { sampling.tokens[row] = sample_row(table, sampling, row); });
+}
+
+void token_logprobs(const Table& table, const Logprobs& logprobs) {
+  check_tokens("token_ids", logprobs.tokens, logprobs.rows, logprobs.vocab);
+  parallel_for(logprobs.rows, [&](int64_t row) { logprobs_row(table, logprobs, row); });
+}
+
+void apply_penalties(const Penalties& p) {
+  check_tokens("rows", p.row, p.count, p.rows);
+  check_tokens("token_ids", p.tokens, p.seen_total, p.vocab);
+  check_tokens("bias_token_ids", p.bias_tokens, p.bias_total, p.vocab);
+  check_offsets("offsets", p.offsets, p.count, p.seen_total);
+  check_offsets("bias_offsets", p.bias_offsets, p.count, p.bias_total);
+  parallel_for(p.count, [&](int64_t i) {
+    float* logits = p.logits + p.row[i] * p.stride;
+    for (int64_t j = p.offsets[i]; j < p.offsets[i + 1]; ++j) {
+      float value = logits[p.tokens[j]];
+      value = value > 0 ? value / p.repetition[i] : value * p.repetition[i];
+      value -= p.frequency[i] * static_cast<float>(p.output_counts[j]);
+      if (p.output_counts[j] > 0) value -= p.presence[i];
+      logits[p.tokens[j]] = value;
+    }
+    for (int64_t j = p.bias_offsets[i]; j < p.bias_offsets[i + 1]; ++j) logits[p.bias_tokens[j]] += p.bias[j];
+  });
+}
+
+}  // namespace tokenrelay
