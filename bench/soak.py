@@ -246,6 +246,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--quick", action="store_true", help="20 seconds")
     parser.add_argument("--agents", type=int, default=16, help="sessions at once")
+    parser.add_argument(
+        "--blocks", type=int, default=512, help="KV pool of the server that is started: small, so that it is soon full"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--pid", action="append", default=[], metavar="NAME=PID", help="with --url: sample its memory")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the result as JSON, by default to stdout")
@@ -258,7 +261,8 @@ def main() -> int:
             from tokenrelay.cli.own import OwnServer
 
             arguments = [options.model] if options.model else []
-            server = stack.enter_context(OwnServer([*arguments, "--log-level", "warning"], quiet=True))
+            arguments += ["--blocks", str(options.blocks), "--log-level", "warning"]
+            server = stack.enter_context(OwnServer(arguments, quiet=True))
             url, pids = server.url, {name: server.facts[f"{name}_pid"] for name in ("worker", "router")}
             pids["supervisor"] = server.process.pid
         soak = Soak(url, asyncio.run(_model_name(url)), options.seed, pids)
