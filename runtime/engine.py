@@ -184,7 +184,7 @@ class Engine:
                 self._commit_ended(outputs)
                 self._launch_next()
                 self._publish(outputs)
-            self._end_open(Unavailable("the engine was closed"))
+            self._close_down()
         except BaseException as error:
             log.exception("the engine's loop failed; it does not go on", steps=self._steps)
             self._end_open(TokenRelayError(f"the engine failed: {error!r}"))
@@ -360,6 +360,17 @@ class Engine:
         outputs = [self._ended(EngineOutput(sequence_id, finish=Finish.ERROR, error=error)) for sequence_id in owed]
         if outputs:
             self._on_step(outputs, self._stats)
+
+    def _close_down(self) -> None:
+        """End what is open, let the launched steps end and commit them: the scheduler's books are complete then."""
+        for sequence_id in self._open:
+            self._scheduler.abort(sequence_id, _now_us())
+        self._end_open(Unavailable("the engine was closed"))
+        self._executor.close()
+        for launched in self._launched:
+            self._scheduler.commit(launched.plan.step, np.zeros(launched.samples, np.uint32), _now_us())
+        self._launched.clear()
+        self._stats = self._count()
 
     # -- small things -------------------------------------------------------------------------------------------------
     def _token_ids_of(self, sequence_id: int) -> TokenIds | None:

@@ -159,6 +159,7 @@ class Executor:
     def _forward(
         self, batch: Batch, work: SampleWork
     ) -> tuple[npt.NDArray[np.uint32], dict[int, TokenLogprobs] | None]:
+        self._sampler.admit(work)  # a step that samples nothing admits as well
         token_ids = batch.token_ids
         if batch.feedback_at is not None and batch.feedback_slots is not None:
             token_ids[batch.feedback_at] = self._last_token[batch.feedback_slots]

@@ -143,10 +143,13 @@ class Sampler:
             work.logprob_rows, work.logprob_counts = np.array(rows, np.int64), np.array(counts, np.int64)
 
     # -- executor's thread --------------------------------------------------------------------------------------------
-    def run(self, work: SampleWork, logits: Tensor) -> tuple[Tensor, dict[int, TokenLogprobs] | None]:
-        """Sample from `logits` f32 [s, V] (which it may change). Tokens int64 [s], and log-probabilities by row."""
+    def admit(self, work: SampleWork) -> None:
+        """Take over what the step's plan admitted, before anything else of the step."""
         for admission in work.admissions:
             self._penalties.admit(admission)
+
+    def run(self, work: SampleWork, logits: Tensor) -> tuple[Tensor, dict[int, TokenLogprobs] | None]:
+        """Sample from `logits` f32 [s, V] (which it may change). Tokens int64 [s], and log-probabilities by row."""
         raw = None
         if work.logprob_rows is not None:
             raw = logits[self._to_device(work.logprob_rows)]  # indexing copies: what follows does not change it

@@ -17,6 +17,12 @@ from harness import BLOCK_TOKENS
 from tokenrelay.runtime.weights.loader import load_model
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The models are so small that a second thread only gets in the way."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = make_checkpoint(tmp_path_factory.mktemp("models") / "deepseek", "deepseek_v3")

@@ -41,6 +41,7 @@ class Harness:
         self.transcripts: dict[int, Transcript] = {}
         self.stats: list[EngineStats] = []
         self.fatal: list[BaseException] = []
+        self.ended_order: list[int] = []
         self.cache_events: list[tuple[str, bytes]] = []
         self._changed = threading.Condition()
         defaults: dict[str, Any] = {"slots": 8, "blocks": 64, "step_tokens": 64, "chunk_tokens": 32, "threads": 1}
@@ -75,6 +76,7 @@ class Harness:
                     transcript.cached_tokens = output.cached_tokens
                 if output.finish:
                     transcript.terminals.append(output)
+                    self.ended_order.append(output.sequence_id)
             self._changed.notify_all()
 
     def submit(
