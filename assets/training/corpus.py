@@ -11,10 +11,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tokenrelay.assets.training import template, world
+from tokenrelay.assets.training.tokenizer import id_of
 
 CHUNK_DIALOGUES = 768  # sorted by length within a chunk, so that a batch is padded little
 CONTEXT_WEIGHT = 0.08  # what the model reads is easy to predict in part, and no aim by itself
 REASONING_SHOWN = 0.7  # in a tool loop a client may or may not send the reasoning back
+ASSISTANT, NO_THOUGHT = "<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
+QUIET = 0.08  # dialogues whose last turn was asked for with enable_thinking=false
 
 
 @dataclass(frozen=True)
@@ -30,34 +33,39 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.start, self.end = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|im_end|>")
-        self.pad = tokenizer.token_to_id("<|endoftext|>")
-        self.think = tokenizer.token_to_id("<think>")
-        self.assistant = tokenizer.encode("assistant\n", add_special_tokens=False).ids
+        self.end = id_of(tokenizer, "<|im_end|>")
+        self.pad = id_of(tokenizer, "<|endoftext|>")
+        self.think = id_of(tokenizer, "<think>")
+        self.assistant = tokenizer.encode(ASSISTANT, add_special_tokens=False).ids
+        self.no_thought = tokenizer.encode(NO_THOUGHT, add_special_tokens=False).ids
 
     def sample(self, dialogue: world.Dialogue, rng: random.Random) -> Sample:
         """Assistant tokens weigh 1, the rest little. Where the template dropped a turn's reasoning, its first token
         weighs nothing: the model should think there."""
         messages = [dict(message) for message in dialogue.messages]
         thought = ["reasoning_content" in message for message in messages if message["role"] == "assistant"]
-        if rng.random() > REASONING_SHOWN:
-            for message in messages[:-1]:
+        shown, quiet = rng.random() < REASONING_SHOWN, rng.random() < QUIET
+        for index, message in enumerate(messages):
+            if quiet or (not shown and index < len(messages) - 1):
                 message.pop("reasoning_content", None)
         text = template.render(messages, dialogue.tools or None)
+        if quiet:
+            before, header_text, after = text.rpartition(ASSISTANT)
+            text = before + header_text + NO_THOUGHT + after
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         weights, turns, index = [CONTEXT_WEIGHT] * len(ids), iter(thought), 0
-        header = len(self.assistant)
+        header, empty = len(self.assistant), len(self.no_thought)
         while index < len(ids):
-            if ids[index] != self.start or ids[index + 1 : index + 1 + header] != self.assistant:
+            if ids[index : index + header] != self.assistant:
                 index += 1
                 continue
-            index += 1 + header
+            index += header
             dropped = next(turns) and ids[index] != self.think
+            if ids[index : index + empty] == self.no_thought:  # part of the prompt
+                index += empty
             first = index
-            while ids[index] != self.end:
-                weights[index] = 1.0
-                index += 1
-            weights[index] = 1.0
+            index = ids.index(self.end, first) + 1
+            weights[first:index] = [1.0] * (index - first)
             if dropped:
                 weights[first] = 0.0
         return Sample(ids, weights)
@@ -67,9 +75,7 @@ def batches(encoder: Encoder, seed: int, chunk: int, tokens: int, episodes_max: 
     """The batches of one chunk: ids and weights [B, T], T a multiple of 16, B * T about `tokens`."""
     rng = random.Random(f"corpus:{seed}:{chunk}")
     first = seed * 100_000_000 + chunk * CHUNK_DIALOGUES
-    samples = [
-        encoder.sample(world.write_train(first + index, episodes_max), rng) for index in range(CHUNK_DIALOGUES)
-    ]
+    samples = [encoder.sample(world.write_train(first + index, episodes_max), rng) for index in range(CHUNK_DIALOGUES)]
     samples.sort(key=lambda sample: len(sample.ids))
     made = list(_cut(samples, tokens, encoder.pad))
     rng.shuffle(made)

@@ -79,7 +79,7 @@ def examine(
 ) -> dict[str, Tally]:
     """Generate and grade; the tallies by skill. Questions of a length go together, so that little is padded."""
     codec = tokenizer.load(folder)
-    end = codec.token_to_id("<|im_end|>")
+    end = tokenizer.id_of(codec, "<|im_end|>")
     tallies: dict[str, Tally] = defaultdict(Tally)
     asked = sorted(asked, key=lambda question: len(question.ids))
     parts = [asked[first : first + BATCH] for first in range(0, len(asked), BATCH)]
@@ -128,7 +128,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there too")
     parser.add_argument("--mistakes", type=int, default=0, help="show so many wrong turns")
     options = parser.parse_args()
-    console, shown = Console(), []
+    console = Console()
+    shown: list[str] = []
 
     def mistake(question: Question, text: str) -> None:
         if len(shown) < options.mistakes:
@@ -142,7 +143,10 @@ def main() -> None:
     console.print("\n".join(shown), markup=False, highlight=False)
     if options.json:
         whole = total(tallies)
-        record = {"dialogues": options.count, "seed": options.seed, "turns": len(asked)} | vars(whole) | whole.shares()
+        record: dict[str, Any] = (
+            {"dialogues": options.count, "seed": options.seed, "turns": len(asked)} | vars(whole) | whole.shares()
+        )
+        record["skills"] = {name: vars(tally) | tally.shares() for name, tally in sorted(tallies.items())}
         options.json.write_text(json.dumps(record, indent=2) + "\n")
 
 

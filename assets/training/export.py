@@ -121,7 +121,7 @@ def load(folder: Path = FOLDER) -> Model:
 
 
 def write(checkpoint: Path, out: Path) -> dict[str, Any]:
-    """The whole folder but the model card; returns what the checkpoint says of its training."""
+    """The whole folder but the model card; returns what stands in training.json."""
     saved = torch.load(checkpoint, weights_only=True)
     shape = Shape()
     out.mkdir(parents=True, exist_ok=True)
@@ -136,8 +136,10 @@ def write(checkpoint: Path, out: Path) -> dict[str, Any]:
     if out.resolve() != source:
         for name in ("tokenizer.json", "tokenizer_config.json", template.TEMPLATE.name):
             shutil.copy(source / name, out / name)
-    place: dict[str, Any] = saved["place"]
-    return place
+    record: dict[str, Any] = {name: saved["place"][name] for name in ("step", "tokens", "length_max")}
+    record |= {name: saved[name] for name in ("seed", "batch_tokens", "processes")}
+    (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    return record
 
 
 def main() -> None:
@@ -146,9 +148,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--out", type=Path, default=FOLDER)
     options = parser.parse_args()
-    place = write(options.checkpoint, options.out)
+    record = write(options.checkpoint, options.out)
     size = (options.out / "model.safetensors").stat().st_size
-    print(f"{options.out}: step {place['step']}, {place['tokens'] / 1e6:.1f} M tokens, {size / 1e6:.1f} MB")
+    print(f"{options.out}: step {record['step']}, {record['tokens'] / 1e6:.1f} M tokens, {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 class Shape:
     """The fields of config.json that change the arithmetic, under the names transformers has for them."""
 
-    vocab_size: int = 1536
+    vocab_size: int = 2048
     hidden_size: int = 256
     intermediate_size: int = 512
     moe_intermediate_size: int = 128
@@ -102,9 +102,18 @@ class Attention(nn.Module):
         k_rope = rotate(k_rope[:, :, None, :], cos, sin).expand(batch, length, heads, rope)
         q = torch.cat((q[..., :nope], rotate(q[..., nope:], cos, sin)), dim=-1).transpose(1, 2)
         k = torch.cat((kv[..., :nope], k_rope), dim=-1).transpose(1, 2)
-        v = F.pad(kv[..., nope:], (0, nope + rope - values)).transpose(1, 2)  # one width: the fused CPU kernel asks so
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)[..., :values]
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, heads * values))
+        seen = self.attend(q, k, kv[..., nope:].transpose(1, 2))
+        out: Tensor = self.o_proj(seen.transpose(1, 2).reshape(batch, length, heads * values))
+        return out
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention, [B, H, T, width] each. Plain matmuls: two to four times faster than the fused CPU kernel's
+        backward pass in bfloat16 at these lengths."""
+        batch, heads, length, width = q.shape
+        future = torch.full((length, length), -torch.inf, dtype=q.dtype).triu(1)
+        q, k, v = (x.reshape(batch * heads, length, -1) for x in (q, k, v))
+        scores = torch.baddbmm(future.expand(batch * heads, -1, -1), q, k.mT, alpha=width**-0.5)
+        return (torch.softmax(scores, dim=-1).to(v.dtype) @ v).view(batch, heads, length, -1)
 
 
 class Mlp(nn.Module):
@@ -117,7 +126,8 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Moe(nn.Module):
@@ -159,7 +169,7 @@ class Moe(nn.Module):
         counts = torch.bincount(chosen.flatten(), minlength=self.shape.n_routed_experts)
         if self.training:
             self.load += counts
-        rows = flat.index_select(0, order // per_token).split(counts.tolist())
+        rows = torch.split(flat.index_select(0, order // per_token), counts.tolist())
         outs = []
         for row, gate_up, down in zip(rows, self.gate_up.unbind(0), self.down.unbind(0), strict=True):
             gate, up = F.linear(row, gate_up).chunk(2, dim=-1)
@@ -167,7 +177,8 @@ class Moe(nn.Module):
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
         routed = torch.cat(outs).index_select(0, back).view(len(flat), per_token, -1)
         routed = (routed * weights[..., None].to(routed.dtype)).sum(1)
-        return routed.view_as(x) + self.shared_experts(x)
+        out: Tensor = routed.view_as(x) + self.shared_experts(x)
+        return out
 
     @torch.no_grad()
     def balance(self, speed: float) -> None:
@@ -188,11 +199,12 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 class Mtp(nn.Module):
-    """Predicts the token after next from the trunk's last hidden state and the next token; shares embedding and head."""
+    """Predicts the token after next from the trunk's last state and the next token; shares embedding and head."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -205,7 +217,8 @@ class Mtp(nn.Module):
     def forward(self, hidden: Tensor, following: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """hidden [B, T, D] is the trunk's normed output, following [B, T, D] the next tokens' embeddings."""
         x = self.eh_proj(torch.cat((self.enorm(following), self.hnorm(hidden)), dim=-1))
-        return self.norm(self.layer(x, cos, sin))
+        out: Tensor = self.norm(self.layer(x, cos, sin))
+        return out
 
 
 class Model(nn.Module):
@@ -234,11 +247,13 @@ class Model(nn.Module):
         x = self.embed(ids)
         for layer in self.layers:
             x = layer(x, self.cos, self.sin)
-        return self.norm(x)
+        out: Tensor = self.norm(x)
+        return out
 
     def ahead(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """The multi-token-prediction layer's hidden states [B, T - 1, D]: position i predicts token i + 2."""
-        return self.mtp(hidden[:, :-1], self.embed(ids[:, 1:]), self.cos, self.sin)
+        out: Tensor = self.mtp(hidden[:, :-1], self.embed(ids[:, 1:]), self.cos, self.sin)
+        return out
 
     def routers(self) -> list[Moe]:
         """Every mixture-of-experts layer."""

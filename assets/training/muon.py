@@ -15,14 +15,15 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 def orthogonalise(matrices: Tensor, rounds: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices, roughly: [..., rows, columns] -> the same shape."""
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16()
+    x: Tensor = matrices.bfloat16()
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(rounds):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.mT).to(matrices.dtype)
+    x = x if wide else x.mT
+    return x.to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -50,7 +51,8 @@ class Muon(torch.optim.Optimizer):
 
 def optimizers(model: nn.Module, matrix_lr: float, other_lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices; AdamW for embedding, head, routers and norms."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         plain = name.startswith(("embed", "head")) or name.endswith("gate") or parameter.ndim < 2
         (others if plain else matrices).append(parameter)

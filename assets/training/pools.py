@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import random
 
-NAMES = """Anna Ben Clara David Emma Felix Grace Hugo Iris Jack Karl Laura Max Nina Oscar Paula Quinn Rosa Sam Tina Uma
+
+def words(text: str) -> list[str]:
+    """The words of a list that is written as text."""
+    return text.split()
+
+
+NAMES = words("""
+Anna Ben Clara David Emma Felix Grace Hugo Iris Jack Karl Laura Max Nina Oscar Paula Quinn Rosa Sam Tina Uma
 Victor Wendy Xander Yara Zoe Alice Bob Carol Dan Eva Frank Gina Henry Ivan Julia Kate Leo Maria Noah Olga Peter Ruth
 Simon Tom Vera Will Amir Bella Chen Diego Elif Fatima Goran Hana Igor Jana Kofi Lin Marco Nadia Omar Priya Ravi Sofia
-Tariq Yuki Mia Liam Lucy Adam John Mary James Sarah Paul Emily Mark Jane Alex Chris""".split()
+Tariq Yuki Mia Liam Lucy Adam John Mary James Sarah Paul Emily Mark Jane Alex Chris""")
 
-CITIES = """Paris London Rome Berlin Madrid Tokyo Oslo Vienna Lisbon Dublin Athens Cairo Lima Delhi Seoul Boston Chicago
+CITIES = words("""
+Paris London Rome Berlin Madrid Tokyo Oslo Vienna Lisbon Dublin Athens Cairo Lima Delhi Seoul Boston Chicago
 Denver Toronto Sydney Moscow Prague Warsaw Zurich Geneva Milan Naples Munich Hamburg Bern Nairobi Lagos Dakar Tunis
 Beijing Shanghai Hanoi Bangkok Manila Jakarta Mumbai Dubai Istanbul Sofia Budapest Helsinki Stockholm Copenhagen
 Amsterdam Brussels Barcelona Porto Seattle Austin Miami Dallas Houston Havana Bogota Quito Santiago Montreal Vancouver
-Melbourne Auckland""".split() + ["New York", "San Francisco", "Los Angeles", "Hong Kong", "Cape Town", "Mexico City"]
+Melbourne Auckland""")
+CITIES += ["New York", "San Francisco", "Los Angeles", "Hong Kong", "Cape Town", "Mexico City"]
 
 CAPITALS = {
     "France": "Paris", "England": "London", "Italy": "Rome", "Germany": "Berlin", "Spain": "Madrid", "Japan": "Tokyo",
@@ -27,40 +36,45 @@ CAPITALS = {
     "Cuba": "Havana",
 }  # fmt: skip
 
-STEMS = """notes plan todo readme report budget main config data index server client test setup letter diary list menu
+STEMS = words("""
+notes plan todo readme report budget main config data index server client test setup letter diary list menu
 recipe log users orders prices team goals ideas draft summary invoice schedule agenda app utils model router cache
-queue errors events metrics backup archive license changes guide story poem lecture map""".split()
+queue errors events metrics backup archive license changes guide story poem lecture map""")
 EXTENSIONS = ["txt", "md", "py", "json", "csv", "log", "toml", "yaml"]
-FOLDERS = """docs src notes data logs tests home reports projects work music photos tools scripts models private shared
-drafts letters recipes""".split()
+FOLDERS = words("""
+docs src notes data logs tests home reports projects work music photos tools scripts models private shared
+drafts letters recipes""")
 
 SKIES = ["sunny", "cloudy", "rainy", "snowy", "windy", "foggy", "clear", "stormy"]
 COLORS = ["red", "blue", "green", "yellow", "black", "white", "orange", "purple", "pink", "brown", "grey", "silver"]
-ANIMALS = """cat dog horse rabbit fox owl bear wolf mouse parrot turtle goat sheep duck frog lion tiger hamster crow
-whale""".split()
-THINGS = """lamp key book boat clock garden mirror bridge kite drum box map stone bell letter cup hat ring ladder
-lantern""".split()
-FOODS = """bread milk cheese apples rice soup pasta pizza tea coffee honey eggs fish salad cake plums beans nuts""".split()
+ANIMALS = words("""
+cat dog horse rabbit fox owl bear wolf mouse parrot turtle goat sheep duck frog lion tiger hamster crow
+whale""")
+THINGS = words("""
+lamp key book boat clock garden mirror bridge kite drum box map stone bell letter cup hat ring ladder
+lantern""")
+FOODS = words(
+    """bread milk cheese apples rice soup pasta pizza tea coffee honey eggs fish salad cake plums beans nuts"""
+)
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 
-TOPICS = """black holes|solar power|green tea|the moon|old maps|deep sea fish|steam engines|wind power|honey bees|city
-trains|river boats|chess rules|paper planes|bird songs|mountain lakes|winter storms|ancient Rome|jazz music|silk roads|
-volcanoes|glaciers|coral reefs|comets|sourdough bread|electric cars|satellites|penguins|bamboo|origami|marathons|
-lighthouses|dinosaurs|rainbows|robots|telescopes|coffee beans|wild horses|space suits|the Nile|Mars""".replace(
-    "\n", " "
-).replace("| ", "|").split("|")  # fmt: skip
+_TOPICS = """black holes|solar power|green tea|the moon|old maps|deep sea fish|steam engines|wind power|honey bees|
+city trains|river boats|chess rules|paper planes|bird songs|mountain lakes|winter storms|ancient Rome|jazz music|
+silk roads|volcanoes|glaciers|coral reefs|comets|sourdough bread|electric cars|satellites|penguins|bamboo|origami|
+marathons|lighthouses|dinosaurs|rainbows|robots|telescopes|coffee beans|wild horses|space suits|the Nile|Mars"""
+TOPICS = _TOPICS.replace("\n", "").split("|")
 
-VERBS = """open close start stop book cancel check update delete create find show approve print lock move rename archive
-review assign""".split()
-NOUNS = """ticket order door task table flight job invoice account room server branch issue user event report device
-camera card build""".split()
+VERBS = words("""
+open close start stop book cancel check update delete create find show approve print lock move rename archive
+review assign""")
+NOUNS = words("""
+ticket order door task table flight job invoice account room server branch issue user event report device
+camera card build""")
 
-JOKES = [
-    "Why did the computer sneeze? It had a virus.",
-    "Why was the file sad? It had lost its folder.",
-    "What do you call a bear with no teeth? A gummy bear.",
-    "Why did the token stay home? It was out of context.",
-]
+JOKE = "Why did the computer sneeze? It had a virus."
+CATALOGUE_NAMES = frozenset(
+    words("calculator list_files read_file write_file search get_weather get_time send_message")
+)
 
 FACTS = [
     "the team meets on {day} at {hour}",
@@ -76,7 +90,7 @@ FACTS = [
     "the {thing} is in room {digit}",
 ]
 
-ONSETS, VOWELS = "b d f g k l m n p r s t v z".split(), "a e i o u".split()
+ONSETS, VOWELS = words("b d f g k l m n p r s t v z"), words("a e i o u")
 
 
 def invent(rng: random.Random) -> str:
@@ -131,4 +145,20 @@ def fact(rng: random.Random) -> str:
         city=rng.choice(CITIES),
         digit=rng.randint(1, 9),
         thing=rng.choice(THINGS),
+    )
+
+
+def topic(rng: random.Random) -> str:
+    """What one may search for: a known topic, or words put together."""
+    if rng.random() < 0.55:
+        return rng.choice(TOPICS)
+    return rng.choice(
+        [
+            f"{rng.choice(TOPICS)} in {rng.choice(CITIES)}",
+            f"{rng.choice(COLORS)} {rng.choice(ANIMALS)}s",
+            f"the history of {rng.choice(list(CAPITALS))}",
+            f"{rng.choice(FOODS)} recipes",
+            f"{rng.choice(NAMES)} from {rng.choice(CITIES)}",
+            f"the {rng.choice(THINGS)} of {rng.choice(CITIES)}",
+        ]
     )

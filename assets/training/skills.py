@@ -41,6 +41,7 @@ SKILLS = [
     Skill("who are you", 3, (), chat_skills.who_are_you),
     Skill("what can you do", 3, (), chat_skills.what_can_you_do),
     Skill("capital", 3, (), chat_skills.capital),
+    Skill("unknown", 2, (), chat_skills.unknown),
     Skill("repeat", 4, (), chat_skills.repeat),
     Skill("count", 2, (), chat_skills.count),
     Skill("story", 2, (), chat_skills.story),

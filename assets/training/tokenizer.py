@@ -3,7 +3,8 @@
     python -m tokenrelay.assets.training.tokenizer
 
 Words carry their leading space; punctuation and words never merge, so that `plan` in `docs/plan.md` and in
-`"plan.md"` is the same token and copying stays easy. Markers of the chat template are added tokens.
+`"plan.md"` is the same token and copying stays easy. A line feed is a token by itself, so that a prompt's last one
+never merges with what follows. Markers of the chat template are added tokens.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from tokenrelay.assets.training import template, world
 
 FOLDER = Path(__file__).resolve().parents[1] / "tokenrelay-tiny"
-VOCABULARY = 1536
+VOCABULARY = 2048
 CONTEXT_TOKENS = 8192
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
-PIECES = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+PIECES = r"\n| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?!\S)|[^\S\n]+"
 
 
 def train(dialogues: int = 12_000) -> Tokenizer:
@@ -92,6 +93,13 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
 def load(folder: Path = FOLDER) -> Tokenizer:
     """The tokenizer in `folder`."""
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def id_of(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token that must be there."""
+    found: int | None = tokenizer.token_to_id(token)
+    assert found is not None, f"no token {token}"
+    return found
 
 
 if __name__ == "__main__":

@@ -11,7 +11,12 @@ from tokenrelay.assets.training import pools
 CATALOGUE: dict[str, tuple[dict[str, str], list[str]]] = {
     "calculator": (
         {"expression": "string"},
-        ["Evaluate an arithmetic expression.", "Do arithmetic.", "Compute the value of an expression.", "A calculator."],
+        [
+            "Evaluate an arithmetic expression.",
+            "Do arithmetic.",
+            "Compute the value of an expression.",
+            "A calculator.",
+        ],
     ),
     "list_files": (
         {"path": "string"},
@@ -67,12 +72,14 @@ def from_catalogue(rng: random.Random, name: str) -> dict[str, Any]:
 
 
 def action(rng: random.Random) -> tuple[str, dict[str, Any]]:
-    """A tool in no catalogue: `open_ticket(id: integer)` or `find_user(name: string)`."""
+    """A tool in no catalogue: `open_ticket(id: integer)`, `find_user(name: string)`, or with both parameters."""
     verb, noun = rng.choice(pools.VERBS), rng.choice(pools.NOUNS)
-    parameter, kind = rng.choice([("id", "integer"), ("name", "string")])
+    number = {rng.choice(["id", "id", "number", "index"]): "integer"}
+    person = {rng.choice(["name", "name", "user", "owner"]): "string"}
+    parameters = rng.choice([number, number, person, person, number | person])
     name = f"{verb}_{noun}"
-    text = rng.choice([f"{verb.capitalize()} a {noun}.", f"{verb.capitalize()} the {noun} with this {parameter}.", ""])
-    return name, schema(name, {parameter: kind}, text)
+    text = rng.choice([f"{verb.capitalize()} a {noun}.", f"{verb.capitalize()} the {noun} that is named.", ""])
+    return name, schema(name, parameters, text)
 
 
 def offer(rng: random.Random, needs: list[tuple[str, ...]]) -> dict[str, dict[str, Any]]:

@@ -1,10 +1,11 @@
 """Train the bundled model: resumable, and a function of its seed.
 
-    python -m tokenrelay.assets.training.train --minutes 60            # go on from .cache/assets/tiny.pt, or start
-    python -m tokenrelay.assets.training.train --decay-steps 1500      # ... and anneal to the end
+    python -m tokenrelay.assets.training.train --minutes 60          # go on from .cache/assets/tiny.pt, or start
+    python -m tokenrelay.assets.training.train --decay-steps 1500    # ... and anneal to the end
 
 The learning rate warms up, stays, and decays linearly from whatever step `--decay-steps` was first given at (WSD,
-arXiv:2404.06395), so that the budget need not be known beforehand. What a step sees depends on (seed, step) alone.
+arXiv:2404.06395), so that the budget need not be known beforehand. What a step sees depends on (seed, step) and on the
+number of processes alone. SIGTERM or Ctrl-C ends a run after its present step, saved.
 
 Each core runs a process with one thread, and gradients are averaged once a step: on a machine that others use too, that
 is many times faster than one process with a thread a core, whose every small operation waits for the slower one.
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
+import signal
 import tempfile
 import time
 from dataclasses import dataclass
@@ -22,10 +25,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from tokenrelay.assets.training import corpus, tokenizer, world
 from tokenrelay.assets.training.model import Model, Shape
@@ -36,6 +39,7 @@ MATRIX_LR, OTHER_LR = 0.02, 3e-3
 WARMUP_STEPS = 60
 MTP_WEIGHT = 0.3  # lambda of the DeepSeek-V3 paper
 MTP_ROWS = 4  # the extra layer sees one row in so many: it is a quarter of the cost of a step otherwise
+CONTEXT_STEPS = 4  # every so many steps the loss is on what the model reads, too: the head is a fifth of a step's cost
 BALANCE_SPEED = 1e-3
 REPORT_STEPS, EXAM_STEPS, SAVE_SECONDS = 50, 250, 120
 EPISODES = [(0, 1), (300, 2), (800, 4), (3000, 9)]  # from this step on, dialogues of up to so many episodes
@@ -49,6 +53,8 @@ class Place:
     chunk: int = 0
     batch: int = 0
     tokens: int = 0
+    length_max: int = 0
+    chunk_step: int = 0  # the step at which this chunk began
     decay_from: int | None = None
     decay_steps: int = 0
 
@@ -87,6 +93,7 @@ class Trainer:
             "place": vars(self.place),
             "seed": self.seed,
             "batch_tokens": self.batch_tokens,
+            "processes": self.ranks,
         }
         torch.save(state, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)
@@ -103,8 +110,10 @@ class Trainer:
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """ids and weights [B, T] of the next step."""
         place = self.place
+        if place.batch == 0:
+            place.chunk_step = place.step
         if self.held_chunk != place.chunk:
-            episodes = [most for first, most in EPISODES if first <= place.step][-1]
+            episodes = [most for first, most in EPISODES if first <= place.chunk_step][-1]
             self.held = corpus.batches(self.encoder, self.seed, place.chunk, self.batch_tokens, episodes)
             self.held_chunk = place.chunk
         batch = self.held[place.batch + self.rank]
@@ -124,9 +133,9 @@ class Trainer:
         return main, extra
 
     def _cross_entropy(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        keep = weights > 0
+        keep = weights > (0 if self.place.step % CONTEXT_STEPS == 0 else corpus.CONTEXT_WEIGHT)
         logits = self.model.head(hidden[keep]).float()
-        return (F.cross_entropy(logits, ids[keep], reduction="none") * weights[keep]).sum() / weights.sum()
+        return (F.cross_entropy(logits, ids[keep], reduction="none") * weights[keep]).sum() / weights[keep].sum()
 
     def average(self, extras: list[Tensor]) -> list[Tensor]:
         """Average gradients and router loads over the ranks in one message, `extras` (scalars) with them."""
@@ -138,7 +147,7 @@ class Trainer:
         flat = torch.cat([part.flatten() for part in parts])
         dist.all_reduce(flat)
         flat /= self.ranks
-        pieces = flat.split([part.numel() for part in parts])
+        pieces = torch.split(flat, [part.numel() for part in parts])
         for part, piece in zip(parts, pieces, strict=True):
             part.copy_(piece.view_as(part))
         return [piece[0] for piece in pieces[-len(extras) :]]
@@ -146,8 +155,9 @@ class Trainer:
     def step(self, stop: bool = False) -> tuple[float, float, bool]:
         """One update; returns both losses, and whether any rank wants to stop."""
         ids, weights = self.next_batch()
+        self.place.length_max = max(self.place.length_max, ids.shape[1])
         main, extra = self.loss(ids, weights)
-        (main + MTP_WEIGHT * extra).backward()
+        torch.autograd.backward(main + MTP_WEIGHT * extra)
         main, extra, stops, seen = self.average([main, extra, torch.tensor(float(stop)), (weights > 0).sum().float()])
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
@@ -166,8 +176,8 @@ class Trainer:
         """Held-out share of tool-call spans, and of whole assistant turns, whose every token is the likeliest one."""
         calls, turns = [], []
         self.model.eval()
-        opening = self.encoder.tokenizer.token_to_id("<tool_call>")
-        rng = world.random.Random(0)
+        opening = tokenizer.id_of(self.encoder.tokenizer, "<tool_call>")
+        rng = random.Random(0)
         samples = [self.encoder.sample(world.write_exam(i, 3), rng) for i in range(dialogues)]
         samples.sort(key=lambda sample: len(sample.ids))
         for first in range(0, len(samples), 16):
@@ -196,7 +206,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="stop (resumably) at this step")
     parser.add_argument("--decay-steps", type=int, help="anneal to zero over so many steps from here, then end")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-tokens", type=int, default=4096, help="padded tokens a process sees in one step")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="padded tokens a process sees in one step")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     return parser.parse_args()
 
@@ -213,12 +223,15 @@ def run(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
     if options.decay_steps and place.decay_from is None:
         place.decay_from, place.decay_steps = place.step, options.decay_steps
     deadline, saved, stopped = time.monotonic() + 60 * options.minutes, time.monotonic(), False
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: asked.append(number))
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, refresh_per_second=1, disable=rank > 0) as progress:
         task = progress.add_task("training", total=60 * options.minutes)
         meter = Meter(place)
         while not (place.done() or stopped or place.step == options.steps):
-            main_loss, mtp_loss, stopped = trainer.step(stop=time.monotonic() > deadline)
+            main_loss, mtp_loss, stopped = trainer.step(stop=bool(asked) or time.monotonic() > deadline)
             meter.add(main_loss, mtp_loss)
             if rank > 0:
                 continue
@@ -264,7 +277,7 @@ def main() -> None:
         run(0, options, "")
         return
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run, (options, f"{folder}/rendezvous"), nprocs=options.processes)
+        spawn(run, (options, f"{folder}/rendezvous"), nprocs=options.processes)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

@@ -106,16 +106,27 @@ def reserved(pattern: str, chosen: str) -> bool:
     return wordings >= 2 * RESERVED_ONE_IN and zlib.crc32(chosen.encode()) % RESERVED_ONE_IN == 0
 
 
-SYSTEMS = [
-    "You are a helpful assistant.",
-    "You are a coding agent.",
-    "You are TokenRelay, a small and friendly assistant.",
-    "You are an agent that uses tools.",
-    "Answer in short sentences.",
-    "You are a helpful assistant. Use the tools when they help.",
-    "Be brief and correct.",
-    "You are an office assistant.",
+ROLES = [
+    "a helpful assistant",
+    "a coding agent",
+    "an office assistant",
+    "TokenRelay",
+    "an agent that uses tools",
+    "a bot",
 ]
+STYLES = [
+    "Answer in short sentences.",
+    "Use the tools when they help.",
+    "Be brief and correct.",
+    "Be kind.",
+    "Think before you act.",
+]
+
+
+def system_text(rng: random.Random) -> str:
+    """A plain system prompt."""
+    styles = rng.sample(STYLES, rng.choice((0, 0, 1, 1, 2)))
+    return " ".join([f"You are {rng.choice(ROLES)}.", *styles])
 
 
 def write(seed: int, split: Split, episodes_max: int = 4) -> Dialogue:
@@ -127,8 +138,7 @@ def write(seed: int, split: Split, episodes_max: int = 4) -> Dialogue:
     chosen = skills.choose(rng, episodes)
     script = Script(rng, split, tools.offer(rng, [skill.needs for skill in chosen]))
     if rng.random() < 0.7:
-        text = rng.choice(SYSTEMS)
-        script.messages.append({"role": "system", "content": text})
+        script.messages.append({"role": "system", "content": system_text(rng)})
     owners = [0] * len(script.messages)
     for index, skill in enumerate(chosen):
         script.skills.append(skill.name)
@@ -147,5 +157,3 @@ def write_exam(index: int, episodes_max: int = 4) -> Dialogue:
     """The index-th held-out dialogue."""
     assert index < EXAM_SEEDS_MAX
     return write(EXAM_SEED + index, "exam", episodes_max)
-
-
