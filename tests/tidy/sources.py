@@ -71,6 +71,7 @@ def package_sources() -> tuple[Source, ...]:
             continue
         for target, folder in import_table().items():
             if path.is_relative_to(folder):
-                dotted = ".".join([*target.split("/"), *path.relative_to(folder).with_suffix("").parts])
+                parts = path.relative_to(folder).with_suffix("").parts
+                dotted = ".".join([*target.split("/"), *(part for part in parts if part != "__init__")])
                 found.append(Source(path, part_of(dotted)))
     return tuple(found)

@@ -30,7 +30,7 @@ def test_functions_fit_a_screen() -> None:
     for source in package_sources():
         for node in ast.walk(source.tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                lines = (node.end_lineno or node.lineno) - node.body[0].lineno + 1  # a signature may be a long list
                 if lines > LONG_FUNCTIONS.get(f"{source.path}:{node.name}", FUNCTION_LINES_MAX):
                     long.append(f"{source.path}:{node.lineno} {node.name}: {lines} lines, at most {FUNCTION_LINES_MAX}")
     assert not long, "\n".join(long)
