@@ -225,7 +225,8 @@ class Run:
         loop = asyncio.get_running_loop()
         self._pool = pool
         self._arrived_s = arrived_s
-        self._open = 0
+        self._open = 0  # choices that have not ended
+        self._ended = False
         self._deadline: asyncio.TimerHandle | None = None
         self.metrics = metrics
         self.wanted = wanted
@@ -289,7 +290,7 @@ class Run:
 
     def fail(self, error: TokenRelayError, reason: str) -> None:
         """End everything with this error; the first one counts."""
-        if self.error is None and not self.done.done():
+        if not self._ended:
             self.error = error
             self._abort_open(reason)
             self._settle()
@@ -305,9 +306,8 @@ class Run:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
-        if not self.done.done():
-            self.fail(Unavailable("the request was given up"), reason)
         self.on_step = None
+        self.fail(Unavailable("the request was given up"), reason)
 
     def _abort_open(self, reason: str) -> None:
         for choice in self.choices:
@@ -315,6 +315,7 @@ class Run:
                 self.abort(choice, reason)
 
     def _settle(self) -> None:
+        self._ended = True  # the futures cannot say so: a handler that is cancelled cancels the one it waits for
         for future in (self.first, self.done):
             if not future.done():
                 future.set_result(None)

@@ -33,7 +33,11 @@ class Delta:
     @property
     def says_something(self) -> bool:
         """Whether a client would miss anything, tokens and log-probabilities aside."""
-        return bool(self.content or self.reasoning or self.calls)
+        return bool(
+            self.content
+            or self.reasoning
+            or (self.calls and any(isinstance(call, CallStart | CallArguments) for call in self.calls))
+        )
 
 
 class TextSink(Protocol):

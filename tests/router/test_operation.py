@@ -1,0 +1,120 @@
+"""Models, tokens, health, metrics; and what the configuration refuses."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from mock_worker import BLOCKS, Script
+from router_stack import Stack, StartStack, until
+
+from tokenrelay.base.errors import ConfigError
+from tokenrelay.proto import worker_pb2
+from tokenrelay.services.router.config import parse_arguments
+from tokenrelay.services.router.metrics import Histogram
+
+
+async def get(stack: Stack, path: str) -> tuple[int, str]:
+    async with stack.http.get(stack.url + path) as response:
+        return response.status, await response.text()
+
+
+def samples(page: str) -> dict[str, float]:
+    """Each sample of a Prometheus page; every line must be one, or a comment."""
+    found = {}
+    for line in page.splitlines():
+        if not line.startswith("# "):
+            match = re.fullmatch(r"(\w+(?:\{[^}]*\})?) (-?[\d.e+-]+)", line)
+            assert match, line
+            assert match[1] not in found, f"{match[1]} twice"
+            found[match[1]] = float(match[2])
+    return found
+
+
+async def test_models(start_stack: StartStack) -> None:
+    stack = await start_stack(model_alias=("gpt-4o", "org/name"))
+    async with stack.http.get(stack.url + "/v1/models") as response:
+        listed = (await response.json())["data"]
+    assert [entry["id"] for entry in listed] == ["mock", "gpt-4o", "org/name"]
+    assert listed[0]["max_model_len"] == 4096
+    assert (await get(stack, "/v1/models/org/name"))[0] == 200
+    assert (await get(stack, "/v1/models/other"))[0] == 404
+    assert (await stack.chat(model="gpt-4o"))["model"] == "mock"
+
+
+async def test_tokenize_and_detokenize(stack: Stack) -> None:
+    text = "Größe <think> <|im_end|>"
+    status, reply = await stack.post("/tokenize", {"prompt": text, "return_token_strs": True})
+    assert status == 200
+    assert reply["tokens"] == stack.worker.ids(text)
+    assert (reply["count"], reply["max_model_len"]) == (len(reply["tokens"]), 4096)
+    assert len(reply["token_strs"]) == reply["count"]
+    status, back = await stack.post("/detokenize", {"tokens": reply["tokens"]})
+    assert (status, back) == (200, {"prompt": text})
+    status, reply = await stack.post("/tokenize", {"messages": [{"role": "user", "content": "Hi"}]})
+    await stack.chat("Hi")
+    assert reply["count"] == stack.worker.submits[0].output_start
+    assert (await stack.post("/tokenize", {}))[0] == 400
+    assert (await stack.post("/tokenize", {"prompt": "x", "messages": []}))[0] == 400
+    assert (await stack.post("/detokenize", {"tokens": [10**9]}))[0] == 400
+
+
+async def test_health_ready_version(stack: Stack) -> None:
+    assert (await get(stack, "/health"))[0] == 200
+    assert (await get(stack, "/ready"))[0] == 200
+    assert "version" in (await get(stack, "/version"))[1]
+
+
+async def test_metrics(stack: Stack) -> None:
+    stack.worker.say("one two three", cached_tokens=3)
+    await stack.chat()
+    await stack.chat_stream()
+    await stack.post("/v1/chat/completions", {"messages": []})
+    stack.worker.host.answer = lambda submit: Script([], finish=worker_pb2.FINISH_NONE)
+    page = samples((await get(stack, "/metrics"))[1])
+    chat = 'tokenrelay_requests_total{endpoint="/v1/chat/completions",status="%d"}'
+    assert (page[chat % 200], page[chat % 400]) == (2, 1)
+    tokens = len(stack.worker.ids("one two three")) + 1
+    assert page["tokenrelay_output_tokens_total"] == 2 * tokens
+    assert page["tokenrelay_cached_tokens_total"] == 6
+    assert page["tokenrelay_prompt_tokens_total"] == 2 * stack.worker.submits[0].output_start
+    assert page["tokenrelay_ttft_seconds_count"] == 2
+    assert page["tokenrelay_inter_token_seconds_count"] <= 2 * (tokens - 1)
+    assert page["tokenrelay_requests_open"] == 0
+    assert page[f'tokenrelay_worker_ready{{worker="{stack.worker.address}"}}'] == 1
+
+
+async def test_the_kv_gauge_is_fresh_and_sums_to_the_pool(stack: Stack) -> None:
+    """The mock's counters change with no step that would tell the router."""
+    stack.worker.host.answer = lambda submit: Script([], finish=worker_pb2.FINISH_NONE)
+    _, writer = await stack.connect({"messages": [{"role": "user", "content": "Hi"}]})
+    await until(lambda: stack.worker.running == 1)
+    blocks = {}
+    page = samples((await get(stack, "/metrics"))[1])
+    for state in ("free", "cached", "active"):
+        blocks[state] = page[f'tokenrelay_kv_blocks{{state="{state}"}}']
+    assert (sum(blocks.values()), blocks["active"]) == (BLOCKS, 1)
+    assert page['tokenrelay_sequences{state="running"}'] == 1
+    writer.close()
+    await stack.worker.stop()
+    assert "tokenrelay_kv_blocks" in (await get(stack, "/metrics"))[1], "the last known ones"
+
+
+def test_histograms_are_cumulative() -> None:
+    histogram = Histogram((1, 2))
+    for value in (0.5, 1, 1.5, 9):
+        histogram.observe(value)
+    histogram.observe(2, times=2)
+    assert histogram.lines("x") == [
+        *['x_bucket{le="1"} 2', 'x_bucket{le="2"} 5', 'x_bucket{le="+Inf"} 6', "x_sum 16.0", "x_count 6"]
+    ]
+
+
+def test_configuration() -> None:
+    resolved, options = parse_arguments(["--port", "9", "--worker", "unix:/a,unix:/b", "--status-fd", "5"])
+    assert resolved.values.port == 9
+    assert resolved.values.worker == ("unix:/a", "unix:/b")
+    assert resolved.origins["port"] == "flag --port"
+    assert options.status_fd == 5
+    with pytest.raises(ConfigError, match=r"router.port .*65535"):
+        parse_arguments(["--port", "70000"])
