@@ -108,12 +108,14 @@ def _parser() -> argparse.ArgumentParser:
 async def run(options: WorkerSettings, status: StatusPipe) -> int:
     """Load, serve until drained or stopped; the exit code. Raises TokenRelayError when it cannot start."""
     from tokenrelay.services.chassis.lifecycle import Lifecycle
-    from tokenrelay.services.chassis.server import WorkerServer
+    from tokenrelay.services.chassis.server import WorkerServer, socket_path
     from tokenrelay.services.chassis.session import WorkerServicer
 
     config = options.worker
     if not config.socket:
         raise ConfigError("worker.socket is empty: where should the worker listen?")
+    address = f"unix:{config.socket}"
+    socket_path(address)  # not after minutes of loading
     began_s = time.monotonic()
     lifecycle = Lifecycle()
     lifecycle.install_signals()
@@ -123,7 +125,7 @@ async def run(options: WorkerSettings, status: StatusPipe) -> int:
     host, pool = mount(model, options, lifecycle.fail)
     servicer = WorkerServicer(host)
     host.bind(servicer)
-    server = WorkerServer(servicer, f"unix:{config.socket}")
+    server = WorkerServer(servicer, address)
     host.start()
     await server.start()
     lifecycle.ready()
