@@ -14,7 +14,7 @@ constexpr float kLargest = 3.40282347e+38f;
 float max_logit(const float* x, int64_t n) {
   F top = set1(-__builtin_inff());
   int64_t i = 0;
-  for (; i + W <= n; i += W) top = max(min(load(x + i), set1(kLargest)), top);
+  for (; i + W <= n; i += W) top = max(min(set1(kLargest), load(x + i)), top);  // a NaN falls out of max
   float highest = largest(top);
   for (; i < n; ++i) {
     const float value = x[i] > kLargest ? kLargest : x[i];

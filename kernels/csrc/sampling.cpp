@@ -38,6 +38,16 @@ int64_t scaled(uint64_t random, int64_t total) {
   return static_cast<int64_t>((static_cast<Wide>(random) * static_cast<uint64_t>(total)) >> 64);
 }
 
+// The first index at which the running sum of weights exceeds `left`; the caller made sure that one does.
+template <class WeightAt>
+int64_t walk(int64_t& left, int64_t count, WeightAt&& weight_at) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (left < weight_at(i)) return i;
+    left -= weight_at(i);
+  }
+  throw std::logic_error("token weights do not add up");
+}
+
 // A token that may be drawn. Order: the larger logit first, the lower id among equals.
 struct Candidate {
   float logit;
@@ -70,14 +80,11 @@ int64_t draw_from_all(const Table& table, const float* logits, int64_t vocab, fl
     total += sums.back();
   }
   int64_t left = scaled(random, total);
-  size_t run = 0;
-  while (left >= sums[run]) left -= sums[run++];
-  const int64_t first = static_cast<int64_t>(run) * kRun;
+  const int64_t first =
+      kRun * walk(left, static_cast<int64_t>(sums.size()), [&](int64_t i) { return sums[static_cast<size_t>(i)]; });
   int64_t weights[kRun];
   table.token_weights(logits + first, min_of(kRun, vocab - first), max, inverse, weights);
-  int64_t i = 0;
-  while (left >= weights[i]) left -= weights[i++];
-  return first + i;
+  return first + walk(left, min_of(kRun, vocab - first), [&](int64_t i) { return weights[i]; });
 }
 
 // Cuts `kept` (any order) to the likeliest while fewer than `count` stand before and their weight is below `bound`: the
@@ -142,9 +149,9 @@ int64_t draw_filtered(const Table& table, const Sampling& s, int64_t row, const 
   }
   std::sort(kept.begin(), kept.end(), [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
   int64_t left = scaled(random, total_weight(kept));
-  size_t i = 0;
-  while (left >= kept[i].weight) left -= kept[i++].weight;
-  return kept[i].id;
+  const int64_t drawn =
+      walk(left, static_cast<int64_t>(kept.size()), [&](int64_t i) { return kept[static_cast<size_t>(i)].weight; });
+  return kept[static_cast<size_t>(drawn)].id;
 }
 
 int64_t sample_row(const Table& table, const Sampling& s, int64_t row) {

@@ -71,7 +71,9 @@ def gqa_prefill(q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float) -
 def _gqa_row(q: Tensor, cache: Tensor, batch: AttentionBatch, row: int, scale: float, out: Tensor) -> None:
     _, context = _extent(batch, row)
     keys, values = _gather_gqa(cache, batch, row, context)  # [kv_heads, c, hd] each
-    grouped = accumulate(q).reshape(q.shape[0], keys.shape[0], -1, q.shape[2])  # [t, kv_heads, h / kv_heads, hd]
+    grouped = accumulate(q).reshape(
+        q.shape[0], keys.shape[0], q.shape[1] // keys.shape[0], q.shape[2]
+    )  # [t, kv_heads, h / kv_heads, hd]
     scores = torch.einsum("tkgd,kcd->kgtc", grouped, accumulate(keys)) * scale
     weights = torch.softmax(_causal(scores, context), dim=-1)
     out.copy_(torch.einsum("kgtc,kcd->tkgd", weights, accumulate(values)).flatten(1, 2))

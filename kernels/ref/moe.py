@@ -44,7 +44,7 @@ def moe_route(
     scores = torch.softmax(wide, dim=-1) if scoring == "softmax" else torch.sigmoid(wide)
     ranked = scores if bias is None else scores + bias  # what experts are chosen by; weights come from `scores`
     if groups > 1:
-        grouped = ranked.reshape(ranked.shape[0], groups, -1)  # [t, groups, E / groups]
+        grouped = ranked.reshape(ranked.shape[0], groups, ranked.shape[1] // groups)  # [t, groups, E / groups]
         best = grouped.amax(-1) if group_score == "max" else grouped.topk(2, dim=-1).values.sum(-1)
         chosen_groups = _top(best, groups_top_k)  # [t, groups_top_k]
         closed = torch.ones_like(best, dtype=torch.bool).scatter(-1, chosen_groups, False)
