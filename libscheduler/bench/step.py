@@ -1,4 +1,4 @@
-"""Microseconds of plan + commit for decoding sequences, and of admitting a long prompt. Run: python libscheduler/bench/step.py"""
+"""Microseconds of plan + commit for decoding sequences, and of admitting a prompt with a cached prefix."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def config(slots: int, context_tokens: int, blocks: int) -> Config:
 
 
 def decode_us(sequences: int, steps: int = 2000) -> tuple[float, float]:
-    """Median and 99th percentile of plan + commit, with one step in flight meanwhile and every array of both touched."""
+    """Median and 99th percentile of plan + commit with a step in flight meanwhile, every array of both touched."""
     scheduler = Scheduler(config(sequences, 4096, sequences * 64))
     rng = np.random.default_rng(0)
     for i in range(sequences):

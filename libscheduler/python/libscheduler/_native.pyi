@@ -167,7 +167,7 @@ class Scheduler:
         """
 
     def abort(self, sequence_id: int, now_us: int) -> AbortAnswer:
-        """End a sequence. Its blocks are free or cached now, or when the last launched step that holds it is committed."""
+        """End a sequence; what it holds is given back at the commit of the last launched step that holds it."""
 
     def plan(self, now_us: int) -> Plan | None:
         """The next step, which counts as launched; None when nothing can run now."""

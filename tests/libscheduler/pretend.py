@@ -1,0 +1,256 @@
+"""A pretend transformer that runs plans, and the model that every plan and outcome is compared with.
+
+KV of a position is a fingerprint of all tokens up to it, kept in blocks as the real one is. A plan that reads a block
+of other content, or too early, gives other tokens than the sequence gives alone, which the model knows beforehand.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tokenrelay.libscheduler import AbortAnswer, Config, Finish, Plan, RejectReason, Scheduler
+
+VOCABULARY = 64
+MASK = (1 << 61) - 1
+
+
+def mix(last: int, token: int) -> int:
+    """A fingerprint that depends on everything before."""
+    return (last * 6364136223846793005 + (token + 1) * 1442695040888963407) % MASK
+
+
+def sample(fingerprint: int) -> int:
+    """The token that the pretend transformer gives after these tokens."""
+    return (fingerprint >> 17) % VOCABULARY
+
+
+@dataclass
+class Sequence:
+    """One sequence: what was asked, and what it gives when it runs alone."""
+
+    sequence_id: int
+    tokens: list[int]
+    output_start: int
+    limit: int
+    stops: frozenset[int]
+    salt: bytes
+    kv: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    finish: Finish = Finish.NONE
+    emitted: int = 0
+    planned: int = 0
+    in_flight: int = 0
+    submitted_step: int = 0
+
+    def __post_init__(self) -> None:
+        last = hash(self.salt) % MASK
+        for token in self.tokens:
+            last = mix(last, token)
+            self.kv.append(last)
+        while self.finish == Finish.NONE:
+            self.outputs.append(sample(last))
+            last = mix(last, self.outputs[-1])
+            self.kv.append(last)
+            if self.outputs[-1] in self.stops:
+                self.finish = Finish.STOP
+            elif len(self.tokens) + len(self.outputs) == self.limit:
+                self.finish = Finish.LENGTH
+
+    @property
+    def known(self) -> int:
+        """Tokens that the scheduler knows."""
+        return len(self.tokens) + self.emitted
+
+
+@dataclass
+class Launched:
+    """A step that was planned and not yet committed."""
+
+    plan: Plan
+    sampled: list[int] | None = None
+
+
+class World:
+    """A scheduler, the pretend device and the model."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.scheduler = Scheduler(config)
+        self.kv = [0] * (config.blocks * config.block_tokens)
+        self.sampled_last = [0] * config.slots
+        self.live: dict[int, Sequence] = {}
+        self.ended: set[int] = set()
+        self.launched: deque[Launched] = deque()
+        self.steps = 0
+        self.history: list[object] = []  # everything that the scheduler decided
+        self.waited_steps_max = 0
+
+    def submit(
+        self,
+        sequence_id: int,
+        tokens: list[int],
+        *,
+        output_start: int | None = None,
+        tokens_max: int = 1,
+        stops: tuple[int, ...] = (),
+        priority: int = 0,
+        salt: bytes = b"",
+    ) -> RejectReason | None:
+        """Submit to the scheduler, which must refuse exactly what the model refuses."""
+        start = len(tokens) if output_start is None else output_start
+        expected = self.expected_reason(sequence_id, len(tokens), start, tokens_max)
+        reason = self.scheduler.submit(
+            sequence_id,
+            np.array(tokens, np.uint32),
+            output_start=start,
+            tokens_max=tokens_max,
+            stop_token_ids=stops,
+            priority=priority,
+            salt=salt,
+            now_us=self.steps,
+        )
+        assert reason == expected
+        if reason is None:
+            limit = min(start + tokens_max, self.config.context_tokens)
+            self.live[sequence_id] = Sequence(
+                sequence_id, tokens, start, limit, frozenset(stops), salt, submitted_step=self.steps
+            )
+        self.verify()
+        return reason
+
+    def expected_reason(self, sequence_id: int, size: int, output_start: int, tokens_max: int) -> RejectReason | None:
+        """What the contract says about a submission."""
+        if size >= self.config.context_tokens:
+            return RejectReason.PROMPT_TOO_LONG
+        if not 1 <= output_start <= size or tokens_max <= size - output_start:
+            return RejectReason.INVALID
+        resident = {int(i) for launched in self.launched for i in launched.plan.sequence_ids}
+        if sequence_id in self.live or sequence_id in resident:
+            return RejectReason.DUPLICATE_ID
+        if self.scheduler.counts().sequences_waiting >= self.config.waiting_max:
+            return RejectReason.QUEUE_FULL
+        return None
+
+    def abort(self, sequence_id: int) -> AbortAnswer:
+        """Abort; the scheduler knows which sequences live."""
+        answer = self.scheduler.abort(sequence_id, self.steps)
+        if sequence_id in self.live:
+            assert answer == AbortAnswer.ABORTED
+            del self.live[sequence_id]
+            self.ended.add(sequence_id)
+        else:
+            assert answer == (AbortAnswer.ALREADY_ENDED if sequence_id in self.ended else AbortAnswer.UNKNOWN)
+        self.verify()
+        return answer
+
+    def plan(self, *, late: bool = False) -> bool:
+        """Plan a step; a late one is computed only when it must be committed."""
+        plan = self.scheduler.plan(self.steps)
+        if plan is not None:
+            self.steps += 1
+            assert len(self.launched) < self.config.steps_in_flight
+            self.check_plan(plan)
+            self.launched.append(Launched(plan))
+            if not late:
+                self.execute_all(len(self.launched))
+        self.verify()
+        return plan is not None
+
+    def check_plan(self, plan: Plan) -> None:
+        """Every row continues its sequence where it stands, within all bounds."""
+        assert plan.step == self.steps
+        assert plan.lengths.sum() == len(plan.token_ids) <= self.config.step_tokens
+        assert len(set(plan.sequence_ids.tolist())) == len(plan.sequence_ids)
+        for sequence_id, cached in zip(plan.admitted_ids.tolist(), plan.admitted_cached.tolist(), strict=True):
+            assert self.live[sequence_id].in_flight == 0
+            self.live[sequence_id].planned = cached
+        for row, sequence_id in enumerate(plan.sequence_ids.tolist()):
+            sequence = self.live[sequence_id]
+            start, length = int(plan.starts[row]), int(plan.lengths[row])
+            decodes = row < plan.decodes
+            assert start == sequence.planned
+            assert length == 1 if decodes else 1 <= length <= self.config.chunk_tokens
+            assert plan.feedback[row] == (start >= sequence.known)
+            assert plan.samples[row] == (decodes or start + length == sequence.known)
+            sequence.planned += length
+            sequence.in_flight += int(plan.samples[row])
+            assert sequence.known + sequence.in_flight <= sequence.limit
+        self.history.append((plan.sequence_ids.tolist(), plan.starts.tolist(), plan.lengths.tolist()))
+
+    def execute_all(self, count: int) -> None:
+        """Run the oldest `count` launched steps, in order, as far as they have not run."""
+        for launched in list(self.launched)[:count]:
+            if launched.sampled is None:
+                launched.sampled = self.execute(launched.plan)
+
+    def execute(self, plan: Plan) -> list[int]:
+        """Read what the plan reads, write what it writes; the sampled tokens."""
+        table, width, at = self.scheduler.block_table, self.config.block_tokens, 0
+        sampled = []
+        for row, sequence_id in enumerate(plan.sequence_ids.tolist()):
+            slot, start = int(plan.slots[row]), int(plan.starts[row])
+            sequence = self.live.get(sequence_id)
+            last = hash(sequence.salt) % MASK if sequence else 0
+            if start:
+                cells = [int(table[slot, p // width]) * width + p % width for p in range(start)]
+                last = self.kv[cells[-1]]
+                if sequence:  # else it ended meanwhile and the row is discarded
+                    assert [self.kv[cell] for cell in cells] == sequence.kv[:start]
+            for position in range(start, start + int(plan.lengths[row])):
+                token = self.sampled_last[slot] if plan.feedback[row] else int(plan.token_ids[at])
+                last = mix(last, token)
+                self.kv[int(table[slot, position // width]) * width + position % width] = last
+                at += 1
+            if plan.samples[row]:
+                self.sampled_last[slot] = sample(last)
+                sampled.append(sample(last))
+        return sampled
+
+    def commit(self) -> bool:
+        """Commit the oldest step; what comes out is what each sequence gives alone."""
+        if not self.launched:
+            return False
+        self.execute_all(1)
+        launched = self.launched.popleft()
+        assert launched.sampled is not None
+        tokens = np.array(launched.sampled, np.uint32)
+        outcome = self.scheduler.commit(launched.plan.step, tokens, self.steps)
+        self.history.append((outcome.sequence_ids.tolist(), outcome.token_ids.tolist(), outcome.finish.tolist()))
+        for i, sequence_id in enumerate(outcome.sequence_ids.tolist()):
+            sequence = self.live[sequence_id]
+            assert outcome.token_ids[i] == sequence.outputs[sequence.emitted] == tokens[outcome.rows[i]]
+            assert outcome.first[i] == (sequence.emitted == 0)
+            sequence.emitted += 1
+            sequence.in_flight -= 1
+            last = sequence.emitted == len(sequence.outputs)
+            assert outcome.finish[i] == (sequence.finish if last else Finish.NONE)
+            if last:
+                self.waited_steps_max = max(self.waited_steps_max, self.steps - sequence.submitted_step)
+                self.ended.add(sequence_id)
+                del self.live[sequence_id]
+        self.verify()
+        return True
+
+    def step(self) -> bool:
+        """Plan as far ahead as allowed, then commit one step."""
+        while self.plan():
+            pass
+        return self.commit()
+
+    def drain(self) -> None:
+        """Run until nothing is left, and find every block free or cached."""
+        while self.live or self.launched:
+            assert self.step(), "no progress:\n" + "\n".join(self.scheduler.explain(i) for i in self.live)
+        counts = self.scheduler.counts()
+        assert (counts.blocks_active, counts.sequences_running, counts.sequences_waiting) == (0, 0, 0)
+        assert counts.blocks_free + counts.blocks_cached == self.config.blocks
+
+    def verify(self) -> None:
+        """All invariants, after every event."""
+        self.scheduler.check()
+        counts = self.scheduler.counts()
+        assert counts.blocks_free + counts.blocks_cached + counts.blocks_active == self.config.blocks
+        assert counts.steps_in_flight == len(self.launched)

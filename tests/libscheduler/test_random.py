@@ -1,0 +1,119 @@
+"""Random events, found and shrunk by hypothesis, against the pretend transformer and the model."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from pretend import VOCABULARY, World
+from transcripts import KEY
+
+from tokenrelay.libscheduler import Config
+
+TEXT = [(i * i * 31 + i * 7) % VOCABULARY for i in range(400)]  # prompts share beginnings of this
+
+
+def configs() -> st.SearchStrategy[Config]:
+    """Small pools, in which every bound is met."""
+
+    def build(slots: int, context: int, spare: int, budget: int, chunk: int, waiting: int, ahead: int) -> Config:
+        return Config(
+            block_tokens=16,
+            blocks=(context + 15) // 16 + spare,
+            slots=slots,
+            context_tokens=context,
+            step_tokens=slots + budget,
+            chunk_tokens=chunk,
+            waiting_max=waiting,
+            steps_in_flight=ahead,
+            overtakes_max=1,
+            class_overtakes_max=2,
+            hash_key=KEY,
+            model_identity=KEY,
+        )
+
+    return st.builds(
+        build,
+        st.integers(1, 5),
+        st.integers(20, 120),
+        st.integers(0, 10),
+        st.integers(0, 60),
+        st.integers(1, 60),
+        st.integers(1, 8),
+        st.integers(1, 3),
+    )
+
+
+class Random(RuleBasedStateMachine):
+    """Any order of submissions, aborts, plans and commits."""
+
+    @initialize(config=configs())
+    def start(self, config: Config) -> None:
+        self.world = World(config)
+
+    @rule(
+        sequence_id=st.integers(1, 12),
+        shared=st.integers(0, 100),
+        own=st.lists(st.integers(0, VOCABULARY - 1), max_size=20),
+        output=st.integers(0, 3),
+        tokens_max=st.integers(0, 40),
+        stops=st.lists(st.integers(0, VOCABULARY - 1), max_size=2).map(tuple),
+        priority=st.sampled_from([0, 0, 0, -1, 1]),
+        salt=st.sampled_from([b"", b"", b"x"]),
+    )
+    def submit(
+        self,
+        sequence_id: int,
+        shared: int,
+        own: list[int],
+        output: int,
+        tokens_max: int,
+        stops: tuple[int, ...],
+        priority: int,
+        salt: bytes,
+    ) -> None:
+        tokens = TEXT[:shared] + own
+        self.world.submit(
+            sequence_id,
+            tokens,
+            output_start=len(tokens) - output,
+            tokens_max=tokens_max,
+            stops=stops,
+            priority=priority,
+            salt=salt,
+        )
+
+    @rule(late=st.booleans())
+    def plan(self, late: bool) -> None:
+        self.world.plan(late=late)
+
+    @rule()
+    def commit(self) -> None:
+        self.world.commit()
+
+    @rule(steps=st.integers(1, 8))
+    def steps(self, steps: int) -> None:
+        for _ in range(steps):
+            self.world.step()
+
+    @rule(sequence_id=st.integers(1, 12))
+    def abort(self, sequence_id: int) -> None:
+        self.world.abort(sequence_id)
+
+    @precondition(lambda self: self.world.live)
+    @rule(which=st.integers(0, 100))
+    def abort_live(self, which: int) -> None:
+        self.world.abort(sorted(self.world.live)[which % len(self.world.live)])
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.world.drain()
+
+
+Random.TestCase.settings = settings(
+    max_examples=120,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+test_random_events = Random.TestCase
