@@ -228,6 +228,9 @@ def child_environment(name: str, inherited: Mapping[str, str], cpus: int) -> dic
     threads = cpus if cpus <= 4 else cpus - 1  # on larger machines one core is left to the router and the event loops
     if name == "worker":
         ours = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+        # torch keeps a compiled bfloat16 matmul per shape, and each step has another number of tokens: by default 1024
+        # of each kind, which took 700 MB more than these do, at the same speed (measured: bench/soak.py --quick).
+        ours |= {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
     else:  # no tensor work: libraries that make pools on import get one thread
         ours = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
         ours["TOKENIZERS_PARALLELISM"] = "false"

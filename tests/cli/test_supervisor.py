@@ -270,6 +270,7 @@ def test_a_host_that_is_not_ours_is_named() -> None:
 def test_environment_sizes_thread_pools_and_leaves_the_users_choice() -> None:
     assert child_environment("worker", {"PATH": "/bin"}, 2)["OMP_NUM_THREADS"] == "2"
     assert child_environment("worker", {}, 16)["OMP_NUM_THREADS"] == "15"
+    assert child_environment("worker", {}, 2)["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"
     assert child_environment("router", {}, 16)["OMP_NUM_THREADS"] == "1"
     kept = child_environment("worker", {"OMP_NUM_THREADS": "7", "PATH": "/bin"}, 2)
     assert kept["OMP_NUM_THREADS"] == "7"
