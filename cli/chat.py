@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from tokenrelay.base.errors import ConfigError, TokenRelayError, Unavailable
 from tokenrelay.cli import demo_tools
 from tokenrelay.cli.client import ApiClient, Delta, join_tool_calls
+from tokenrelay.cli.console import bars
 from tokenrelay.cli.own import OwnServer
 
 TOOL_ROUNDS_MAX = 16  # tool rounds of one turn: a model that only calls tools must come to an end
@@ -388,9 +388,7 @@ def _find_server(request: ChatRequest, stack: contextlib.ExitStack) -> tuple[Api
 def _start_own(model: str | None, stack: contextlib.ExitStack) -> OwnServer:
     """Start a server for this chat; a bar on a terminal while it loads."""
     arguments = ([] if model is None else [model]) + ["--log-level", "error"]
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True), transient=True
-    ) as progress:
+    with bars(Console(stderr=True)) as progress:
         task = progress.add_task("starting a server", total=None)
 
         def on_progress(what: str, done: int, total: int) -> None:

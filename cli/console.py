@@ -9,7 +9,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -27,17 +36,10 @@ class TerminalObserver(Observer):
         self._began_s = time.monotonic()
         self._served = False
         self._tasks: dict[str, TaskID] = {}  # by what is loading
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=40),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        )
+        self._bars = bars(console)
 
     def starting(self, child: str) -> None:
-        """A bar without a measure until the first news: Python and torch are being imported."""
+        """A line without a measure until the first news: Python and torch are being imported."""
         self._bars.start()
         self._tasks[""] = self._bars.add_task(f"starting the {child}", total=None)
 
@@ -57,7 +59,12 @@ class TerminalObserver(Observer):
     def serving(self, facts: Mapping[str, Mapping[str, Any]]) -> None:
         """The panel."""
         self._served = True
-        self._console.print(panel(self._url, facts.get("worker", {}), time.monotonic() - self._began_s))
+        worker = facts.get("worker", {})
+        self._console.print(panel(self._url, worker, time.monotonic() - self._began_s))
+        self._console.print("Try it, or talk to it in another terminal:", style="dim")
+        # Outside of any frame and unwrapped, so that it can be copied.
+        for command in (curl(self._url, str(worker.get("model", ""))), f"tokenrelay chat --url {self._url}"):
+            self._console.print(f"  {command}", style="green", markup=False, soft_wrap=True)
 
     def died(self, child: str, reason: str, retry_s: float) -> None:
         """Say why and when it is tried again."""
@@ -173,6 +180,26 @@ class Observers(Observer):
             observer.stopped(drained)
 
 
+class _KnownBar(BarColumn):
+    """A bar where the end is known, nothing where it is not."""
+
+    def render(self, task: Task) -> Any:
+        """Called at each refresh."""
+        return "" if task.total is None else super().render(task)
+
+
+def bars(console: Console) -> Progress:
+    """Progress lines that vanish when they are done; a task without a total only spins."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        _KnownBar(40),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=console, transient=True)
+
+
 def panel(url: str, facts: Mapping[str, Any], seconds: float) -> Panel:
     """What a person wants to see first: where, what, how much, and a request to paste."""
     table = Table.grid(padding=(0, 2))
@@ -187,8 +214,6 @@ def panel(url: str, facts: Mapping[str, Any], seconds: float) -> Panel:
         table.add_row("KV pool", f"{blocks:,} blocks of {block_tokens} tokens = {blocks * block_tokens:,} tokens")
     if "slots" in facts:
         table.add_row("at once", f"{int(facts['slots']):,} sequences")
-    table.add_row("try", Text(curl(url, str(facts.get("model", ""))), style="green"))
-    table.add_row("", Text("or in another terminal: tokenrelay chat", style="dim"))
     return Panel(table, title=f"TokenRelay is ready ({seconds:.1f} s)", title_align="left", border_style="cyan")
 
 

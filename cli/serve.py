@@ -64,13 +64,16 @@ def _serve(options: ServeOptions) -> int:
     url = f"http://{_in_url(router.host)}:{port}"
     display = sys.stderr.isatty() and not options.quiet
     observers = _observers(url, options.status_fd, display)
+    levels: dict[str, Any] = {}
     if display:
         _say_machine()
+        quieter = all(part.origins["log_level"] == "default" for part in (settings.router, settings.worker))
+        levels = {"log_level": "warning"} if quieter else {}  # the display says what a person at a terminal asks first
     with private_folder() as folder:
         socket = str(folder / "worker.sock")
-        flags = {**options.worker, "model": model, "socket": socket}
+        flags = {**levels, **_given(options.worker), "model": model, "socket": socket}
         worker_spec = ChildSpec("worker", _command("tokenrelay.cli.worker", flags, options.file), socket=socket)
-        flags = {**options.router, "port": port, "worker": f"unix:{socket}"}
+        flags = {**levels, **_given(options.router), "port": port, "worker": f"unix:{socket}"}
         router_spec = ChildSpec("router", _command("tokenrelay.services.router", flags, options.file))
         limits = settings.supervisor.values
 
@@ -164,14 +167,17 @@ def _say_machine() -> None:
     Console(stderr=True, highlight=False).print(f"{machine.summary()}{remark}", style="dim", markup=False)
 
 
+def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if value is not None}
+
+
 def _command(module: str, flags: Mapping[str, Any], file: Path | None) -> list[str]:
     """A child's command line: only what was given, so that it finds the rest where we would."""
     command = [sys.executable, "-m", module, "--status-fd", STATUS_FD]
     if file is not None:
         command += ["--config", str(file.resolve())]
     for name, value in flags.items():
-        if value is not None:
-            command += [f"--{name.replace('_', '-')}", str(value)]
+        command += [f"--{name.replace('_', '-')}", str(value)]
     return command
 
 
