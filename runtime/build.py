@@ -16,6 +16,7 @@ from tokenrelay.libscheduler import Scheduler
 from tokenrelay.runtime.engine import Engine, EngineOptions, OnStep
 from tokenrelay.runtime.executor.executor import Executor
 from tokenrelay.runtime.executor.memory import Pool, allocate_caches, plan_pool
+from tokenrelay.runtime.executor.threads import default_threads
 from tokenrelay.runtime.models.decoder import Model
 
 HASH_KEY_BYTES = 16
@@ -84,6 +85,7 @@ def build_engine(
     except ValueError as error:
         raise ConfigError(f"the scheduler's sizes do not fit: {error}") from error
     scheduler = Scheduler(scheduler_config)
+    parameter_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     caches = allocate_caches(config.kv_layout, config.layers, pool, config.dtype, device)
     executor = Executor(
         model,
@@ -92,7 +94,7 @@ def build_engine(
         block_tokens=config.kv_layout.block_tokens,
         vocab_size=config.vocab_size,
         steps_in_flight=sizes.steps_in_flight,
-        threads=sizes.threads,
+        threads=sizes.threads or default_threads(parameter_bytes),
     )
     engine = Engine(
         scheduler,

@@ -28,6 +28,7 @@ from tokenrelay.kernels.batch import AttentionBatch
 from tokenrelay.libscheduler import Plan
 from tokenrelay.runtime.executor.batch import Batch, BatchBuilder
 from tokenrelay.runtime.executor.sampler import Sampler, SampleWork
+from tokenrelay.runtime.executor.threads import use_threads
 from tokenrelay.runtime.requests import SamplingParams, TokenIds, TokenLogprobs
 
 STEP_WAIT_MAX_S = 600.0  # a step that takes longer hangs: the caller gets an error instead of waiting for ever
@@ -144,7 +145,7 @@ class Executor:
     # -- executor's thread --------------------------------------------------------------------------------------------
     def _run(self) -> None:
         if self._threads is not None:
-            torch.set_num_threads(self._threads)
+            use_threads(self._threads)
         with torch.inference_mode():
             while (step := self._queue.get()) is not None:
                 started = time.perf_counter_ns()

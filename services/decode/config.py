@@ -39,7 +39,9 @@ class WorkerConfig:
     step_tokens: int = setting(2048, "tokens of one step, all sequences together", minimum=1, maximum=1 << 20)
     chunk_tokens: int = setting(512, "prompt tokens of one sequence in one step", minimum=1, maximum=1 << 20)
     waiting_max: int = setting(1024, "sequences that may wait; one more is refused", minimum=1, maximum=1 << 20)
-    threads: int | None = setting(None, "CPU threads of a step; default: one per core this process may use", minimum=1)
+    threads: int | None = setting(
+        None, "CPU threads of a step; default: one per core, or one alone for a small model", minimum=1
+    )
     claim_deadline_s: float = setting(600.0, "seconds a KV handle may wait for its first token", minimum=1)
     drain_s: float = setting(120.0, "seconds that running requests get after the first SIGTERM", minimum=0)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe level that is logged")

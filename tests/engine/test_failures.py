@@ -26,6 +26,7 @@ class Flaky:
         self.model = model
         self.config = model.config
         self.cos_sin = model.cos_sin
+        self.parameters = model.parameters
         self.break_next = threading.Event()
         self.gate = threading.Event()
         self.gate.set()
