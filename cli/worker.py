@@ -72,7 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
         worker.values.check()
         code = asyncio.run(run(WorkerSettings(worker.values, prefill.values, incarnation), status))
     except TokenRelayError as error:
-        log.error("the worker ends", code=error.code, reason=error.message)
+        if parsed.status_fd is None:  # else the supervisor says it, once
+            log.error("the worker ends", code=error.code, reason=error.message)
         status.failed(error)
         return 1
     except Exception as error:

@@ -32,7 +32,8 @@ def main(arguments: list[str]) -> int:
         uvloop.run(run(config, status))
     except ConfigError as error:
         status.failed(error)
-        print(f"error: {error}", file=sys.stderr)
+        if options.status_fd is None:  # else the supervisor says it, once
+            print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
