@@ -46,7 +46,7 @@ def _template_message(message: Message, name: str) -> dict[str, Any]:
             ]
         reasoning = _reasoning(message)
         if reasoning:
-            result["reasoning_content"] = reasoning
+            result["reasoning_content"] = result["thinking"] = reasoning  # templates know either name
     elif message.tool_calls:
         raise InvalidRequest(f"{name}.tool_calls: only an assistant calls tools", param=f"{name}.tool_calls")
     if message.role == "tool" and message.tool_call_id is not None:

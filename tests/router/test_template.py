@@ -16,6 +16,7 @@ MESSAGES = [
     {"role": "system", "content": "Be short."},
     {"role": "user", "content": "Größe <b> 'quoted'?"},
     {
+        "thinking": "hm",  # conversation.py says it twice, as transformers does
         "role": "assistant",
         "content": "",
         "reasoning_content": "hm",

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import uvloop
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tokenrelay.base.ids import incarnation
@@ -291,15 +292,17 @@ async def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--step-ms", type=float, default=0.0)
+    parser.add_argument("--per-step", type=int, default=1, help="tokens of a sequence in one step")
     options = parser.parse_args()
     worker = MockWorker(f"unix:{options.socket}", options.model, step_s=options.step_ms / 1000)
     token_ids = synthetic_ids(worker.tokenizer, options.tokens)
     worker.host.keep_submits = False
-    worker.host.answer = lambda submit: Script(token_ids, finish=worker_pb2.FINISH_LENGTH)
+    script = Script(token_ids, finish=worker_pb2.FINISH_LENGTH, per_step=options.per_step)
+    worker.host.answer = lambda submit: script
     await worker.start()
     print("ready", flush=True)
     await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    uvloop.run(main())
