@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from tokenrelay.base.errors import DeadlineExceeded
 from tokenrelay.base.logging import get_logger
 from tokenrelay.ledger.directory import CacheEvent, CacheFeed, PrefixDirectory
 from tokenrelay.ledger.ledger import Actor, EmbeddedLedger, Handle
@@ -186,7 +187,7 @@ class Colocated:
             sequence_id = self._prefill.sequence_of(handle)
             log.warning("a handle is past its deadline", sequence=sequence_id, duty=duty.value)
             if sequence_id is not None:
-                self._engine.abort(sequence_id)
+                self._engine.abort(sequence_id, DeadlineExceeded("the first token was not there in time"))
         self._timer = None
         if self.ledger.open_count:  # what was aborted just now stays listed until the engine has answered
             self._timer = asyncio.get_running_loop().call_later(1.0, self._set_timer)

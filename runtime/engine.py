@@ -107,7 +107,7 @@ class Engine:
         self._wake = threading.Condition(self._lock)  # the loop sleeps here, and nobody else
         self._quiet = threading.Condition(self._lock)  # drain sleeps here until nothing is owed
         self._submitted: deque[EngineRequest] = deque()
-        self._aborts: set[int] = set()  # of accepted sequences only, so bounded by them
+        self._aborts: dict[int, TokenRelayError | None] = {}  # of accepted sequences only, so bounded by them
         self._accepted: set[int] = set()  # owed one terminal output
         self._step_ended = False
         self._draining = False
@@ -146,11 +146,11 @@ class Engine:
             self._submitted.append(request)
             self._wake.notify()
 
-    def abort(self, sequence_id: int) -> None:
-        """End a sequence: its terminal output comes at once, unless it has ended already."""
+    def abort(self, sequence_id: int, error: TokenRelayError | None = None) -> None:
+        """End a sequence: its terminal output comes at once, unless it has ended already. `error`: not as asked."""
         with self._lock:
             if sequence_id in self._accepted:
-                self._aborts.add(sequence_id)
+                self._aborts.setdefault(sequence_id, error)
                 self._wake.notify()
 
     @property
@@ -191,7 +191,7 @@ class Engine:
             if self._on_fatal is not None:
                 self._on_fatal(error)
 
-    def _next_commands(self) -> tuple[list[EngineRequest], set[int]] | None:
+    def _next_commands(self) -> tuple[list[EngineRequest], dict[int, TokenRelayError | None]] | None:
         """Sleep until a command came, a step ended or a deadline passed; None when closing."""
         while True:
             with self._lock:
@@ -203,7 +203,7 @@ class Engine:
                     # Taken together, or an abort could overtake its submit.
                     commands = list(self._submitted), self._aborts
                     self._submitted.clear()
-                    self._aborts = set()
+                    self._aborts = {}
                     return commands
                 idle = not self._open and not self._launched
                 if not idle or time.monotonic() - self._checked_at < CHECK_INTERVAL_S:
@@ -230,16 +230,20 @@ class Engine:
             self._step_ended = True
             self._wake.notify()
 
-    def _take(self, submitted: list[EngineRequest], aborts: set[int], outputs: list[EngineOutput]) -> None:
+    def _take(
+        self,
+        submitted: list[EngineRequest],
+        aborts: dict[int, TokenRelayError | None],
+        outputs: list[EngineOutput],
+    ) -> None:
         """Submits first: an abort of one of them finds it."""
         for request in submitted:
             refusal = self._submit(request)
             if refusal is not None:
                 outputs.append(refusal)
-        for sequence_id in aborts:
+        for sequence_id, error in aborts.items():
             if sequence_id in self._open:
-                self._scheduler.abort(sequence_id, _now_us())
-                outputs.append(self._ended(EngineOutput(sequence_id, finish=Finish.ABORT)))
+                outputs.append(self._abort_with(sequence_id, error))
 
     def _submit(self, request: EngineRequest) -> EngineOutput | None:
         problem = request.problem(self._vocab_size)
@@ -339,7 +343,7 @@ class Engine:
         with self._lock:
             assert sequence_id in self._accepted, f"a second terminal output for sequence {sequence_id}"
             self._accepted.discard(sequence_id)
-            self._aborts.discard(sequence_id)
+            self._aborts.pop(sequence_id, None)
             if not self._accepted:
                 self._quiet.notify_all()
         return output
@@ -347,9 +351,10 @@ class Engine:
     def _refusal(self, sequence_id: int, reject: Reject, error: TokenRelayError) -> EngineOutput:
         return self._ended(EngineOutput(sequence_id, finish=Finish.REJECTED, reject=reject, error=error))
 
-    def _abort_with(self, sequence_id: int, error: TokenRelayError) -> EngineOutput:
+    def _abort_with(self, sequence_id: int, error: TokenRelayError | None) -> EngineOutput:
         self._scheduler.abort(sequence_id, _now_us())
-        return self._ended(EngineOutput(sequence_id, finish=Finish.ERROR, error=error))
+        finish = Finish.ABORT if error is None else Finish.ERROR
+        return self._ended(EngineOutput(sequence_id, finish=finish, error=error))
 
     def _end_open(self, error: TokenRelayError) -> None:
         """The loop is over: whoever is still owed an answer gets `error`."""
