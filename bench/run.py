@@ -4,7 +4,7 @@
     python bench/run.py --only router      # one
     python bench/run.py --quick --json all.json
 
-A benchmark is a script that takes `--quick` and `--json` (its result, an object, to stdout; `figures` is the table).
+A benchmark is a script that takes `--quick` and `--json FILE` and writes an object with `figures` or `results`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -38,34 +39,35 @@ def _is_benchmark(path: Path) -> bool:
 
 def run(script: Path, quick: bool) -> dict[str, Any]:
     """Run one; its result, with `ok`, `seconds` and, where it failed, `error`."""
-    command = [sys.executable, str(script), "--json", *(["--quick"] if quick else [])]
     began_s = time.monotonic()
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=LIMIT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return {"ok": False, "seconds": LIMIT_S, "error": f"not done within {LIMIT_S} s"}
-    result: dict[str, Any] = {"ok": done.returncode == 0, "seconds": round(time.monotonic() - began_s, 1)}
-    try:
-        result |= json.loads(done.stdout)
-    except ValueError:
-        result["ok"] = False
-        result["error"] = f"exit code {done.returncode}, and no JSON on stdout"
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "result.json"
+        command = [sys.executable, str(script), "--json", str(target), *(["--quick"] if quick else [])]
+        try:
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, timeout=LIMIT_S, check=False)
+        except subprocess.TimeoutExpired:
+            return {"ok": False, "seconds": LIMIT_S, "error": f"not done within {LIMIT_S} s"}
+        result: dict[str, Any] = {"ok": done.returncode == 0, "seconds": round(time.monotonic() - began_s, 1)}
+        try:
+            result |= json.loads(target.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            result |= {"ok": False, "error": f"exit code {done.returncode}, and no result"}
     return result
 
 
 def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """(figure, value) of a result, nested ones with dotted names; lists are left to the JSON."""
-    found: list[tuple[str, str]] = []
+    """(figure, value) of a result: its `figures`, each case of its `results`, its problems and its error."""
+    found = [(name, _text(value)) for name, value in result.get("figures", {}).items()]
+    for case in result.get("results", []):  # flat objects: words name the case, numbers are what was measured
+        words = [value for value in case.values() if isinstance(value, str)]
+        numbers = [f"{name} {_text(value)}" for name, value in case.items() if isinstance(value, int | float)]
+        found.append((" ".join(words), ", ".join(numbers)))
+    found += [("problem", problem) for problem in result.get("problems", [])]
+    return found + [("error", result[name]) for name in ("error",) if name in result]
 
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else str(key), inner)
-        elif not isinstance(value, list):
-            found.append((prefix, f"{value:g}" if isinstance(value, float) else str(value)))
 
-    walk("", result.get("figures", {key: value for key, value in result.items() if key not in ("ok", "seconds")}))
-    return found
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main() -> int:
@@ -81,7 +83,7 @@ def main() -> int:
         result = results[script.stem] = run(script, options.quick)
         print(f"\n{script.stem}: {'ok' if result['ok'] else 'FAILED'} in {result['seconds']:.0f} s")
         for name, value in rows(result):
-            print(f"  {name:<44} {value}")
+            print(f"  {name:<60} {value}")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0 if all(result["ok"] for result in results.values()) else 1
