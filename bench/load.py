@@ -68,6 +68,8 @@ async def send(
     except (aiohttp.ClientError, ConnectionError) as error:
         outcome.error = f"{type(error).__name__}: {error}"
         outcome.problems.append(f"the connection broke: {outcome.error}")
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are
+        outcome.problems.append(f"not JSON in UTF-8: {error}")
     outcome.total_s = time.monotonic() - began_s
     return outcome
 

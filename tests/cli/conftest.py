@@ -32,7 +32,7 @@ class ScriptedServer:
         self._http.server_close()
 
     def say(self, *deltas: Any, finish: str = "stop", usage: dict[str, Any] | None = None, cut: bool = False) -> None:
-        """The next reply: contents (text), whole deltas (dict), SLOW. `cut`: the stream ends without its end."""
+        """The next reply: contents (text), deltas (dict), raw bytes, SLOW. `cut`: the stream ends without its end."""
         self.scripts.put((deltas, finish, usage, cut))
 
     def refuse(self, status: int, body: Any) -> None:
@@ -72,6 +72,9 @@ class ScriptedServer:
                     if delta is SLOW:
                         self._drip()
                         return
+                    if isinstance(delta, bytes):
+                        self.wfile.write(delta)
+                        continue
                     self._chunk(
                         {"choices": [{"index": 0, "delta": delta if isinstance(delta, dict) else {"content": delta}}]}
                     )
