@@ -9,6 +9,8 @@ import torch
 from harness import Harness, plain_greedy, plain_logits
 from test_engine import VOCAB, prompt_of
 
+from tokenrelay.kernels import ops
+from tokenrelay.kernels.batch import SamplingBatch
 from tokenrelay.runtime.requests import Finish, SamplingParams
 
 WARM = SamplingParams(temperature=1.0, seed=7)
@@ -34,6 +36,37 @@ def test_a_seed_gives_the_same_text_alone_in_a_crowd_in_chunks_and_under_pressur
     with Harness(model) as harness:  # another worker goes on
         (transcript,) = harness.wait(harness.submit(prompt, 30, emitted=alone[:11], sampling=WARM))
         assert transcript.token_ids == alone[11:]
+
+
+def plain_sampled(model: Any, prompt: list[int], tokens: int, params: SamplingParams) -> list[int]:
+    """The plain loop, each token drawn under the key (seed, choice, output position)."""
+    output: list[int] = []
+    for position in range(tokens):
+        batch = SamplingBatch(
+            temperature=torch.tensor([params.temperature]),
+            top_p=torch.tensor([params.top_p]),
+            top_k=torch.tensor([params.top_k], dtype=torch.int32),
+            min_p=torch.tensor([params.min_p]),
+            seed=torch.tensor([params.seed - (params.seed >> 63 << 64)]),
+            choice=torch.tensor([params.choice], dtype=torch.int32),
+            position=torch.tensor([position]),
+        )
+        output.append(int(ops.sample(plain_logits(model, prompt + output)[None], batch)[0]))
+    return output
+
+
+def test_each_token_is_drawn_under_its_own_key(qwen: Any) -> None:
+    """And one slot serves sequences that ask for different things, one after the other."""
+    wanted = [
+        SamplingParams(),
+        SamplingParams(temperature=0.9, seed=2**63 + 11, choice=3, top_p=0.9),
+        SamplingParams(temperature=1.4, seed=5, top_k=20, min_p=0.01),
+        SamplingParams(),
+    ]
+    prompts = [prompt_of(n, 9 + n) for n in range(len(wanted))]
+    with Harness(qwen, slots=1) as harness:
+        for prompt, params in zip(prompts, wanted, strict=True):
+            assert harness.run(prompt, tokens_max=12, sampling=params) == [plain_sampled(qwen, prompt, 12, params)]
 
 
 def test_choices_and_seeds_differ(qwen: Any) -> None:

@@ -244,6 +244,25 @@ async def test_a_handshake_that_does_not_fit_is_refused_naming_both(stage: Stage
     await client.close()
 
 
+async def test_a_worker_restarted_between_handshake_and_session_is_noticed(tmp_path: Path) -> None:
+    class Restarted(ScriptedHost):
+        lives = 0
+
+        def handshake(self) -> worker_pb2.HandshakeReply:
+            self.lives += 1
+            return worker_pb2.HandshakeReply(incarnation=f"life-{self.lives}" if self.lives < 4 else "life-4")
+
+    server = WorkerServer(WorkerServicer(Restarted()), f"unix:{tmp_path}/w.sock")
+    await server.start()
+    client = WorkerClient(server.address, options=FAST)
+    await client.start()
+    await client.wait_ready(10)
+    assert client.connections == 1 and client.handshake is not None
+    assert client.handshake.incarnation == "life-4", "lives 1 to 3 were refused"
+    await client.close()
+    await server.stop(0)
+
+
 async def slow_reader(address: str) -> tuple[grpc.aio.Channel, grpc.aio.StreamStreamCall]:
     """A router that opens a session, submits once, and then does not read."""
     channel = grpc.aio.insecure_channel(address, options=channel_options())
