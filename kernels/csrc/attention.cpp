@@ -191,12 +191,18 @@ class Attention {
     const void** v = k + kRunTokens;
     const int64_t kv_head = unit.head / (queries_.heads / cache_.kv_heads);
     const int32_t* blocks = rows_.block_table + rows_.slots[unit.row] * rows_.blocks_max;
-    for (int64_t i = 0; i < tokens; ++i) {
-      const int64_t position = first + i;
-      const int64_t element = blocks[position / cache_.block_tokens] * cache_.block_stride +
-                              position % cache_.block_tokens * cache_.token_stride + kv_head * cache_.head_stride;
-      k[i] = at(cache_.data, element, cache_.dtype);
-      v[i] = at(cache_.data, element + cache_.value_offset, cache_.dtype);
+    const int64_t step = cache_.token_stride * size_of(cache_.dtype);
+    for (int64_t i = 0; i < tokens;) {
+      const int64_t offset = (first + i) % cache_.block_tokens;
+      const int64_t end = min_of(tokens, i + cache_.block_tokens - offset);
+      const char* key = at(cache_.data,
+                           blocks[(first + i) / cache_.block_tokens] * cache_.block_stride +
+                               offset * cache_.token_stride + kv_head * cache_.head_stride,
+                           cache_.dtype);
+      for (; i < end; ++i, key += step) {
+        k[i] = key;
+        v[i] = at(key, cache_.value_offset, cache_.dtype);
+      }
     }
     int64_t* visible = static_cast<int64_t*>(scratch(kVisible, unit.rows() * 8));
     for (int64_t r = 0; r < unit.rows(); ++r) visible[r] = unit.start + r / unit.heads + 1;

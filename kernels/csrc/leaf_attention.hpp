@@ -70,12 +70,91 @@ inline void scale_row(float* o, int64_t dv, float factor) {
   if (i < dv) store_n(o + i, load_n(o + i, dv - i) * set1(factor), dv - i);
 }
 
+#ifdef TOKENRELAY_PAIRS
+// As weigh_block for 32 * NV columns, two tokens at a time: p is bfloat16 [.., kTileTokens], 0 beyond the last token.
+template <int MR, int NV>
+inline void weigh_pairs_block(const bf16* p, const bf16* const* v, int64_t tokens, int64_t column, float* o,
+                              int64_t stride) {
+  F acc[MR][2 * NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 2 * NV; ++i) acc[r][i] = zero();
+  }
+  for (int64_t t = 0; t < tokens; t += 2) {
+    const bf16* even = v[t] + column;
+    const bf16* odd = v[t + 1 < tokens ? t + 1 : t] + column;  // its weight is 0 where it repeats
+    __m512bh lane[2 * NV];
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; ++i) {
+      const __m512i a = _mm512_loadu_si512(even + 32 * i), b = _mm512_loadu_si512(odd + 32 * i);
+      lane[2 * i] = (__m512bh)_mm512_unpacklo_epi16(a, b);
+      lane[2 * i + 1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      int32_t both;
+      __builtin_memcpy(&both, p + r * kTileTokens + t, sizeof both);
+      const __m512bh weight = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 8
+      for (int i = 0; i < 2 * NV; ++i) acc[r][i] = _mm512_dpbf16_ps(acc[r][i], weight, lane[i]);
+    }
+  }
+  // Unpacking worked within lanes of four columns; put them in order again.
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; ++i) {
+      float* to = o + r * stride + column + 32 * i;
+      store(to, load(to) + _mm512_permutex2var_ps(acc[r][2 * i], first, acc[r][2 * i + 1]));
+      store(to + W, load(to + W) + _mm512_permutex2var_ps(acc[r][2 * i], second, acc[r][2 * i + 1]));
+    }
+  }
+}
+
+template <int NV>
+void weigh_pairs_columns(const bf16* p, int64_t rows, const bf16* const* v, int64_t tokens, int64_t column, float* o,
+                         int64_t stride) {
+  int64_t r = 0;
+  for (; r + 6 <= rows; r += 6) {
+    weigh_pairs_block<6, NV>(p + r * kTileTokens, v, tokens, column, o + r * stride, stride);
+  }
+  for (; r + 4 <= rows; r += 4) {
+    weigh_pairs_block<4, NV>(p + r * kTileTokens, v, tokens, column, o + r * stride, stride);
+  }
+  for (; r + 2 <= rows; r += 2) {
+    weigh_pairs_block<2, NV>(p + r * kTileTokens, v, tokens, column, o + r * stride, stride);
+  }
+  for (; r < rows; ++r) weigh_pairs_block<1, NV>(p + r * kTileTokens, v, tokens, column, o + r * stride, stride);
+}
+
+// As weigh for bfloat16 values; the weights are rounded to bfloat16 for whole groups of 32 columns.
+void weigh_pairs(const float* p, int64_t rows, const bf16* const* v, int64_t tokens, int64_t dv, float* o) {
+  constexpr int64_t kRows = 64;
+  alignas(64) bf16 rounded[kRows * kTileTokens];
+  for (int64_t r = 0; r < rows; r += kRows) {
+    const int64_t n = min_of(kRows, rows - r);
+    convert_array(p + r * kTileTokens, rounded, n * kTileTokens);
+    int64_t column = 0;
+    for (; column + 64 <= dv; column += 64) weigh_pairs_columns<2>(rounded, n, v, tokens, column, o + r * dv, dv);
+    for (; column + 32 <= dv; column += 32) weigh_pairs_columns<1>(rounded, n, v, tokens, column, o + r * dv, dv);
+    if (column < dv) {
+      const float* weights = p + r * kTileTokens;
+      for (; column + W <= dv; column += W) weigh_columns<1>(weights, n, v, tokens, column, o + r * dv, dv);
+      if (column < dv) weigh_tail(weights, n, v, tokens, column, dv - column, o + r * dv, dv);
+    }
+  }
+}
+#endif
+
 // Turns a row's scores into weights e^(score - maximum) and updates maximum, sum and what was weighed before.
 // Tokens from `visible` on get the weight 0.
-inline void soften(float* s, int64_t tokens, int64_t visible, float scale, float& m, float& l, float* o, int64_t dv) {
+inline void soften(float* s, int64_t visible, float scale, float& m, float& l, float* o, int64_t dv) {
   for (int64_t t = visible; t < kTileTokens; ++t) s[t] = -__builtin_inff();
   if (visible <= 0) {
-    for (int64_t t = 0; t < tokens; ++t) s[t] = 0;
+    for (int64_t t = 0; t < kTileTokens; ++t) s[t] = 0;
     return;
   }
   F top = set1(-__builtin_inff());
@@ -101,6 +180,26 @@ inline void soften(float* s, int64_t tokens, int64_t visible, float scale, float
   l += sum(total);
 }
 
+inline void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
+}
+
+// Scores of the first queries of a tile, while the memory that comes next is fetched: blocks lie anywhere, and the
+// hardware's prefetcher learns nothing from one to the next.
+template <class TQ, class T>
+void score_and_prefetch(const AttendJob& job, const TQ* const* q, int64_t rows, int64_t t, int64_t n) {
+  const auto k = reinterpret_cast<const T* const*>(job.k);
+  constexpr int64_t kSlice = 16;
+  for (int64_t c = 0; c < n; c += kSlice) {
+    const int64_t slice = min_of(kSlice, n - c);
+    for (int64_t i = t + c; i < t + c + slice; ++i) {
+      if (job.v[i] != job.k[i]) prefetch(job.v[i], job.dv * static_cast<int64_t>(sizeof(T)));
+      if (i + kTileTokens < job.tokens) prefetch(job.k[i + kTileTokens], job.dk * static_cast<int64_t>(sizeof(T)));
+    }
+    dot_all(q, rows, k + t + c, slice, job.dk, job.scores + c, kTileTokens);
+  }
+}
+
 template <class T>
 void attend_typed(const AttendJob& job) {
   using TQ = typename Partner<T>::type;
@@ -124,7 +223,11 @@ void attend_typed(const AttendJob& job) {
         q2[i] = q[i] + job.dk;
       }
       float* scores = job.scores + r * kTileTokens;
-      dot_all(q, rows, k + t, n, job.dk, scores, kTileTokens);
+      if (r == 0) {
+        score_and_prefetch<TQ, T>(job, q, rows, t, n);
+      } else {
+        dot_all(q, rows, k + t, n, job.dk, scores, kTileTokens);
+      }
       if (job.dk2 > 0) {
         alignas(64) float second[kRows * kTileTokens];
         dot_all(q2, rows, k2 + t, n, job.dk2, second, kTileTokens);
@@ -133,8 +236,14 @@ void attend_typed(const AttendJob& job) {
     }
     for (int64_t r = 0; r < job.rows; ++r) {
       const int64_t visible = max_of(0, min_of(n, job.visible[r] - job.first - t));
-      soften(job.scores + r * kTileTokens, n, visible, job.scale, job.m[r], job.l[r], job.o + r * job.dv, job.dv);
+      soften(job.scores + r * kTileTokens, visible, job.scale, job.m[r], job.l[r], job.o + r * job.dv, job.dv);
     }
+#ifdef TOKENRELAY_PAIRS
+    if constexpr (sizeof(T) == 2) {
+      weigh_pairs(job.scores, job.rows, v + t, n, job.dv, job.o);
+      continue;
+    }
+#endif
     weigh(job.scores, job.rows, v + t, n, job.dv, job.o);
   }
 }

@@ -152,21 +152,43 @@ void dot_rows(const TA* const* a, const TB* const* b, int64_t columns, int64_t d
       from = filled;
     }
     dot_block<MR, NR>(a, from, depth, block);
-    for (int r = 0; r < MR; ++r) {
-      for (int64_t i = 0; i < n; ++i) out[r * stride + c + i] = block[r * NR + i];
+    if (n == NR) {
+      for (int r = 0; r < MR; ++r) __builtin_memcpy(out + r * stride + c, block + r * NR, NR * sizeof(float));
+    } else {
+      for (int r = 0; r < MR; ++r) {
+        for (int64_t i = 0; i < n; ++i) out[r * stride + c + i] = block[r * NR + i];
+      }
     }
   }
 }
 
+// All rows against all columns. Rows are taken ROWS at a time; the last ones are filled up by repeating one, where that
+// costs less than reading the columns again.
 template <class TA, class TB>
 void dot_all(const TA* const* a, int64_t rows, const TB* const* b, int64_t columns, int64_t depth, float* out,
              int64_t stride) {
   int64_t r = 0;
+  for (; r + ROWS <= rows; r += ROWS) dot_rows<ROWS>(a + r, b, columns, depth, out + r * stride, stride);
+  const int64_t left = rows - r;
   if constexpr (ROWS >= 4) {
-    for (; r + 4 <= rows; r += 4) dot_rows<4>(a + r, b, columns, depth, out + r * stride, stride);
+    if (left == 3) {
+      const TA* filled[4] = {a[r], a[r + 1], a[r + 2], a[r + 2]};
+      alignas(64) float block[4 * kTileTokens];
+      for (int64_t c = 0; c < columns; c += kTileTokens) {
+        const int64_t n = min_of(kTileTokens, columns - c);
+        dot_rows<4>(filled, b + c, n, depth, block, kTileTokens);
+        for (int64_t i = 0; i < 3; ++i) {
+          __builtin_memcpy(out + (r + i) * stride + c, block + i * kTileTokens, static_cast<size_t>(n) * sizeof(float));
+        }
+      }
+      return;
+    }
+    if (left == 2) {
+      dot_rows<2>(a + r, b, columns, depth, out + r * stride, stride);
+      return;
+    }
   }
-  for (; r + 2 <= rows; r += 2) dot_rows<2>(a + r, b, columns, depth, out + r * stride, stride);
-  for (; r < rows; ++r) dot_rows<1>(a + r, b, columns, depth, out + r * stride, stride);
+  if (left == 1) dot_rows<1>(a + r, b, columns, depth, out + r * stride, stride);
 }
 
 void dot(const DotJob& job) {
@@ -175,7 +197,7 @@ void dot(const DotJob& job) {
     using TA = typename Partner<TB>::type;
     const auto a = reinterpret_cast<const TA* const*>(job.a);
     const auto b = reinterpret_cast<const TB* const*>(job.b);
-    const int64_t step = job.rows > 4 ? 8 : kColumns;
+    const int64_t step = job.rows > ROWS ? 16 : kColumns;
     for (int64_t c = 0; c < job.columns; c += step) {
       dot_all(a, job.rows, b + c, min_of(step, job.columns - c), job.depth, job.out + c, job.out_stride);
     }

@@ -1,6 +1,7 @@
 #include "sampling.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -87,71 +88,125 @@ int64_t draw_from_all(const Table& table, const float* logits, int64_t vocab, fl
   return first + walk(left, min_of(kRun, vocab - first), [&](int64_t i) { return weights[i]; });
 }
 
-// Cuts `kept` (any order) to the likeliest while fewer than `count` stand before and their weight is below `bound`: the
-// same that sorting all and walking down would keep, without sorting all.
-void keep_likeliest(std::vector<Candidate>& kept, int64_t count, int64_t bound) {
-  constexpr std::ptrdiff_t kSmall = 64;
-  auto begin = kept.begin(), end = kept.end();
-  int64_t before_count = 0, before_weight = 0;
-  while (end - begin > kSmall) {
-    // Everything in [kept.begin(), begin) stays, everything from end on goes; halve what is open.
-    const auto middle = begin + (end - begin) / 2;
-    std::nth_element(begin, middle, end, likelier);
-    int64_t weight = before_weight;
-    for (auto it = begin; it != middle; ++it) weight += it->weight;
-    const int64_t number = before_count + (middle - begin);
-    if (number < count && weight < bound) {  // then the middle one stays too, and all before it
-      before_count = number;
-      before_weight = weight;
-      begin = middle;
-    } else {
-      end = middle;
+// Where the likeliest tokens end: the last one that stays.
+struct Cut {
+  float logit;
+  int32_t id;
+  bool keeps(float other, int64_t other_id) const { return other > logit || (other == logit && other_id <= id); }
+};
+
+// A row's tokens by likelihood, sorted only as far as a question needs it: first into buckets, then inside one.
+class Ranking {
+ public:
+  // weights [vocab]: 0 for tokens that are out already.
+  Ranking(const float* logits, int64_t* weights, int64_t vocab, float max, double inverse)
+      : logits_(logits), weights_(weights), vocab_(vocab), buckets_(static_cast<size_t>(vocab)) {
+    // Any function that never rises with the logit will do; weights vanish about 29.1 below the maximum.
+    const float scale = static_cast<float>(std::min(inverse, 1e30)) * (kBuckets / 30.0f);
+    for (size_t i = 0; i < buckets_.size(); ++i) {
+      const float distance = (max - std::min(logits[i], kLargest)) * scale;
+      buckets_[i] = static_cast<uint16_t>(distance < kBuckets - 1 ? distance : kBuckets - 1);  // a NaN goes last
     }
   }
-  std::sort(begin, end, likelier);
-  while (begin != end && before_count < count && before_weight < bound) {
-    before_weight += begin->weight;
-    ++before_count;
-    ++begin;
-  }
-  kept.erase(begin, kept.end());
-}
 
-int64_t total_weight(const std::vector<Candidate>& kept) {
-  int64_t total = 0;
-  for (const Candidate& candidate : kept) total += candidate.weight;
-  return total;
-}
+  // Tokens stay, likeliest first, while fewer than `count` stand before them and those weigh less than `bound`. The
+  // others lose their weight. At least one token must have one.
+  void keep(int64_t count, int64_t bound) {
+    std::array<int64_t, kBuckets> number{}, weight{};
+    for (size_t i = 0; i < buckets_.size(); ++i) {
+      number[buckets_[i]] += weights_[i] != 0 ? 1 : 0;
+      weight[buckets_[i]] += weights_[i];
+    }
+    int64_t number_before = 0, weight_before = 0;
+    size_t bucket = 0;  // that in which the cut lies
+    while (bucket + 1 < kBuckets && number_before + number[bucket] < count && weight_before + weight[bucket] < bound) {
+      number_before += number[bucket];
+      weight_before += weight[bucket];
+      ++bucket;
+    }
+    std::vector<Candidate> open;
+    for (size_t i = 0; i < buckets_.size(); ++i) {
+      if (buckets_[i] == bucket && weights_[i] != 0) {
+        open.push_back({cleaned(logits_[i]), static_cast<int32_t>(i), weights_[i]});
+      }
+    }
+    const Cut cut = cut_in(open, count - number_before, bound - weight_before);
+    for (size_t i = 0; i < buckets_.size(); ++i) {
+      const bool out =
+          buckets_[i] > bucket || (buckets_[i] == bucket && !cut.keeps(cleaned(logits_[i]), static_cast<int64_t>(i)));
+      if (out) weights_[i] = 0;
+    }
+  }
+
+  int64_t total() const {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < vocab_; ++i) sum += weights_[i];
+    return sum;
+  }
+
+ private:
+  static constexpr int kBuckets = 1024;
+
+  // The last candidate that stays, by halving what is open; none stays where the limits are used up already.
+  static Cut cut_in(std::vector<Candidate>& open, int64_t count, int64_t bound) {
+    constexpr std::ptrdiff_t kSmall = 64;
+    auto begin = open.begin(), end = open.end();
+    int64_t number_before = 0, weight_before = 0;
+    while (end - begin > kSmall) {
+      // All in [open.begin(), begin) stays, all from `end` on goes.
+      const auto middle = begin + (end - begin) / 2;
+      std::nth_element(begin, middle, end, likelier);
+      int64_t weight = weight_before;
+      for (auto it = begin; it != middle; ++it) weight += it->weight;
+      const int64_t number = number_before + (middle - begin);
+      if (number < count && weight < bound) {  // the middle one stays, and all before it
+        number_before = number;
+        weight_before = weight;
+        begin = middle;
+      } else {
+        end = middle;
+      }
+    }
+    std::sort(begin, end, likelier);
+    while (begin != end && number_before < count && weight_before < bound) {
+      ++number_before;
+      weight_before += begin->weight;
+      ++begin;
+    }
+    if (begin == open.begin()) return {std::numeric_limits<float>::infinity(), -1};
+    return {(begin - 1)->logit, (begin - 1)->id};
+  }
+
+  const float* logits_;
+  int64_t* weights_;
+  int64_t vocab_;
+  std::vector<uint16_t> buckets_;
+};
 
 int64_t draw_filtered(const Table& table, const Sampling& s, int64_t row, const float* logits, float max,
                       double inverse, uint64_t random) {
   constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
+  int64_t* weights = static_cast<int64_t*>(scratch(0, s.vocab * 8));
+  table.token_weights(logits, s.vocab, max, inverse, weights);
   const float min_p = std::min(s.min_p[row], 1.0f);
-  const int64_t lightest =
-      min_p > 0 ? max_of(1, static_cast<int64_t>(static_cast<double>(min_p) * static_cast<double>(kWeightOne))) : 1;
-  std::vector<Candidate> kept;
-  int64_t weights[kRun];
-  for (int64_t first = 0; first < s.vocab; first += kRun) {
-    const int64_t n = min_of(kRun, s.vocab - first);
-    table.token_weights(logits + first, n, max, inverse, weights);
-    for (int64_t i = 0; i < n; ++i) {
-      // Who has no weight is never drawn, and stands behind all who have in every order.
-      if (weights[i] >= lightest)
-        kept.push_back({cleaned(logits[first + i]), static_cast<int32_t>(first + i), weights[i]});
+  if (min_p > 0) {
+    const auto lightest = static_cast<int64_t>(static_cast<double>(min_p) * static_cast<double>(kWeightOne));
+    for (int64_t i = 0; i < s.vocab; ++i) weights[i] = weights[i] >= lightest ? weights[i] : 0;
+  }
+  const bool cut_number = s.top_k[row] > 0 && s.top_k[row] < s.vocab, cut_weight = s.top_p[row] < 1.0f;
+  if (cut_number || cut_weight) {
+    Ranking ranking(logits, weights, s.vocab, max, inverse);
+    if (cut_number) ranking.keep(s.top_k[row], kAll);
+    if (cut_weight) {
+      const double share = std::max(static_cast<double>(s.top_p[row]), 0.0);
+      const auto bound = static_cast<int64_t>(share * static_cast<double>(ranking.total()));
+      ranking.keep(kAll, max_of(bound, 1));  // at least 1: the likeliest token stays
     }
   }
-  const int64_t top_k = s.top_k[row];
-  if (top_k > 0 && top_k < static_cast<int64_t>(kept.size())) keep_likeliest(kept, top_k, kAll);
-  if (s.top_p[row] < 1.0f) {
-    const double share = std::max(static_cast<double>(s.top_p[row]), 0.0);
-    const auto bound = static_cast<int64_t>(share * static_cast<double>(total_weight(kept)));
-    keep_likeliest(kept, kAll, max_of(bound, 1));  // at least 1: the likeliest token stays
-  }
-  std::sort(kept.begin(), kept.end(), [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
-  int64_t left = scaled(random, total_weight(kept));
-  const int64_t drawn =
-      walk(left, static_cast<int64_t>(kept.size()), [&](int64_t i) { return kept[static_cast<size_t>(i)].weight; });
-  return kept[static_cast<size_t>(drawn)].id;
+  int64_t total = 0;
+  for (int64_t i = 0; i < s.vocab; ++i) total += weights[i];
+  int64_t left = scaled(random, total);
+  return walk(left, s.vocab, [&](int64_t i) { return weights[i]; });
 }
 
 int64_t sample_row(const Table& table, const Sampling& s, int64_t row) {
