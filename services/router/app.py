@@ -16,7 +16,7 @@ from tokenrelay.base.version import version
 from tokenrelay.proto import worker_pb2
 from tokenrelay.services.chassis.client import WorkerClient
 from tokenrelay.services.router import metrics
-from tokenrelay.services.router.body import read_body, render_messages
+from tokenrelay.services.router.body import read_body, render_messages, request_id_of
 from tokenrelay.services.router.generate import chat_completions, completions
 from tokenrelay.services.router.model import ServedModel
 from tokenrelay.services.router.openai_types import DetokenizeRequest, TokenizeRequest
@@ -64,8 +64,10 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     except ConnectionError:  # the client left while its reply was being written
         raise asyncio.CancelledError from None
     except Exception:
-        log.exception("a request failed for no known reason", path=request.path)
+        log.exception("a request failed for no known reason", request_id=request_id_of(request), path=request.path)
         response = error_response(TokenRelayError("the server failed; its log says why"))
+    if not response.prepared:
+        response.headers["X-Request-Id"] = request_id_of(request)
     resource = request.match_info.route.resource
     endpoint = resource.canonical if resource is not None else "other"
     request.app[STATE].metrics.requests[endpoint, response.status] += 1

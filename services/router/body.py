@@ -30,7 +30,8 @@ _REQUEST_ID = re.compile(rf"[\w.:/-]{{1,{limits.REQUEST_ID_CHARS_MAX}}}", re.ASC
 async def read_body(request: web.Request) -> bytes:
     """The whole body. Raises BodyTooLarge, DeadlineExceeded, or InvalidRequest for one that is cut or badly encoded."""
     try:
-        return await asyncio.wait_for(request.read(), BODY_TIMEOUT_S)
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            return await request.read()
     except web.HTTPRequestEntityTooLarge as error:
         raise BodyTooLarge(f"the body is larger than {request.client_max_size} bytes") from error
     except TimeoutError as error:
@@ -40,9 +41,12 @@ async def read_body(request: web.Request) -> bytes:
 
 
 def request_id_of(request: web.Request) -> str:
-    """The client's X-Request-Id where it is a plain word, else a new one."""
-    given = request.headers.get("X-Request-Id", "")
-    return given if _REQUEST_ID.fullmatch(given) else new_request_id()
+    """The client's X-Request-Id where it is a plain word, else a new one; the same for the life of the request."""
+    known: str | None = request.get("request_id")
+    if known is None:
+        given = request.headers.get("X-Request-Id", "")
+        known = request["request_id"] = given if _REQUEST_ID.fullmatch(given) else new_request_id()
+    return known
 
 
 async def render_messages(

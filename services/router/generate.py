@@ -169,32 +169,29 @@ class _Streamer:
         self._state = state
         self._run = run
         self._shape = shape
-        headers = {"x-request-id": run.request_id}
+        headers = {"X-Request-Id": run.request_id}
         self._stream = EventStream(request, headers, send_buffer_bytes=state.config.send_buffer_bytes)
 
     async def serve(self) -> web.StreamResponse:
         """Until the run is done and its reply is with the client. Raises while a status can still say what is wrong."""
         run, stream, config = self._run, self._stream, self._state.config
-        if not await _within(run.first, config.headers_after_s):
-            await self._open(PING)
+        began = await _within(run.first, config.headers_after_s)
+        if run.error is not None:
+            raise run.error
+        self._state.metrics.streams_open += 1
+        try:
+            await self._open(b"".join(self._shape.chunk(choice) for choice in run.choices) if began else PING)
             while not await _within(run.first, config.ping_every_s):
                 stream.send(PING)
-        elif run.error is not None:
-            raise run.error
-        else:
-            await self._open(b"".join(self._shape.chunk(choice) for choice in run.choices))
-        try:
             await run.done
-            finished = await stream.close(self._last(), config.send_timeout_s, keep_alive=run.error is None)
+            if not await stream.close(self._last(), config.send_timeout_s, keep_alive=run.error is None):
+                self._state.metrics.aborts["send_timeout"] += 1
         finally:
             self._state.metrics.streams_open -= 1
-        if not finished:
-            self._state.metrics.aborts["slow_reader"] += 1
         return stream.response
 
     async def _open(self, first: bytes) -> None:
         await self._stream.open(first or PING)
-        self._state.metrics.streams_open += 1
         self._run.on_step = self._on_step
         for choice in self._run.choices:  # what came while the headers left
             self._on_step(choice)

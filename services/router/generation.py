@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tokenrelay.base.errors import DeadlineExceeded, InvalidRequest, Overloaded, TokenRelayError, Unavailable
+from tokenrelay.base.logging import get_logger
 from tokenrelay.proto import worker_pb2
 from tokenrelay.services.chassis.channel import decode_error
 from tokenrelay.services.router.metrics import Metrics
@@ -27,6 +28,8 @@ from tokenrelay.services.router.text import Delta, TextSink
 from tokenrelay.services.router.tokenize import unpack_ids
 from tokenrelay.services.router.validate import Wanted
 from tokenrelay.services.router.workers import Handle, WorkerPool
+
+log = get_logger("router")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ class Choice:
 
     def __init__(self, run: Run, index: int, prompt_index: int, text: TextSink) -> None:
         wanted = run.wanted
-        self._run = run
+        self._run: Run | None = run
         self.index = index
         self.prompt_index = prompt_index
         self.text = text
@@ -95,10 +98,25 @@ class Choice:
 
     # -- from the worker ----------------------------------------------------------------------------------------------
     def on_output(self, output: worker_pb2.SequenceOutput) -> None:
-        """Take what one step made. Never raises."""
+        """Take what one step made. Never raises: what nobody foresaw fails this request, and leaves no client
+        waiting.
+        """
         run = self._run
-        if self.finish_reason is not None or run.error is not None:
+        if run is None or self.finish_reason is not None or run.error is not None:
             return
+        try:
+            self._take(output, run)
+        except Exception:
+            log.exception("an output could not be handled", request_id=run.request_id)
+            run.fail(TokenRelayError("the server failed; its log says why"), "error")
+
+    def release(self) -> None:
+        """Nothing further is wanted. Choice and run refer to each other: without this they would wait for a
+        collection.
+        """
+        self._run = None
+
+    def _take(self, output: worker_pb2.SequenceOutput, run: Run) -> None:
         finish = output.finish
         if finish >= worker_pb2.FINISH_ABORT:
             self.handle = None  # it has ended there
@@ -107,7 +125,7 @@ class Choice:
         packed = output.token_ids
         stop_id = None
         if packed:
-            self._observe(len(packed) // 4, output)
+            self._observe(len(packed) // 4, output, run)
             token_ids = unpack_ids(packed)
             if run.wanted.logprobs is not None:
                 self.delta.logprobs.extend(output.logprobs)
@@ -115,25 +133,25 @@ class Choice:
             if finish == worker_pb2.FINISH_STOP:
                 stop_id = token_ids[-1]
             if self._eager:
-                self._advance(token_ids, 0 if stop_id is None or run.wanted.include_stop else 1)
+                self._advance(run, token_ids, 0 if stop_id is None or run.wanted.include_stop else 1)
         if finish and self.finish_reason is None:
             if stop_id is not None and stop_id not in run.wanted.end_token_ids:
                 self.stop_reason = stop_id
-            self._finish("stop" if finish == worker_pb2.FINISH_STOP else "length")
+            self._finish(run, "stop" if finish == worker_pb2.FINISH_STOP else "length")
         run.stepped(self)
 
-    def _observe(self, tokens: int, output: worker_pb2.SequenceOutput) -> None:
-        now, metrics = time.monotonic(), self._run.metrics
+    def _observe(self, tokens: int, output: worker_pb2.SequenceOutput, run: Run) -> None:
+        now, metrics = time.monotonic(), run.metrics
         metrics.output_tokens += tokens
         if self.output_tokens:
             metrics.inter_token_s.observe((now - self._last_s) / tokens, tokens)
         else:
             self.cached_tokens = output.cached_tokens
-            self._run.admitted(self, now)
+            run.admitted(self, now)
         self._last_s = now
         self.output_tokens += tokens
 
-    def _advance(self, token_ids: Sequence[int], silent: int) -> None:
+    def _advance(self, run: Run, token_ids: Sequence[int], silent: int) -> None:
         """Text of these tokens, but for the last `silent` ones: the token that stopped a sequence is no part of it.
 
         A stop string is looked for token by token, so that how steps were merged cannot matter.
@@ -148,7 +166,7 @@ class Choice:
             text = self._detokenizer.push((token_id,))
             if text and self._feed(text):
                 self._drop_tokens(len(token_ids) - 1 - position)
-                self._end_early()
+                self._end_early(run)
                 return
 
     def _feed(self, text: str) -> bool:
@@ -169,16 +187,16 @@ class Choice:
             del self.delta.logprobs[-count:]
             self.output_tokens -= count
 
-    def _end_early(self) -> None:
-        self._run.abort(self, "stop")
+    def _end_early(self, run: Run) -> None:
+        run.abort(self, "stop")
         self.text.finish(self.delta)
         self.finish_reason = self.text.finish_reason("stop")
 
-    def _finish(self, reason: str) -> None:
+    def _finish(self, run: Run, reason: str) -> None:
         """The worker ended it: everything held back may leave."""
         if not self._eager:
             ids = self.delta.token_ids
-            stopped = reason == "stop" and not self._run.wanted.include_stop
+            stopped = reason == "stop" and not run.wanted.include_stop
             self.text.feed(self._detokenizer.push(ids[:-1] if stopped else ids), self.delta)
         rest = self._detokenizer.finish()
         ended = bool(rest) and self._feed(rest)
@@ -308,6 +326,8 @@ class Run:
             self._deadline = None
         self.on_step = None
         self.fail(Unavailable("the request was given up"), reason)
+        for choice in self.choices:
+            choice.release()
 
     def _abort_open(self, reason: str) -> None:
         for choice in self.choices:

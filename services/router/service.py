@@ -11,6 +11,7 @@ or, as a process: `await run(config, StatusPipe(fd))`.
 from __future__ import annotations
 
 import asyncio
+import gc
 from concurrent.futures import ThreadPoolExecutor
 
 from aiohttp import web
@@ -84,6 +85,8 @@ async def run(config: RouterConfig, status: StatusPipe) -> None:
     port = await service.start()
     lifecycle.ready()
     log.info("listening", host=config.host, port=port, workers=",".join(config.worker))
+    gc.collect()
+    gc.freeze()  # modules and classes stay: no collection need look at them again
     status.ready(port=port)
     try:
         await lifecycle.wait_drain()

@@ -65,7 +65,8 @@ class EventStream:
         if not keep_alive:
             self.response.force_close()
         try:
-            await asyncio.wait_for(self.response.write_eof(last), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self.response.write_eof(last)
         except TimeoutError:
             if self._transport is not None:
                 self._transport.abort()

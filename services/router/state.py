@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from concurrent.futures import Executor
 from typing import Final
 
@@ -62,7 +63,8 @@ class RouterState:
             await asyncio.wait_for(self._quiet.wait(), deadline.left_s())
         except TimeoutError:
             self.fail_open("the server shut down before the request was done")
-            await asyncio.wait_for(self._quiet.wait(), self.config.send_timeout_s)
+            with contextlib.suppress(TimeoutError):  # somebody does not read: the connection is cut in a moment
+                await asyncio.wait_for(self._quiet.wait(), self.config.send_timeout_s)
 
     def fail_open(self, message: str) -> None:
         """Give every open run this error."""

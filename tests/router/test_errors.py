@@ -11,9 +11,10 @@ import pytest
 from mock_worker import Script, write_model_folder
 from router_stack import Stack, StartStack, until
 
-from tokenrelay.base.errors import Unavailable
+from tokenrelay.base.errors import InvalidRequest, Unavailable
 from tokenrelay.proto import worker_pb2
 from tokenrelay.services.chassis.channel import encode_error
+from tokenrelay.services.router.validate import check_range
 
 USER = {"role": "user", "content": "Hi"}
 CHAT = "/v1/chat/completions"
@@ -130,6 +131,12 @@ async def test_every_bad_parameter_is_named(stack: Stack) -> None:
         assert error["type"] == "invalid_request_error"
     assert stack.worker.submits == []
     await stack.chat()
+
+
+def test_numbers_that_are_none() -> None:
+    for value in (float("nan"), float("inf"), float("-inf")):
+        with pytest.raises(InvalidRequest, match="temperature"):
+            check_range("temperature", value, (-float("inf"), float("inf")))
 
 
 async def test_null_means_not_given(stack: Stack) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from typing import Any
 
@@ -12,6 +13,8 @@ from router_stack import Stack, StartStack, read_stream, until
 
 from tokenrelay.base.deadlines import Deadline
 from tokenrelay.proto import worker_pb2
+from tokenrelay.services.router.generation import Choice, Run
+from tokenrelay.services.router.text import ChatText
 
 CHAT = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -104,6 +107,7 @@ async def test_a_reader_that_is_too_slow_is_aborted(start_stack: StartStack) -> 
     _, writer = await stack.connect({**BODY, "stream": True, "n": 8, **MANY_BYTES})
     await until(lambda: stack.service.state.metrics.aborts["slow_reader"] > 0, timeout_s=30)
     await until(lambda: stack.worker.running == 0)
+    assert len(stack.worker.host.aborted) == 8, "none of them ran to its end for a client that does not read"
     await until(lambda: stack.service.state.metrics.requests_open == 0)
     writer.close()
 
@@ -115,7 +119,35 @@ async def test_waiting_streams_send_headers_and_comments(start_stack: StartStack
         assert response.status == 200
         assert await response.content.readuntil(b"\n\n") == b": waiting\n\n"
         assert await response.content.readuntil(b"\n\n") == b": waiting\n\n"
+        assert stack.service.state.metrics.streams_open == 1
     await stack.idle()
+    await until(lambda: stack.service.state.metrics.streams_open == 0)
+
+
+async def test_a_finished_request_leaves_no_cycles(stack: Stack) -> None:
+    """Requests free themselves: memory does not wait for the collector."""
+    await stack.chat()
+    await stack.chat_stream()
+    gc.collect()
+    gc.disable()
+    try:
+        await stack.chat()
+        await stack.chat_stream(n=2)
+        await stack.chat(stop="wor")
+        await stack.idle()
+        await asyncio.sleep(0.01)
+        kept = [type(one) for one in gc.get_objects() if isinstance(one, Run | Choice)]
+        assert kept in ([], [Choice]), "the worker client remembers whom it called last, and no more"
+    finally:
+        gc.enable()
+
+
+async def test_an_output_that_cannot_be_handled_ends_its_request(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defect of our own must not leave a client waiting for ever."""
+    monkeypatch.setattr(ChatText, "feed", lambda self, text, delta: 1 / 0)
+    for stream in (False, True):
+        status, reply = await asyncio.wait_for(stack.post(CHAT, {**BODY, "stream": stream}), 5)
+        assert (status, reply["error"]["code"]) == (500, "internal_error")
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -85,7 +85,22 @@ def prompt_tokenizer(name: str, cache_bytes: int = 1 << 16) -> PromptTokenizer:
 
 FRAGMENTS = st.one_of(
     st.sampled_from(
-        [*SPECIAL, *TAGS, "<r>", "<l>", "<|im_start|>x", "quick", "QUICK", "fox", "foxes", " ", "\n", "<|im_", "x"]
+        [
+            *SPECIAL,
+            *TAGS,
+            "<r>",
+            "<l>",
+            "<|im_start|>x",
+            "quick",
+            "QUICK",
+            "fox",
+            "foxes",
+            "\u0301",
+            " ",
+            "\n",
+            "<|im_",
+            "x",
+        ]
     ),
     st.text(max_size=6),
     st.text("ab <|>é\n", max_size=8),
@@ -144,14 +159,16 @@ async def test_a_next_turn_encodes_only_what_it_appended() -> None:
 async def test_a_long_text_leaves_the_loop_alone() -> None:
     tokenizer = prompt_tokenizer("tiny")
     text = "some words and more of them, with ünï code " * 40_000  # 1.7 MB: most of a second
-    longest_s, last_s = 0.0, time.monotonic()
+    longest_s, began_s = 0.0, time.monotonic()
+    last_s = began_s
     task = asyncio.create_task(tokenizer.encode(text))
     while not task.done():
         await asyncio.sleep(0.005)
         now_s = time.monotonic()
         longest_s, last_s = max(longest_s, now_s - last_s), now_s
     assert len(unpack_ids(await task)) > 100_000
-    assert longest_s < 0.3, f"the loop stood still for {longest_s:.2f} s"
+    took_s = last_s - began_s  # a busy machine stretches both
+    assert longest_s < took_s / 2, f"the loop stood still for {longest_s:.2f} of {took_s:.2f} s"
 
 
 async def test_lone_surrogates_are_the_clients_fault() -> None:
