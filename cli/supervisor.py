@@ -130,8 +130,21 @@ class Supervisor:
     async def _start_in_order(self) -> dict[str, Mapping[str, Any]]:
         facts = {spec.name: await self._start(spec) for spec in self._specs}
         if self._joined is not None:
-            await self._joined()
+            await self._join(self._joined())
         return facts
+
+    async def _join(self, joined: Awaitable[None]) -> None:
+        """Until the children found each other. Raises ChildFailed when they do not, or one dies meanwhile."""
+        joining = asyncio.ensure_future(joined)
+        first: set[asyncio.Future[Any]] = {joining, *(life.exited for life in self._lives.values())}
+        try:
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            if joining.done():
+                return joining.result()
+            dead = next(life for life in self._lives.values() if life.exited.done())
+            raise ChildFailed(f"the {dead.name} {describe_exit(dead.exited.result())} before it served")
+        finally:
+            joining.cancel()
 
     async def _keep_all(self) -> int:
         keepers = [asyncio.ensure_future(self._keep(spec)) for spec in self._specs]

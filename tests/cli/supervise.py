@@ -1,6 +1,8 @@
 """Runs a Supervisor over two fake children in a process of its own; prints what its observer hears, JSON lists.
 
 supervise.py FOLDER LIMITS_JSON WORKER_BEHAVIOURS_JSON ROUTER_BEHAVIOURS_JSON
+
+A limit `joined` is `fail` or `hang`: what becomes of the children's finding each other.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenrelay.cli.config import SupervisorConfig
-from tokenrelay.cli.process import STATUS_FD, ChildSpec
+from tokenrelay.cli.process import STATUS_FD, ChildFailed, ChildSpec
 from tokenrelay.cli.supervisor import Observer, Supervisor
 
 
@@ -52,8 +54,16 @@ async def main() -> int:
     def spec(name: str, behaviours: str) -> ChildSpec:
         return ChildSpec(name, [sys.executable, child, STATUS_FD, folder, name, *json.loads(behaviours)])
 
-    bounds = SupervisorConfig(**json.loads(limits))
-    return await Supervisor(spec("worker", worker), spec("router", router), bounds, Printer()).run()
+    bounds = json.loads(limits)
+    fate = bounds.pop("joined", "")
+
+    async def joined() -> None:
+        if fate == "fail":
+            raise ChildFailed("they do not fit")
+        await asyncio.sleep(60 if fate == "hang" else 0)
+
+    specs = spec("worker", worker), spec("router", router)
+    return await Supervisor(*specs, SupervisorConfig(**bounds), Printer(), joined=joined).run()
 
 
 sys.exit(asyncio.run(main()))

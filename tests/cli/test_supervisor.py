@@ -173,6 +173,26 @@ def test_a_router_that_fails_ends_the_worker_too(runs: Any) -> None:
     assert run.heard[-2:] == [["failed", "port 8000 is in use"], ["stopped", True]]
 
 
+def test_children_that_do_not_find_each_other_end_the_start(runs: Any) -> None:
+    run = runs(["ready"], ["ready"], joined="fail")
+    assert run.end() == 1
+    assert run.heard[-2:] == [["failed", "they do not fit"], ["stopped", True]]
+
+
+def test_a_death_while_they_find_each_other_ends_the_start(runs: Any) -> None:
+    run = runs(["ready"], ["die:0.1"], joined="hang")
+    assert run.end() == 1
+    assert run.heard[-2] == ["failed", "the router was killed by SIGKILL (out of memory?) before it served"]
+
+
+def test_a_signal_while_they_find_each_other_stops(runs: Any) -> None:
+    run = runs(["ready"], ["ready"], joined="hang")
+    run.until("started", "router")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 128 + signal.SIGTERM
+    assert "serving" not in run.verbs()
+
+
 def test_a_dead_worker_is_started_again_and_the_router_stays(runs: Any) -> None:
     run = runs(["ready"], ["ready"])
     run.until("serving")
