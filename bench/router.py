@@ -293,7 +293,7 @@ def bench(quick: bool) -> dict[str, Any]:
     from mock_worker import write_model_folder
 
     count, scale = (3, 1) if quick else (5, 4)
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"tokenize": uvloop.run(next_turn(200 if quick else 400))}
     with tempfile.TemporaryDirectory(prefix="tr-bench-") as name:
         folder = Path(name)
         write_model_folder(folder / "model")
@@ -313,6 +313,36 @@ def bench(quick: bool) -> dict[str, Any]:
     return result
 
 
+async def next_turn(turns: int) -> dict[str, float]:
+    """Milliseconds to tokenize a long conversation, by the plain tokenizer and by the router's, and its next turn."""
+    from tokenizers import Tokenizer
+
+    from tokenrelay.services.router.tokenize import PromptTokenizer
+
+    file = ROOT / "assets/tokenrelay-tiny/tokenizer.json"
+    tokenizer = PromptTokenizer(Tokenizer.from_file(str(file)), json.loads(file.read_text()), cache_bytes=64 << 20)
+    text = "".join(
+        f"<|im_start|>user\nturn {n}: {' '.join(f'word{n * k % 997}' for k in range(150))}<|im_end|>\n"
+        for n in range(turns)
+    )
+    found: dict[str, float] = {}
+
+    async def timed(name: str, work: Any) -> Any:
+        began_s = time.perf_counter()
+        answer = await work()
+        found[name] = (time.perf_counter() - began_s) * 1e3
+        return answer
+
+    async def plain() -> bytes:
+        return tokenizer.encode_whole(text)
+
+    expected = await timed("plain_ms", plain)
+    assert await timed("first_turn_ms", lambda: tokenizer.encode(text)) == expected
+    text += "<|im_start|>user\nand now the next one<|im_end|>\n<|im_start|>assistant\n"
+    assert await timed("next_turn_ms", lambda: tokenizer.encode(text)) == tokenizer.encode_whole(text)
+    return {**found, "tokens": len(expected) / 4}
+
+
 def figures(result: dict[str, Any]) -> dict[str, float]:
     """The few numbers that say it."""
     one, paced, crowded, unary = (result[name] for name in ("one_user", "paced_streams", "crowded_streams", "unary"))
@@ -330,6 +360,10 @@ def figures(result: dict[str, Any]) -> dict[str, float]:
             f"{name}: unary requests/s": unary[name]["requests_per_s"],
             f"{name}: unary CPU us/request": unary[name]["cpu_us_per_request"],
         }
+    tokenize = result["tokenize"]
+    conversation = f"{tokenize['tokens'] / 1e3:.0f}k-token conversation"
+    found[f"tokenize a {conversation}, plain, ms"] = tokenize["plain_ms"]
+    found["tokenize its next turn, ms"] = tokenize["next_turn_ms"]
     ratios = {
         "router / proxy: CPU us/token": (paced, "cpu_us_per_token"),
         "router / proxy: streams/s": (crowded, "requests_per_s"),

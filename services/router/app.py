@@ -29,6 +29,7 @@ log = get_logger("router")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 SCRAPE_TIMEOUT_S = 1.0
+CLIENT_LEFT = 499  # as nginx counts clients that closed the connection before the reply
 
 
 def create_app(state: RouterState) -> web.Application:
@@ -55,22 +56,27 @@ def create_app(state: RouterState) -> web.Application:
 @web.middleware
 async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Every error becomes a reply in OpenAI's shape; every reply is counted."""
+    counts = request.app[STATE].metrics.requests
+    resource = request.match_info.route.resource
+    endpoint = resource.canonical if resource is not None else "other"
     try:
         response = await handler(request)
+    except asyncio.CancelledError:
+        counts[endpoint, CLIENT_LEFT] += 1
+        raise
     except TokenRelayError as error:
         response = error_response(error)
     except web.HTTPException as error:
         response = _http_error(request, error)
     except ConnectionError:  # the client left while its reply was being written
+        counts[endpoint, CLIENT_LEFT] += 1
         raise asyncio.CancelledError from None
     except Exception:
         log.exception("a request failed for no known reason", request_id=request_id_of(request), path=request.path)
         response = error_response(TokenRelayError("the server failed; its log says why"))
     if not response.prepared:
         response.headers["X-Request-Id"] = request_id_of(request)
-    resource = request.match_info.route.resource
-    endpoint = resource.canonical if resource is not None else "other"
-    request.app[STATE].metrics.requests[endpoint, response.status] += 1
+    counts[endpoint, response.status] += 1
     return response
 
 

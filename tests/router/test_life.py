@@ -45,6 +45,7 @@ async def test_a_client_that_leaves_is_aborted_at_once(stack: Stack, stream: boo
     await until(lambda: stack.worker.running == 0, timeout_s=0.5)
     assert len(stack.worker.host.aborted) == 2
     assert stack.service.state.metrics.aborts["disconnect"] == 2
+    assert stack.service.state.metrics.requests[CHAT, 499] == 1
     await until(lambda: stack.service.state.metrics.requests_open == 0)
     assert stack.service.state.metrics.streams_open == 0
 
