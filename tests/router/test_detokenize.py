@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mock_worker import tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
@@ -40,6 +40,7 @@ def pushed(vocabulary: Vocabulary, cuts: list[list[int]]) -> list[str]:
     return [*(detokenizer.push(token_ids) for token_ids in cuts), detokenizer.finish()]
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, BYTE_LEVEL.get_vocab_size() - 1), max_size=4), max_size=12))
 def test_byte_level_equals_decode_for_any_ids(cuts: list[list[int]]) -> None:
     vocabulary = VOCABULARIES["byte-level"]
@@ -48,6 +49,7 @@ def test_byte_level_equals_decode_for_any_ids(cuts: list[list[int]]) -> None:
     assert "".join(pushed(vocabulary, cuts)) == BYTE_LEVEL.decode(flat, skip_special_tokens=True)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, FALLBACK.get_vocab_size() - 1), max_size=16))
 def test_other_decoders_equal_decode_for_text(token_ids: list[int]) -> None:
     vocabulary = VOCABULARIES["byte-fallback"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenrelay.services.router.reasoning import ReasoningParser, prompt_ends_inside_thinking
@@ -39,6 +39,7 @@ def test_transcripts(text: str, inside: bool, reasoning: str, content: str) -> N
         assert split(pieces, inside) == (reasoning, content), f"in pieces of {size}"
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.one_of(st.sampled_from(["<think>", "</think>", "\n", "<", "think>"]), st.text("ab<\n ", max_size=5)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenrelay.services.router.stops import StopAutomaton, StopMatcher
@@ -20,6 +20,7 @@ def reference(text: str, stops: list[str], include: bool) -> tuple[str, str | No
     return text, None
 
 
+@settings(deadline=None)
 @given(
     pieces=st.lists(ALPHABET, max_size=8),
     stops=st.lists(st.text("ab\n", min_size=1, max_size=5), min_size=1, max_size=5),
@@ -38,6 +39,7 @@ def test_equals_the_definition_however_the_text_is_cut(pieces: list[str], stops:
     assert (seen, found) == reference("".join(pieces), stops, include)
 
 
+@settings(deadline=None)
 @given(
     pieces=st.lists(ALPHABET, max_size=8),
     stops=st.lists(st.text("ab\n", min_size=1, max_size=5), min_size=1, max_size=4),
