@@ -294,7 +294,8 @@ void bind_values(py::module_& m) {
       .def_readonly("aborts", &ts::Counts::aborts)
       .def_readonly("prompt_tokens", &ts::Counts::prompt_tokens)
       .def_readonly("cached_tokens", &ts::Counts::cached_tokens)
-      .def_readonly("output_tokens", &ts::Counts::output_tokens);
+      .def_readonly("output_tokens", &ts::Counts::output_tokens)
+      .def_readonly("hashed_blocks", &ts::Counts::hashed_blocks);
 
   py::class_<PyRow>(m, "Row")
       .def_readonly("state", &PyRow::state)

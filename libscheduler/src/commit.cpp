@@ -20,6 +20,7 @@ void Scheduler::commit(std::uint64_t step, std::span<const TokenId> token_ids, s
     Sequence& sequence = at(row.index);
     --sequence.flights;
     send(sequence, request::Land{resources_, sequence.text, row.start, row.length});
+    totals_.hashed_blocks += sequence.text.take_hashed();
     if (row.samples) {
       take_token(sequence, token_ids[static_cast<std::size_t>(sampled)], sampled, out);
       ++sampled;

@@ -31,12 +31,26 @@ void Scheduler::plan_rows(Plan& out, Flight& flight) noexcept {
   stalled_ = false;
   plan_decodes(out, flight);
   int budget = config_.step_tokens - out.decodes;
-  for (SequenceIndex index = prefilling_.first(); index != no_sequence && budget > 0;) {
+  plan_prefills(budget, out, flight);
+  if (!stalled_) admit_waiting(budget, out, flight);
+}
+
+/// In the order of rank, but for one that got nothing for too long: better classes may use up every step.
+void Scheduler::plan_prefills(int& budget, Plan& out, Flight& flight) noexcept {
+  SequenceIndex aged = prefilling_.first();
+  while (aged != no_sequence && at(aged).skipped < skips_max) aged = prefilling_.after(aged);
+  if (aged != no_sequence && budget > 0) plan_prefill(aged, budget, out, flight);
+  for (SequenceIndex index = prefilling_.first(); index != no_sequence;) {
     const SequenceIndex next = prefilling_.after(index);  // the last chunk takes it out of this list
-    plan_prefill(index, budget, out, flight);
+    if (index == aged) {
+      // It had its turn.
+    } else if (budget > 0) {
+      plan_prefill(index, budget, out, flight);
+    } else {
+      ++at(index).skipped;
+    }
     index = next;
   }
-  if (!stalled_) admit_waiting(budget, out, flight);
 }
 
 void Scheduler::add_row(SequenceIndex index, int length, bool feedback, bool samples, Plan& out,
@@ -89,6 +103,7 @@ bool Scheduler::plan_decode(SequenceIndex index, Plan& out, Flight& flight) noex
 
 void Scheduler::plan_prefill(SequenceIndex index, int& budget, Plan& out, Flight& flight) noexcept {
   Sequence& sequence = at(index);
+  sequence.skipped = 0;
   const int start = sequence.planned;
   const int left = sequence.text.size() - start;
   const int length = std::min({left, config_.chunk_tokens, budget});
@@ -210,7 +225,7 @@ void Scheduler::reside(SequenceIndex index, const Match& match, int blocks, Plan
     std::optional<WritableBlock> block = pool_.take(i == 0 ? no_block : row[i - 1]);
     TR_ASSERT(block.has_value(), "admission counted blocks that are not there");
     row[i] = table_entry(*block);
-    if (i < full) pool_.promise(*block, sequence.text.hash(static_cast<std::size_t>(i)));
+    if (i < full) pool_.promise(*block, sequence.text.content(static_cast<std::size_t>(i)));
     home.chain.fill(std::move(*block));
   }
   home.chain.filled();

@@ -8,9 +8,10 @@ using block::Access;
 using block::Kind;
 using block::Record;
 
-BlockPool::BlockPool(int blocks)
+BlockPool::BlockPool(int blocks, int block_tokens)
     : records_(static_cast<std::size_t>(blocks)),
       index_(static_cast<std::size_t>(blocks)),
+      lineage_(static_cast<std::size_t>(blocks), static_cast<std::size_t>(block_tokens)),
       events_(2 * static_cast<std::size_t>(blocks) + 64) {
   fired_.reserve(static_cast<std::size_t>(blocks));
   for (BlockId id = 0; id < blocks; ++id) push_back(free_, id);
@@ -37,28 +38,33 @@ BlockId BlockPool::evict() noexcept {
   return Access::dissolve(on(Access::make<block::Cached>(id), block::Evict{records_}));
 }
 
-bool BlockPool::promise(const WritableBlock& block, const Hash128& hash) noexcept {
+bool BlockPool::promise(const WritableBlock& block, const Content& content) noexcept {
   const BlockId id = Access::number(block);
-  if (index_.find(hash, records_) != no_block) return false;
-  at(id).hash = hash;
-  at(id).indexed = true;
-  index_.insert(hash, id);
+  if (index_.find(content.hash, records_) != no_block) return false;
+  lineage_.remember(id, content);
+  index(id, content);
   return true;
 }
 
-SealedPin BlockPool::seal(WritableBlock&& block, const Hash128& hash) noexcept {
+void BlockPool::index(BlockId id, const Content& content) noexcept {
+  at(id).hash = content.hash;
+  at(id).indexed = true;
+  index_.insert(content.hash, id);
+  const BlockId parent = index_.find(content.parent, records_);
+  if (parent != no_block) lineage_.follow(parent, id);
+}
+
+SealedPin BlockPool::seal(WritableBlock&& block, const Content& content) noexcept {
   const BlockId id = Access::number(block);
   Record& record = at(id);
   if (record.indexed) {
-    TR_ASSERT(record.hash == hash, "a block holds other tokens than it promised");
+    TR_ASSERT(record.hash == content.hash, "a block holds other tokens than it promised");
   } else {
-    record.hash = hash;
-    if (index_.find(hash, records_) == no_block) {
-      record.indexed = true;
-      index_.insert(hash, id);
-    }
+    lineage_.remember(id, content);
+    record.hash = content.hash;
+    if (index_.find(content.hash, records_) == no_block) index(id, content);
   }
-  if (record.indexed) emit(CacheEvent::Kind::sealed, hash);
+  if (record.indexed) emit(CacheEvent::Kind::sealed, content.hash);
   Access::dissolve(on(std::move(block), block::Seal{records_}));  // the pool holds the state from here on
   fire(record, id);
   return Access::make<SealedPin>(id);

@@ -21,7 +21,7 @@ Scheduler::Scheduler(const Config& config)
       key_(key_from_bytes(config.hash_key)),
       table_width_((config.context_tokens + config.block_tokens - 1) / config.block_tokens),
       block_table_(static_cast<std::size_t>(config.slots) * static_cast<std::size_t>(table_width_), 0),
-      pool_(config.blocks),
+      pool_(config.blocks, config.block_tokens),
       slots_(config.slots),
       links_(sequences_max(config)),
       ranks_(sequences_max(config)),
@@ -69,14 +69,25 @@ Hash128 Scheduler::root_of(std::span<const std::uint8_t> salt) const {
   return root_hash(key_, config_.model_identity, salt);
 }
 
+/// Every full block of the prompt gets its hash: from the block that holds the same tokens after the same parent if it
+/// is the one that followed last, else computed.
+void Scheduler::hash_prompt(HashedTokens& text) noexcept {
+  const std::size_t full = static_cast<std::size_t>(text.size()) / static_cast<std::size_t>(config_.block_tokens);
+  BlockId parent = no_block;
+  for (std::size_t index = 0; index < full; ++index) {
+    const BlockId child = parent == no_block ? no_block : pool_.find_child(parent, text.block(index));
+    if (child != no_block) text.adopt(pool_.records()[static_cast<std::size_t>(child)].hash);
+    parent = child != no_block ? child : pool_.find(text.hash(index)).id;
+  }
+  totals_.hashed_blocks += text.take_hashed();
+}
+
 std::optional<RejectReason> Scheduler::submit(const Submission& s, std::int64_t now_us) {
   if (auto reason = refuse(s)) return reason;
   // What can fail (memory) comes first; from `vacant_.pop_back` on nothing can.
   const std::int64_t limit = std::min<std::int64_t>(s.output_start + s.tokens_max, config_.context_tokens);
   HashedTokens text(key_, root_of(s.salt), config_.block_tokens, s.token_ids, static_cast<std::size_t>(limit));
-  if (s.token_ids.size() >= static_cast<std::size_t>(config_.block_tokens)) {
-    (void)text.hash(s.token_ids.size() / static_cast<std::size_t>(config_.block_tokens) - 1);
-  }
+  hash_prompt(text);
   std::vector<TokenId> stops(s.stop_token_ids.begin(), s.stop_token_ids.end());
   std::sort(stops.begin(), stops.end());
 

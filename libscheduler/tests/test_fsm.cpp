@@ -19,7 +19,7 @@ TEST(every_pair_is_listed_once) {
 }
 
 TEST(an_event_in_the_wrong_state_is_answered_with_the_reason) {
-  BlockPool pool(4);
+  BlockPool pool(4, 16);
   SlotPool slots(2);
   Links links(4);
   Ranks ranks(4);

@@ -6,10 +6,13 @@ using namespace tokenrelay::scheduler;
 
 namespace {
 
+constexpr int block_tokens = 16;
 Hash128 hash(std::uint64_t value) { return {value * 0x9e3779b97f4a7c15ULL, value}; }
+std::vector<TokenId> zeros(block_tokens);
+Content content(std::uint64_t value) { return {hash(value), {}, zeros}; }
 
-BlockId cache(BlockPool& pool, std::uint64_t content) {
-  SealedPin pin = pool.seal(*pool.take(no_block), hash(content));
+BlockId cache(BlockPool& pool, std::uint64_t value) {
+  SealedPin pin = pool.seal(*pool.take(no_block), content(value));
   const BlockId id = block::read(pin);
   pool.unpin(std::move(pin));
   return id;
@@ -27,7 +30,7 @@ std::string kinds(BlockPool& pool) {
 }  // namespace
 
 TEST(free_blocks_go_first_then_the_least_recently_used_cached_one) {
-  BlockPool pool(3);
+  BlockPool pool(3, block_tokens);
   const BlockId first = cache(pool, 1);
   const BlockId second = cache(pool, 2);
   CHECK_EQUAL(pool.free(), 1);
@@ -49,7 +52,7 @@ TEST(free_blocks_go_first_then_the_least_recently_used_cached_one) {
 }
 
 TEST(a_run_goes_on_where_it_can) {
-  BlockPool pool(6);
+  BlockPool pool(6, block_tokens);
   std::vector<WritableBlock> held;
   for (int i = 0; i < 4; ++i) held.push_back(*pool.take(no_block));  // 0 1 2 3
   pool.release(std::move(held[1]));
@@ -66,15 +69,15 @@ TEST(a_run_goes_on_where_it_can) {
 }
 
 TEST(a_promise_is_found_watched_and_withdrawn) {
-  BlockPool pool(4);
+  BlockPool pool(4, block_tokens);
   WritableBlock block = *pool.take(no_block);
-  CHECK(pool.promise(block, hash(1)));
+  CHECK(pool.promise(block, content(1)));
   const BlockPool::Found found = pool.find(hash(1));
   CHECK_EQUAL(found.id, table_entry(block));
   CHECK(!found.sealed);
   pool.watch(found.id);
   WritableBlock twin = *pool.take(no_block);
-  CHECK(!pool.promise(twin, hash(1)));  // one promise for one content
+  CHECK(!pool.promise(twin, content(1)));  // one promise for one content
   pool.release(std::move(twin));
   CHECK(pool.fired().empty());
   pool.release(std::move(block));
@@ -84,16 +87,16 @@ TEST(a_promise_is_found_watched_and_withdrawn) {
 }
 
 TEST(a_duplicate_stays_private_and_inherits_the_content) {
-  BlockPool pool(4);
-  SealedPin first = pool.seal(*pool.take(no_block), hash(7));
-  SealedPin twin = pool.seal(*pool.take(no_block), hash(7));
+  BlockPool pool(4, block_tokens);
+  SealedPin first = pool.seal(*pool.take(no_block), content(7));
+  SealedPin twin = pool.seal(*pool.take(no_block), content(7));
   const BlockId first_id = block::read(first);
   const BlockId twin_id = block::read(twin);
   CHECK(first_id != twin_id);
   CHECK_EQUAL(pool.find(hash(7)).id, first_id);
   pool.unpin(std::move(twin));
   CHECK_EQUAL(pool.free(), 3);  // the index has the content: the twin is free
-  SealedPin other = pool.seal(*pool.take(no_block), hash(7));
+  SealedPin other = pool.seal(*pool.take(no_block), content(7));
   const BlockId other_id = block::read(other);
   pool.unpin(std::move(first));
   std::vector<WritableBlock> held;
@@ -106,8 +109,34 @@ TEST(a_duplicate_stays_private_and_inherits_the_content) {
   CHECK(!pool.check());
 }
 
+TEST(the_child_that_followed_last_is_found_by_its_tokens) {
+  BlockPool pool(4, block_tokens);
+  const std::vector<TokenId> ones(block_tokens, 1);
+  const std::vector<TokenId> twos(block_tokens, 2);
+  SealedPin parent = pool.seal(*pool.take(no_block), content(1));
+  const BlockId id = block::read(parent);
+  CHECK_EQUAL(pool.find_child(id, ones), no_block);
+  SealedPin first = pool.seal(*pool.take(no_block), {hash(2), hash(1), ones});
+  CHECK_EQUAL(pool.find_child(id, ones), block::read(first));
+  CHECK_EQUAL(pool.find_child(id, twos), no_block);
+  WritableBlock second = *pool.take(no_block);
+  pool.promise(second, {hash(3), hash(1), twos});
+  CHECK_EQUAL(pool.find_child(id, twos), table_entry(second));
+  CHECK_EQUAL(pool.find_child(id, ones), no_block);  // only the last one: the other is found by its hash
+  const BlockId second_id = table_entry(second);
+  pool.release(std::move(second));
+  CHECK_EQUAL(pool.find_child(id, twos), no_block);  // given up
+  SealedPin reused = pool.seal(*pool.take(second_id - 1), {hash(4), hash(2), twos});
+  CHECK_EQUAL(block::read(reused), second_id);
+  CHECK_EQUAL(pool.find_child(id, twos), no_block);  // the same block and tokens, but after another parent
+  pool.unpin(std::move(reused));
+  pool.unpin(std::move(first));
+  pool.unpin(std::move(parent));
+  CHECK(!pool.check());
+}
+
 TEST(cache_events_are_bounded_and_say_what_was_lost) {
-  BlockPool pool(2);
+  BlockPool pool(2, block_tokens);
   for (std::uint64_t i = 0; i < 100; ++i) cache(pool, i);
   const auto events = pool.take_events();
   CHECK_EQUAL(events.size(), 2U * 2U + 64U + 1U);
@@ -117,9 +146,10 @@ TEST(cache_events_are_bounded_and_say_what_was_lost) {
 }
 
 TEST(an_index_of_colliding_hashes_survives_erasure) {
-  BlockPool pool(64);
+  BlockPool pool(64, block_tokens);
   std::vector<SealedPin> pins;
-  for (std::uint64_t i = 0; i < 64; ++i) pins.push_back(pool.seal(*pool.take(no_block), {i % 3, i}));  // three chains
+  for (std::uint64_t i = 0; i < 64; ++i)
+    pins.push_back(pool.seal(*pool.take(no_block), Content{{i % 3, i}, {}, zeros}));  // three chains
   for (SealedPin& pin : pins) pool.unpin(std::move(pin));
   std::vector<WritableBlock> held;
   for (int i = 0; i < 32; ++i) held.push_back(*pool.take(no_block));
@@ -130,9 +160,9 @@ TEST(an_index_of_colliding_hashes_survives_erasure) {
 
 TEST(blocks_of_a_chain_land_in_order_and_seal_when_full) {
   struct Hashes {
-    Hash128 hash(std::size_t index) noexcept { return {index + 1, 77}; }
+    Content content(std::size_t index) noexcept { return {{index + 1, 77}, {index, 77}, zeros}; }
   } source;
-  BlockPool pool(8);
+  BlockPool pool(8, block_tokens);
   BlockChain chain(4, 4);
   for (int i = 0; i < 3; ++i) chain.fill(*pool.take(i - 1));
   chain.filled();
@@ -155,7 +185,7 @@ TEST(blocks_of_a_chain_land_in_order_and_seal_when_full) {
 }
 
 TEST(what_the_compiler_cannot_see_aborts) {
-  BlockPool pool(2);
+  BlockPool pool(2, block_tokens);
   EXPECT_ABORT("a block handle was dropped", auto block = pool.take(no_block));
   EXPECT_ABORT("a moved-from block handle was used", {
     WritableBlock block = *pool.take(no_block);
@@ -172,8 +202,8 @@ TEST(what_the_compiler_cannot_see_aborts) {
   });
   EXPECT_ABORT("a block holds other tokens than it promised", {
     WritableBlock block = *pool.take(no_block);
-    pool.promise(block, hash(1));
-    (void)pool.seal(std::move(block), hash(2));
+    pool.promise(block, content(1));
+    (void)pool.seal(std::move(block), content(2));
   });
 }
 

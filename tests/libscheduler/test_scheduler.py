@@ -191,6 +191,8 @@ def test_each_of_20_turns_prefills_only_what_it_appended() -> None:
         after = world.scheduler.counts()
         assert after.cached_tokens - before.cached_tokens == standing, f"turn {turn}"
         assert after.prompt_tokens - before.prompt_tokens == len(conversation) - 40
+        hashed = after.hashed_blocks - before.hashed_blocks
+        assert hashed <= (len(conversation) - standing) // 64 + 2, f"turn {turn} hashed what it did not append"
     computed = after.prompt_tokens - after.cached_tokens
     assert computed < 20 * (80 + 40 + 64 + 1)  # O(appended), not O(context): 20 turns sum up to 21,000 prompt tokens
 
@@ -233,6 +235,19 @@ def test_a_class_is_not_starved_by_better_ones() -> None:
         following[0] += 1
     world.submit(50, text(50, 30), tokens_max=2, priority=7)
     assert run_until_ended(world, 50, following, 20, bound=100, priority=-1) <= 5 + 2 * 2
+
+
+def test_a_prompt_gets_its_chunks_though_better_classes_fill_every_step() -> None:
+    world = World(make_config(slots=3, step_tokens=16, chunk_tokens=16, context_tokens=200))
+    world.submit(1, text(1, 60), tokens_max=1, priority=5)
+    world.step()
+    for sequence_id in range(2, 400):
+        if 1 not in world.live:
+            break
+        if world.scheduler.counts().sequences_waiting == 0:
+            world.submit(sequence_id, text(sequence_id, 90), tokens_max=1)
+        world.step()
+    assert 1 in world.ended and sequence_id < 250
 
 
 def test_first_come_first_served_under_steady_load() -> None:

@@ -82,10 +82,10 @@ class Lane {
   std::size_t head_ = 0;
 };
 
-/// Gives the hash of the sequence's i-th full block, and knows the block's width in tokens.
+/// Gives the content of the sequence's i-th full block.
 template <class T>
-concept HashSource = requires(T& source, std::size_t index) {
-  { source.hash(index) } noexcept -> std::same_as<Hash128>;
+concept ContentSource = requires(T& source, std::size_t index) {
+  { source.content(index) } noexcept -> std::same_as<Content>;
 };
 
 class Remains;
@@ -116,7 +116,7 @@ class BlockChain {
   /// A step that writes tokens [start, start + length) was planned.
   void launch(block::Records& records, int start, int length, int block_tokens) noexcept;
   /// That step was committed: its full blocks become Sealed.
-  template <HashSource Source>
+  template <ContentSource Source>
   void land(BlockPool& pool, int start, int length, int block_tokens, Source& source) noexcept;
 
   /// Gives back what no launched step writes: no row of the sequence will be planned.
@@ -151,7 +151,7 @@ class Remains {
   Lane<QuarantinedBlock> quarantined_;
 };
 
-template <HashSource Source>
+template <ContentSource Source>
 void BlockChain::land(BlockPool& pool, int start, int length, int block_tokens, Source& source) noexcept {
   const auto first = static_cast<std::size_t>(start / block_tokens);
   const auto last = static_cast<std::size_t>((start + length - 1) / block_tokens);
@@ -165,7 +165,7 @@ void BlockChain::land(BlockPool& pool, int start, int length, int block_tokens, 
     TR_ASSERT(at == 0, "blocks of a sequence land in order");
     WritableBlock block = on(in_flight_.pop_front(), block::LandLast{pool.records()});
     if (start + length >= static_cast<int>(index + 1) * block_tokens) {
-      sealed_.push_back(pool.seal(std::move(block), source.hash(index)));
+      sealed_.push_back(pool.seal(std::move(block), source.content(index)));
     } else {
       writable_.push_back(std::move(block));
     }

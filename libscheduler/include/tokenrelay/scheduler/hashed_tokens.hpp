@@ -3,9 +3,11 @@
 
 #include <cstddef>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "tokenrelay/scheduler/assert.hpp"
+#include "tokenrelay/scheduler/lineage.hpp"
 #include "tokenrelay/scheduler/siphash.hpp"
 
 namespace tokenrelay::scheduler {
@@ -29,13 +31,28 @@ class HashedTokens {
     tokens_.push_back(token);
   }
 
+  /// How many blocks have a known hash.
+  [[nodiscard]] std::size_t hashes() const noexcept { return hashes_.size(); }
+  /// The hash of the next block is known from elsewhere, where the same tokens have the same parent.
+  void adopt(const Hash128& hash) noexcept { hashes_.push_back(hash); }
+  [[nodiscard]] std::span<const TokenId> block(std::size_t index) const noexcept {
+    return tokens().subspan(index * width_, width_);
+  }
+  [[nodiscard]] Content content(std::size_t index) noexcept {
+    const Hash128 own = hash(index);
+    return {own, index == 0 ? root_ : hashes_[index - 1], block(index)};
+  }
+  /// Blocks hashed since the last call.
+  [[nodiscard]] std::uint64_t take_hashed() noexcept { return std::exchange(hashed_, 0); }
+
   /// Of the full block at `index`, all of whose tokens must be known.
   [[nodiscard]] Hash128 hash(std::size_t index) noexcept {
     TR_ASSERT((index + 1) * width_ <= tokens_.size(), "a block is hashed before its tokens are known");
     while (hashes_.size() <= index) {
       const std::size_t at = hashes_.size();
       const Hash128& parent = at == 0 ? root_ : hashes_[at - 1];
-      hashes_.push_back(chain_hash(key_, parent, tokens().subspan(at * width_, width_)));
+      hashes_.push_back(chain_hash(key_, parent, block(at)));
+      ++hashed_;
     }
     return hashes_[index];
   }
@@ -46,6 +63,7 @@ class HashedTokens {
   std::size_t width_ = 1;
   std::vector<TokenId> tokens_;
   std::vector<Hash128> hashes_;
+  std::uint64_t hashed_ = 0;
 };
 
 }  // namespace tokenrelay::scheduler

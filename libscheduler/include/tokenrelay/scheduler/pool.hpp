@@ -1,7 +1,7 @@
 // The block pool: free blocks, cached blocks in the order of their last use, and the prefix index.
 //
 //     std::optional<WritableBlock> block = pool.take(previous);     // evicts the oldest cached block if none is free
-//     SealedPin pin = pool.seal(std::move(writable), hash);
+//     SealedPin pin = pool.seal(std::move(writable), content);
 //     pool.unpin(std::move(pin));                                  // the last reader leaves it as cache
 //
 // Everything is O(1) and allocates nothing after construction.
@@ -9,10 +9,12 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "tokenrelay/scheduler/block.hpp"
+#include "tokenrelay/scheduler/lineage.hpp"
 #include "tokenrelay/scheduler/prefix_index.hpp"
 
 namespace tokenrelay::scheduler {
@@ -26,7 +28,7 @@ struct CacheEvent {
 
 class BlockPool {
  public:
-  explicit BlockPool(int blocks);
+  BlockPool(int blocks, int block_tokens);
   BlockPool(const BlockPool&) = delete;
   BlockPool& operator=(const BlockPool&) = delete;
 
@@ -35,9 +37,9 @@ class BlockPool {
   [[nodiscard]] std::optional<WritableBlock> take(BlockId previous) noexcept;
   /// Announces what a writable block will hold, so that others wait for it. False: the index knows that content
   /// already.
-  bool promise(const WritableBlock& block, const Hash128& hash) noexcept;
+  bool promise(const WritableBlock& block, const Content& content) noexcept;
   /// Makes a full block immutable; the caller is its first reader.
-  [[nodiscard]] SealedPin seal(WritableBlock&& block, const Hash128& hash) noexcept;
+  [[nodiscard]] SealedPin seal(WritableBlock&& block, const Content& content) noexcept;
   void release(WritableBlock&& block) noexcept;
   /// A launched step writes the block and its owner is over: nobody shall wait for its content any more.
   [[nodiscard]] QuarantinedBlock abandon(InFlightBlock&& block) noexcept;
@@ -49,6 +51,10 @@ class BlockPool {
     bool pinned = false;
   };
   [[nodiscard]] Found find(const Hash128& hash) const noexcept;
+  /// The block after `parent` (one that was found) that holds these tokens, if it is the one that followed last.
+  [[nodiscard]] BlockId find_child(BlockId parent, std::span<const TokenId> tokens) const noexcept {
+    return lineage_.child(parent, at(parent).hash, tokens, records_);
+  }
   /// One more reader of a sealed or cached block.
   [[nodiscard]] SealedPin pin(BlockId id) noexcept;
   void unpin(SealedPin&& pin) noexcept;
@@ -78,6 +84,7 @@ class BlockPool {
   void push_back(List& list, BlockId id) noexcept;
   void unlink(List& list, BlockId id) noexcept;
   BlockId evict() noexcept;
+  void index(BlockId id, const Content& content) noexcept;
   void forget(block::Record& record, BlockId id) noexcept;
   void fire(block::Record& record, BlockId id) noexcept;
   void emit(CacheEvent::Kind kind, const Hash128& hash) noexcept;
@@ -87,6 +94,7 @@ class BlockPool {
 
   block::Records records_;
   PrefixIndex index_;
+  Lineage lineage_;
   List free_;
   List cached_;                     // head: used least recently
   std::vector<BlockId> fired_;      // room for every block

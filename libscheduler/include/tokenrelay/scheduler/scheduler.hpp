@@ -69,6 +69,7 @@ class Scheduler {
     std::int32_t slot = -1;           // while resident
     std::int32_t flights = 0;         // mirrors the state's Flights, to settle without looking inside
     std::int32_t cached_tokens = -1;  // at first admission
+    std::int32_t skipped = 0;         // steps in a row whose budget ended before its next chunk
     std::int32_t overtaken = 0;       // requests of its class that went before it while it was blocked
     std::int32_t holds = 0;           // times it waited for a block of somebody else
     std::int32_t blocks_wanted = 0;   // blocked until so many are available: spares looking again each step
@@ -93,6 +94,7 @@ class Scheduler {
   };
   enum class Admission : std::uint8_t { admitted, held, blocked };
 
+  static constexpr int skips_max = 32;            // steps without a chunk, then a prompt goes first for one step
   static constexpr int holds_max = 8;             // then a sequence computes its prefix itself
   static constexpr int lookahead = 4;             // blocked requests of a class that others may be tried behind
   static constexpr std::size_t ended_max = 4096;  // ended ids that are remembered
@@ -105,12 +107,14 @@ class Scheduler {
   void send(Sequence& sequence, Event&& event) noexcept;
   [[nodiscard]] std::optional<RejectReason> refuse(const Submission& submission) const noexcept;
   [[nodiscard]] std::optional<std::string> check_table(const Sequence& s, const BlockChain& chain) const;
+  void hash_prompt(HashedTokens& text) noexcept;
   [[nodiscard]] Hash128 root_of(std::span<const std::uint8_t> salt) const;
 
   // plan.cpp
   void plan_rows(Plan& out, Flight& flight) noexcept;
   void plan_decodes(Plan& out, Flight& flight) noexcept;
   bool plan_decode(SequenceIndex index, Plan& out, Flight& flight) noexcept;
+  void plan_prefills(int& budget, Plan& out, Flight& flight) noexcept;
   void plan_prefill(SequenceIndex index, int& budget, Plan& out, Flight& flight) noexcept;
   void add_row(SequenceIndex index, int length, bool feedback, bool samples, Plan& out, Flight& flight) noexcept;
   void admit_waiting(int& budget, Plan& out, Flight& flight) noexcept;

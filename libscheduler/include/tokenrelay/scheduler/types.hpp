@@ -93,6 +93,7 @@ struct Counts {
   std::uint64_t prompt_tokens = 0;  // of sequences admitted for the first time
   std::uint64_t cached_tokens = 0;  // of those, found in the cache
   std::uint64_t output_tokens = 0;
+  std::uint64_t hashed_blocks = 0;  // whose hash was computed, and not known from an earlier turn
 };
 
 }  // namespace tokenrelay::scheduler

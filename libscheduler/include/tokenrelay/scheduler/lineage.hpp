@@ -1,0 +1,60 @@
+// What blocks hold, so that a next turn hashes only what it appended: the tokens of every hashed block, its parent's
+// hash, and which block followed it last. A prompt that begins like an earlier one walks from child to child and
+// compares tokens, which gives the same hashes without computing them. A hint is never trusted: what does not compare
+// is hashed.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <span>
+#include <vector>
+
+#include "tokenrelay/scheduler/block.hpp"
+
+namespace tokenrelay::scheduler {
+
+/// What a full block holds: its tokens, and its place in the chain of hashes.
+struct Content {
+  Hash128 hash;
+  Hash128 parent;
+  std::span<const TokenId> tokens;
+};
+
+class Lineage {
+ public:
+  Lineage(std::size_t blocks, std::size_t block_tokens)
+      : width_(block_tokens), tokens_(blocks * block_tokens), entries_(blocks) {}
+
+  /// The block has, or will have, this content.
+  void remember(BlockId id, const Content& content) noexcept {
+    TR_ASSERT(content.tokens.size() == width_, "only full blocks have a hash");
+    std::copy(content.tokens.begin(), content.tokens.end(), tokens_.begin() + offset(id));
+    entry(id) = {content.parent, no_block};
+  }
+  void follow(BlockId parent, BlockId child) noexcept { entry(parent).child = child; }
+
+  /// The block that followed last after one with hash `parent`, if it holds just these tokens.
+  [[nodiscard]] BlockId child(BlockId id, const Hash128& parent, std::span<const TokenId> tokens,
+                              const block::Records& records) const noexcept {
+    const BlockId child = entries_[static_cast<std::size_t>(id)].child;
+    if (child == no_block || !records[static_cast<std::size_t>(child)].indexed) return no_block;
+    if (!(entries_[static_cast<std::size_t>(child)].parent == parent)) return no_block;
+    return std::equal(tokens.begin(), tokens.end(), tokens_.begin() + offset(child)) ? child : no_block;
+  }
+
+ private:
+  struct Entry {
+    Hash128 parent;
+    BlockId child = no_block;
+  };
+  [[nodiscard]] std::ptrdiff_t offset(BlockId id) const noexcept {
+    return static_cast<std::ptrdiff_t>(id) * static_cast<std::ptrdiff_t>(width_);
+  }
+  Entry& entry(BlockId id) noexcept { return entries_[static_cast<std::size_t>(id)]; }
+
+  std::size_t width_;
+  std::vector<TokenId> tokens_;  // [blocks, block_tokens]
+  std::vector<Entry> entries_;
+};
+
+}  // namespace tokenrelay::scheduler
