@@ -20,6 +20,10 @@ ASSISTANT, NO_THOUGHT = "<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
 QUIET = 0.08  # dialogues whose last turn was asked for with enable_thinking=false
 
 
+DRILL_TOKENS = 128
+DRILL_PERIOD = (6, 44)  # tokens
+
+
 @dataclass(frozen=True)
 class Sample:
     """ids[i] is learnt with weights[i]; both as long as the dialogue."""
@@ -34,6 +38,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.end = id_of(tokenizer, "<|im_end|>")
+        self.plain_tokens = tokenizer.get_vocab_size(with_added_tokens=False)
         self.pad = id_of(tokenizer, "<|endoftext|>")
         self.think = id_of(tokenizer, "<think>")
         self.assistant = tokenizer.encode(ASSISTANT, add_special_tokens=False).ids
@@ -71,11 +76,23 @@ class Encoder:
         return Sample(ids, weights)
 
 
-def batches(encoder: Encoder, seed: int, chunk: int, tokens: int, episodes_max: int) -> list[tuple[Tensor, Tensor]]:
+def drill(rng: random.Random, vocabulary: int) -> Sample:
+    """Random tokens, over and over: only copying predicts them. Some of these early on and copying, which all else
+    here rests on, is learnt in a few hundred steps rather than a few thousand (induction heads, arXiv:2209.11895)."""
+    period = rng.randint(*DRILL_PERIOD)
+    ids = [rng.randrange(vocabulary) for _ in range(period)]
+    repeats = -(-DRILL_TOKENS // period)
+    return Sample((ids * repeats)[:DRILL_TOKENS], ([0.0] * period + [1.0] * DRILL_TOKENS)[:DRILL_TOKENS])
+
+
+def batches(
+    encoder: Encoder, seed: int, chunk: int, tokens: int, episodes_max: int, drills: int
+) -> list[tuple[Tensor, Tensor]]:
     """The batches of one chunk: ids and weights [B, T], T a multiple of 16, B * T about `tokens`."""
     rng = random.Random(f"corpus:{seed}:{chunk}")
     first = seed * 100_000_000 + chunk * CHUNK_DIALOGUES
     samples = [encoder.sample(world.write_train(first + index, episodes_max), rng) for index in range(CHUNK_DIALOGUES)]
+    samples += [drill(rng, encoder.plain_tokens) for _ in range(drills)]
     samples.sort(key=lambda sample: len(sample.ids))
     made = list(_cut(samples, tokens, encoder.pad))
     rng.shuffle(made)

@@ -33,16 +33,18 @@ from torch.multiprocessing.spawn import spawn
 from tokenrelay.assets.training import corpus, tokenizer, world
 from tokenrelay.assets.training.model import Model, Shape
 from tokenrelay.assets.training.muon import optimizers
+from tokenrelay.assets.training.wiring import wire
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / ".cache" / "assets" / "tiny.pt"
-MATRIX_LR, OTHER_LR = 0.02, 3e-3
-WARMUP_STEPS = 60
+MATRIX_LR, OTHER_LR = 0.01, 1e-3
+WARMUP_STEPS = 100
 MTP_WEIGHT = 0.3  # lambda of the DeepSeek-V3 paper
 MTP_ROWS = 4  # the extra layer sees one row in so many: it is a quarter of the cost of a step otherwise
 CONTEXT_STEPS = 4  # every so many steps the loss is on what the model reads, too: the head is a fifth of a step's cost
 BALANCE_SPEED = 1e-3
 REPORT_STEPS, EXAM_STEPS, SAVE_SECONDS = 50, 250, 120
 EPISODES = [(0, 1), (300, 2), (800, 4), (3000, 9)]  # from this step on, dialogues of up to so many episodes
+DRILLS = [(0, 192), (800, 48), (3000, 0)]  # likewise: copying drills beside a chunk's dialogues
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Trainer:
         torch.manual_seed(seed)
         self.seed, self.batch_tokens, self.rank, self.ranks = seed, batch_tokens, rank, ranks
         self.model = Model(Shape())
+        wire(self.model)
         self.optimizers = optimizers(self.model, MATRIX_LR, OTHER_LR)
         self.base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.encoder = corpus.Encoder(tokenizer.load())
@@ -114,7 +117,8 @@ class Trainer:
             place.chunk_step = place.step
         if self.held_chunk != place.chunk:
             episodes = [most for first, most in EPISODES if first <= place.chunk_step][-1]
-            self.held = corpus.batches(self.encoder, self.seed, place.chunk, self.batch_tokens, episodes)
+            drills = [many for first, many in DRILLS if first <= place.chunk_step][-1]
+            self.held = corpus.batches(self.encoder, self.seed, place.chunk, self.batch_tokens, episodes, drills)
             self.held_chunk = place.chunk
         batch = self.held[place.batch + self.rank]
         place.batch += self.ranks
