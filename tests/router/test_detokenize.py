@@ -60,6 +60,7 @@ def test_other_decoders_equal_decode_for_text(token_ids: list[int]) -> None:
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
+@settings(deadline=None)
 @given(text=st.text(max_size=40))
 def test_text_arrives_whole_and_never_in_half_characters(name: str, text: str) -> None:
     vocabulary = VOCABULARIES[name]
