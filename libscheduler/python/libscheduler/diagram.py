@@ -1,13 +1,20 @@
 """The state machines for people: Mermaid diagrams and markdown tables, from the constexpr tables the compiler checked.
 
-tables = fsm_tables()
-print(mermaid(tables["request"]))
-print(markdown(tables["request"]))
+    tables = fsm_tables()
+    print(mermaid(tables["request"]))
+    print(markdown(tables["request"]))
+
+`python -m tokenrelay.libscheduler.diagram FILE` rewrites the generated parts of a page, between
+`<!-- generated: diagram|table NAME -->` and `<!-- generated: end -->`.
 """
 
 from __future__ import annotations
 
-from tokenrelay.libscheduler._native import Table
+import re
+import sys
+from pathlib import Path
+
+from tokenrelay.libscheduler._native import Table, fsm_tables
 
 
 def mermaid(table: Table) -> str:
@@ -30,3 +37,27 @@ def markdown(table: Table) -> str:
         answer = f"**{row.next}**" if row.next is not None else row.reason
         lines.append(f"| {row.state} | {row.event} | {answer} |")
     return "\n".join(lines) + "\n"
+
+
+def fill(page: str) -> str:
+    """The page with its generated parts written anew. KeyError: it names a machine that does not exist."""
+    tables = fsm_tables()
+
+    def part(match: re.Match[str]) -> str:
+        kind, name = match["kind"], match["name"]
+        text = f"```mermaid\n{mermaid(tables[name])}```\n" if kind == "diagram" else markdown(tables[name])
+        return f"<!-- generated: {kind} {name} -->\n{text}<!-- generated: end -->"
+
+    pattern = r"<!-- generated: (?P<kind>diagram|table) (?P<name>\w+) -->\n.*?<!-- generated: end -->"
+    return re.sub(pattern, part, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Rewrite the files named on the command line."""
+    for name in sys.argv[1:]:
+        path = Path(name)
+        path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

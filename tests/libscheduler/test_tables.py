@@ -1,0 +1,54 @@
+"""The tables that the compiler checked are complete here too, and docs/scheduler.md shows what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tokenrelay.libscheduler import fsm_tables
+from tokenrelay.libscheduler.diagram import fill, markdown, mermaid
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "scheduler.md"
+
+
+@pytest.mark.parametrize("name", ["block", "request"])
+def test_every_pair_has_one_row_with_an_answer(name: str) -> None:
+    table = fsm_tables()[name]
+    assert table.name == name and table.initial in table.states
+    pairs = [(row.state, row.event) for row in table.rows]
+    assert sorted(pairs) == sorted((state, event) for state in table.states for event in table.events)
+    for row in table.rows:
+        assert (row.next in table.states) != bool(row.reason)
+
+
+def test_every_state_is_reached_and_every_sequence_can_end() -> None:
+    for name, table in fsm_tables().items():
+        reached = {table.initial}
+        for _ in table.states:
+            reached |= {row.next for row in table.rows if row.next is not None and row.state in reached}
+        assert reached == set(table.states), name
+    edges = [(row.state, row.next) for row in fsm_tables()["request"].rows if row.next is not None]
+    ends = {"Ended"}
+    for _ in range(len(edges)):
+        ends |= {state for state, after in edges if after in ends}
+    assert ends == set(fsm_tables()["request"].states)
+
+
+def test_the_page_shows_the_tables_as_they_are() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page.count("<!-- generated: end -->") == 4
+    assert fill(page) == page, "stale: python -m tokenrelay.libscheduler.diagram docs/scheduler.md"
+
+
+def test_a_diagram_has_every_transition() -> None:
+    table = fsm_tables()["request"]
+    diagram = mermaid(table)
+    assert diagram.startswith("stateDiagram-v2\n    [*] --> Waiting\n")
+    assert "    Preempting --> Waiting: Settle\n" in diagram
+    assert diagram.endswith("    Ended --> [*]\n")
+    arrows = [line.strip() for line in diagram.splitlines() if ": " in line]
+    assert sum(len(line.split(": ")[1].split(", ")) for line in arrows) == sum(
+        row.next is not None for row in table.rows
+    )
+    assert "| Ended | Abort | it ended already |" in markdown(table)
