@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import codecs
 import json
-import os
-import pty
 import re
-import select
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from terminal import Terminal
 
 from tokenrelay.base.errors import ConfigError, Unavailable
 from tokenrelay.cli.chat import Answer, clean, figures, read_tools
@@ -29,50 +25,11 @@ def piped(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *arguments], input=stdin, capture_output=True, text=True, timeout=30)
 
 
-class Terminal:
-    """`tokenrelay chat` on a pseudo-terminal: type keys, wait for text."""
-
-    def __init__(self, *arguments: str) -> None:
-        pid, self._fd = pty.fork()
-        if pid == 0:
-            os.environ.update(TERM="xterm", COLUMNS="100", LINES="40")
-            os.execv(sys.executable, [*COMMAND, *arguments])
-        self._pid = pid
-        self.seen = ""
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-
-    def type(self, text: str) -> None:
-        os.write(self._fd, text.encode())
-
-    def until(self, pattern: str, within_s: float = 20.0) -> str:
-        """Wait for `pattern` in what comes from now on; returns the text up to its end."""
-        deadline = time.monotonic() + within_s
-        while (match := re.search(pattern, self.seen, re.DOTALL)) is None:
-            left = deadline - time.monotonic()
-            ready = select.select([self._fd], [], [], max(0, left))[0]
-            assert ready, f"no {pattern!r} in {self.seen!r}"
-            try:
-                self.seen += self._decode(os.read(self._fd, 65536))
-            except OSError as error:
-                raise AssertionError(f"ended without {pattern!r}: {self.seen!r}") from error
-        text, self.seen = self.seen[: match.end()], self.seen[match.end() :]
-        return text
-
-    def end(self) -> int:
-        """Read to the end; the exit code."""
-        while select.select([self._fd], [], [], 20)[0]:
-            try:
-                if not os.read(self._fd, 65536):
-                    break
-            except OSError:
-                break
-        os.close(self._fd)
-        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-
-
 @pytest.fixture
 def terminal(scripted: Any) -> Iterator[Terminal]:
-    yield Terminal("--url", scripted.url)
+    running = Terminal([*COMMAND, "--url", scripted.url])
+    yield running
+    running.close()
 
 
 def test_piped_text_is_one_message_and_the_answer_alone_comes_out(scripted: Any) -> None:
