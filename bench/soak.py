@@ -204,6 +204,7 @@ def report(soak: Soak, seconds: float, agents: int, seed: int) -> dict[str, Any]
     last = soak.samples[-1].pool
     return {
         "bench": "soak",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": f"{platform.machine()}, {platform.system()} {platform.release()}",
         "commit": _commit(),
         "seed": seed,

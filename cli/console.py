@@ -197,7 +197,7 @@ def bars(console: Console) -> Progress:
         TaskProgressColumn(),
         TimeElapsedColumn(),
     )
-    return Progress(*columns, console=console, transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def panel(url: str, facts: Mapping[str, Any], seconds: float) -> Panel:
