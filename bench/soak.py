@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import dataclasses
 import json
-import platform
 import random
 import statistics
 import subprocess
@@ -29,6 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+
+from tokenrelay.cli.machine import look
+from tokenrelay.cli.own import OwnServer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from load import Outcome, Pool, pool, send, settled_pool
@@ -196,7 +198,7 @@ def _text(rng: random.Random, words: int) -> str:
     return " ".join(rng.choices(WORDS, k=words))
 
 
-def report(soak: Soak, seconds: float, agents: int, seed: int) -> dict[str, Any]:
+def report(soak: Soak, seconds: float, agents: int, seed: int, commit: str) -> dict[str, Any]:
     """The result as it is printed and stored."""
     tally = soak.tally
     memory = soak.growth()
@@ -205,8 +207,8 @@ def report(soak: Soak, seconds: float, agents: int, seed: int) -> dict[str, Any]
     return {
         "bench": "soak",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": f"{platform.machine()}, {platform.system()} {platform.release()}",
-        "commit": _commit(),
+        "machine": look().summary(),
+        "commit": commit,
         "seed": seed,
         "agents": agents,
         "figures": {
@@ -255,12 +257,11 @@ def main() -> int:
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the result as JSON, by default to stdout")
     options = parser.parse_args()
     seconds = 20.0 if options.quick else options.minutes * 60
+    commit = _commit()  # now: it may change while this runs
     with ExitStack() as stack:
         pids = {name: int(pid) for name, _, pid in (item.partition("=") for item in options.pid)}
         url = options.url
         if url is None:
-            from tokenrelay.cli.own import OwnServer
-
             arguments = [options.model] if options.model else []
             arguments += ["--blocks", str(options.blocks), "--log-level", "warning"]
             server = stack.enter_context(OwnServer(arguments, quiet=True))
@@ -269,7 +270,7 @@ def main() -> int:
         soak = Soak(url, asyncio.run(_model_name(url)), options.seed, pids)
         began_s = time.monotonic()
         asyncio.run(soak.run(seconds, options.agents))
-        result = report(soak, time.monotonic() - began_s, options.agents, options.seed)
+        result = report(soak, time.monotonic() - began_s, options.agents, options.seed, commit)
     _print(result, options.json)
     return 1 if soak.tally.problems else 0
 
