@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         setup_logging("worker", level=worker.values.log_level, incarnation=incarnation)
         worker.values.check()
-        code = asyncio.run(run(WorkerSettings(worker.values, prefill.values, incarnation), status))
+        code, at_once = asyncio.run(run(WorkerSettings(worker.values, prefill.values, incarnation), status))
     except TokenRelayError as error:
         if parsed.status_fd is None:  # else the supervisor says it, once
             log.error("the worker ends", code=error.code, reason=error.message)
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         log.exception("the worker ends")
         status.failed(error)
         return 1
-    if code != 0:  # a step may still run or hang, or the model load: nobody waits for it
+    if at_once:  # a step may still run or hang, or the model load: nobody waits for it
         logging.shutdown()
         os._exit(code)
     return code
@@ -106,8 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def run(options: WorkerSettings, status: StatusPipe) -> int:
-    """Load, serve until drained or stopped; the exit code. Raises TokenRelayError when it cannot start."""
+async def run(options: WorkerSettings, status: StatusPipe) -> tuple[int, bool]:
+    """Load, serve until drained or stopped: the exit code, and whether threads are left that nobody waits for.
+
+    Raises TokenRelayError when it cannot start.
+    """
     from tokenrelay.services.chassis.lifecycle import Lifecycle
     from tokenrelay.services.chassis.server import WorkerServer, socket_path
     from tokenrelay.services.chassis.session import WorkerServicer
@@ -122,7 +125,7 @@ async def run(options: WorkerSettings, status: StatusPipe) -> int:
     lifecycle.install_signals()
     model = await _load_unless_ended(config, status, lifecycle)
     if model is None:
-        return STOPPED_CODE
+        return 0, True
     host, pool = mount(model, options, lifecycle.fail)
     servicer = WorkerServicer(host)
     host.bind(servicer)
@@ -138,11 +141,11 @@ async def run(options: WorkerSettings, status: StatusPipe) -> int:
     await server.stop(STOP_GRACE_S if drained else 0.0)
     log.info("stopped", drained=drained, failure=repr(lifecycle.failure) if lifecycle.failure else None)
     if lifecycle.failure is not None:
-        return 1
+        return 1, True
     if lifecycle.stopping:
-        return STOPPED_CODE
+        return STOPPED_CODE, True
     await asyncio.to_thread(host.close)
-    return 0
+    return 0, False
 
 
 async def _load_unless_ended(config: WorkerConfig, status: StatusPipe, lifecycle: Lifecycle) -> Model | None:

@@ -15,10 +15,11 @@ import asyncio
 from tokenrelay.proto import worker_pb2
 
 _TOKEN_BYTES = 4
+_MESSAGE_TOKENS = 8  # what an output costs beside its tokens: a flood of refusals is bounded too
 
 
 class Outbox:
-    """Outputs of one Session, oldest sequence first. Event loop only."""
+    """Outputs of one Session, oldest sequence first, `tokens_max` of them and their equals. Event loop only."""
 
     def __init__(self, tokens_max: int) -> None:
         self._tokens_max = tokens_max
@@ -38,6 +39,7 @@ class Outbox:
         earlier = self._outputs.get(output.id)
         if earlier is None:
             self._outputs[output.id] = output
+            self._tokens += _MESSAGE_TOKENS + len(output.error) // _TOKEN_BYTES
         else:
             token_ids = earlier.token_ids + output.token_ids
             earlier.MergeFrom(output)

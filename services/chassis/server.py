@@ -17,6 +17,7 @@ from tokenrelay.base.errors import ConfigError
 from tokenrelay.proto import worker_pb2_grpc
 from tokenrelay.services.chassis.channel import server_options
 
+CALLS_MAX = 256  # open at once: one Session a router, and short ones
 UNIX_PATH_BYTES_MAX = 107  # sockaddr_un.sun_path holds 108 with its final zero (unix(7))
 
 
@@ -34,7 +35,7 @@ class WorkerServer:
         if path is not None:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
-        server = grpc.aio.server(options=server_options())
+        server = grpc.aio.server(options=server_options(), maximum_concurrent_rpcs=CALLS_MAX)
         worker_pb2_grpc.add_WorkerServicer_to_server(self._servicer, server)  # type: ignore[no-untyped-call]
         previous = os.umask(0o077)  # the socket is this user's alone
         try:

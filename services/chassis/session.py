@@ -194,7 +194,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
                 self._forget(host_id)
         if refusal is not None:
             refusal.id = submit.id
-            session.outbox.add(refusal)
+            if not session.outbox.add(refusal):
+                self._cut(session)
 
     async def _write(self, session: _Session, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """One message at a time; while it waits for the reader, the outbox coalesces."""

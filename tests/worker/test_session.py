@@ -293,6 +293,25 @@ async def test_a_slow_reader_coalesces_and_loses_nothing(stage: Stage) -> None:
     await channel.close()
 
 
+async def test_a_flood_of_refused_submits_that_nobody_reads_is_cut(tmp_path: Path) -> None:
+    host = ScriptedHost()
+    servicer = WorkerServicer(host, outbox_tokens_max=5_000)
+    server = WorkerServer(servicer, f"unix:{tmp_path}/w.sock")
+    await server.start()
+    host.refuse = worker_pb2.SequenceOutput(finish=worker_pb2.FINISH_REJECTED, error="invalid_request: " + "x" * 8000)
+    channel, call = await slow_reader(server.address)
+    for n in range(2, 2000):  # written into the void from some point on
+        await call.write(worker_pb2.Command(submit=worker_pb2.Submit(id=n)))
+    with pytest.raises(grpc.aio.AioRpcError) as ended:  # what was sent before is read first
+        while True:
+            await asyncio.wait_for(call.read(), 10)
+    assert len(host.submitted) < 1999
+    assert ended.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert servicer.open_count == 0
+    await channel.close()
+    await server.stop(0)
+
+
 async def test_a_reader_behind_the_bound_is_cut_and_the_others_go_on(tmp_path: Path) -> None:
     host = ScriptedHost()
     servicer = WorkerServicer(host, outbox_tokens_max=10_000)

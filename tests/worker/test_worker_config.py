@@ -1,0 +1,34 @@
+"""The worker's settings: sizes as people write them, every field a flag."""
+
+from __future__ import annotations
+
+import pytest
+
+from tokenrelay.base.errors import ConfigError
+from tokenrelay.cli import worker
+from tokenrelay.services.decode.config import WorkerConfig, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1048576", 1 << 20), ("4GiB", 4 << 30), ("512 MB", 512 * 10**6), ("1.5g", 1_500_000_000), ("2ki", 2048)],
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert parse_bytes(text, "kv") == expected
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1GiB", "4 GiBs", "1e9"])
+def test_what_is_no_size_names_the_setting(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"worker\.kv_memory is"):
+        _ = WorkerConfig(kv_memory=text).kv_memory_bytes
+
+
+def test_flags_win_and_origins_are_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENRELAY_WORKER_SLOTS", "9")
+    monkeypatch.setenv("TOKENRELAY_WORKER_BLOCKS", "77")
+    monkeypatch.setenv("TOKENRELAY_PREFILL_HANDLE_DEADLINE_S", "5")
+    assert worker.main(["--slots", "3", "--print-config"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["worker.slots"].split()[1] == "3" and "flag --slots" in lines["worker.slots"]
+    assert lines["worker.blocks"].split()[1] == "77" and "TOKENRELAY_WORKER_BLOCKS" in lines["worker.blocks"]
+    assert lines["prefill.handle_deadline_s"].split()[1] == "5.0"
