@@ -45,6 +45,7 @@ NONSENSE: tuple[dict[str, Any], ...] = (
     {"messages": [{"role": "user", "content": "x"}], "max_tokens": "many"},
 )
 FLAT_FRACTION, FLAT_BYTES = 0.05, 24 * 2**20  # growth of a process's memory over the second half that still is flat
+FLAT_S = 300.0
 
 
 @dataclass
@@ -165,7 +166,10 @@ class Soak:
             self.tally.problems.append(f"{last.active} blocks are active though nothing runs: a leak")
 
     def growth(self) -> dict[str, dict[str, float]]:
-        """Per process: memory at the middle and at the end (medians of an eighth of a run), and whether it is flat."""
+        """Per process: memory at the middle and at the end (medians of an eighth of a run), and whether it is flat.
+
+        A run of less than FLAT_S is still warming up: its growth is told, not judged.
+        """
         found = {}
         window = max(1, len(self.samples) // 8)
         for name in self._pids:
@@ -180,7 +184,7 @@ class Soak:
                 "peak_mib": round(max(series) / 2**20, 1),
                 "flat": float(flat),
             }
-            if not flat:
+            if not flat and self.samples[-1].at_s >= FLAT_S:
                 self.tally.problems.append(f"{name} grew by {grown / 2**20:.0f} MiB over the second half")
         return found
 
