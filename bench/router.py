@@ -292,8 +292,8 @@ def bench(quick: bool) -> dict[str, Any]:
     """All scenarios."""
     from mock_worker import write_model_folder
 
-    count, scale = (3, 1) if quick else (5, 4)
-    result: dict[str, Any] = {"tokenize": uvloop.run(next_turn(200 if quick else 400))}
+    count, scale = (3, 1) if quick else (5, 2)
+    result: dict[str, Any] = {"tokenize": uvloop.run(next_turn(100))}
     with tempfile.TemporaryDirectory(prefix="tr-bench-") as name:
         folder = Path(name)
         write_model_folder(folder / "model")
@@ -325,22 +325,24 @@ async def next_turn(turns: int) -> dict[str, float]:
         f"<|im_start|>user\nturn {n}: {' '.join(f'word{n * k % 997}' for k in range(150))}<|im_end|>\n"
         for n in range(turns)
     )
-    found: dict[str, float] = {}
+    found: dict[str, list[float]] = {}
 
-    async def timed(name: str, work: Any) -> Any:
+    async def timed(name: str, work: Any, text: str) -> Any:
         began_s = time.perf_counter()
-        answer = await work()
-        found[name] = (time.perf_counter() - began_s) * 1e3
+        answer = await work(text)
+        found.setdefault(name, []).append((time.perf_counter() - began_s) * 1e3)
         return answer
 
-    async def plain() -> bytes:
+    async def plain(text: str) -> bytes:
         return tokenizer.encode_whole(text)
 
-    expected = await timed("plain_ms", plain)
-    assert await timed("first_turn_ms", lambda: tokenizer.encode(text)) == expected
-    text += "<|im_start|>user\nand now the next one<|im_end|>\n<|im_start|>assistant\n"
-    assert await timed("next_turn_ms", lambda: tokenizer.encode(text)) == tokenizer.encode_whole(text)
-    return {**found, "tokens": len(expected) / 4}
+    expected = await timed("plain_ms", plain, text)
+    assert await timed("first_turn_ms", tokenizer.encode, text) == expected
+    for turn in range(9):
+        text += f"<|im_start|>user\nand now for number {turn}<|im_end|>\n<|im_start|>assistant\n"
+        packed = await timed("next_turn_ms", tokenizer.encode, text)
+    assert packed == tokenizer.encode_whole(text)
+    return {**{name: statistics.median(values) for name, values in found.items()}, "tokens": len(expected) / 4}
 
 
 def figures(result: dict[str, Any]) -> dict[str, float]:

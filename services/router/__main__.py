@@ -10,25 +10,22 @@ from tokenrelay.base.errors import ConfigError
 from tokenrelay.base.ids import incarnation
 from tokenrelay.base.logging import setup_logging
 from tokenrelay.base.status import StatusPipe
-from tokenrelay.services.router.config import parse_arguments
+from tokenrelay.services.router.config import parse_arguments, resolve_options
 from tokenrelay.services.router.service import run
 
 
 def main(arguments: list[str]) -> int:
     """The exit code: 1 for an error that ends the start-up."""
-    try:
-        resolved, options = parse_arguments(arguments)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if options.print_config:
-        for field, value, origin in resolved.rows():
-            print(f"{field} = {value}  # {origin}")
-        return 0
-    config = resolved.values
-    setup_logging("router", level=config.log_level, incarnation=incarnation(), style=config.log_style)
+    options = parse_arguments(arguments)
     status = StatusPipe(options.status_fd)
     try:
+        resolved = resolve_options(options)
+        if options.print_config:
+            for field, value, origin in resolved.rows():
+                print(f"{field} = {value}  # {origin}")
+            return 0
+        config = resolved.values
+        setup_logging("router", level=config.log_level, incarnation=incarnation(), style=config.log_style)
         uvloop.run(run(config, status))
     except ConfigError as error:
         status.failed(error)

@@ -48,18 +48,20 @@ class RouterConfig:
     log_style: Literal["auto", "json", "terminal"] = setting("auto", "how it is logged")
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[Resolved[RouterConfig], argparse.Namespace]:
-    """The configuration in force, and the flags that are not settings (`print_config`, `status_fd`).
-
-    Raises ConfigError that names the setting; argparse ends the process for an unknown flag.
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """The flags: settings as they were written, `config`, `print_config`, `status_fd`. An unknown one ends the
+    process.
     """
     parser = argparse.ArgumentParser(prog="python -m tokenrelay.services.router", description=__doc__)
     parser.add_argument("--config", type=Path, help="TOML file with a table [router]")
     parser.add_argument("--print-config", action="store_true", help="show each setting and where it came from, and end")
     parser.add_argument("--status-fd", type=int, help="file descriptor for status lines to a supervisor")
-    fields = dataclasses.fields(RouterConfig)
-    for field in fields:
+    for field in dataclasses.fields(RouterConfig):
         parser.add_argument(f"--{field.name.replace('_', '-')}", help=f"{field.metadata['help']} [{field.default}]")
-    options = parser.parse_args(arguments)
-    flags: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields}
-    return resolve(RouterConfig, "router", file=options.config, flags=flags), options
+    return parser.parse_args(arguments)
+
+
+def resolve_options(options: argparse.Namespace) -> Resolved[RouterConfig]:
+    """The configuration in force. Raises ConfigError that names the setting."""
+    flags: dict[str, Any] = {field.name: getattr(options, field.name) for field in dataclasses.fields(RouterConfig)}
+    return resolve(RouterConfig, "router", file=options.config, flags=flags)

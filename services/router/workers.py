@@ -20,6 +20,8 @@ from tokenrelay.services.router.model import ServedModel, load_model
 
 log = get_logger("router")
 
+LOAD_RETRY_S = 2.0  # a folder that cannot be used may be repaired
+
 
 @dataclass(slots=True)
 class Handle:
@@ -103,14 +105,20 @@ class WorkerPool:
         self._usable.discard(target)
         self._problems.pop(target, None)
         if ready:
-            client = next(client for client in self._clients if client.target == target)
-            if client.handshake is not None:
-                load = asyncio.create_task(self._load(client, client.handshake), name=f"load model of {target}")
-                self._loads[target] = load
+            self._begin_load(next(client for client in self._clients if client.target == target))
+        elif not self.usable:
+            for client in self._clients:  # those that run another model may have their turn now
+                if client.ready and client.target in self._problems:
+                    self._begin_load(client)
+
+    def _begin_load(self, client: WorkerClient) -> None:
+        if client.handshake is not None:
+            load = asyncio.create_task(self._load(client, client.handshake), name=f"load model of {client.target}")
+            self._loads[client.target] = load
 
     async def _load(self, client: WorkerClient, reply: worker_pb2.HandshakeReply) -> None:
-        """Make a connected worker usable: its model must be ours, or become ours."""
-        if self.model is None or self._differs(self.model, reply):
+        """Make a connected worker usable: its model must be ours, or become ours. Tries until the worker is gone."""
+        while self.model is None or self._differs(self.model, reply):
             if self.model is not None and self.usable:
                 served, other = self.model.names[0], reply.model_name
                 self._problems[client.target] = f"worker {client.target} runs {other!r}, the others run {served!r}"
@@ -122,9 +130,11 @@ class WorkerPool:
             except TokenRelayError as error:
                 self._problems[client.target] = error.message
                 log.error("the model's folder cannot be used", target=client.target, reason=error.message)
-                return
-            self.model = model
-            log.info("model loaded", model=model.names[0], incremental_tokenizer=model.tokenizer.incremental)
+                await asyncio.sleep(LOAD_RETRY_S)
+            else:
+                self.model = model
+                log.info("model loaded", model=model.names[0], incremental_tokenizer=model.tokenizer.incremental)
+        self._problems.pop(client.target, None)
         self._usable.add(client.target)
 
     def _differs(self, model: ServedModel, reply: worker_pb2.HandshakeReply) -> bool:

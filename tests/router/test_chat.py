@@ -325,6 +325,17 @@ async def test_reasoning(stack: Stack) -> None:
     assert (joined(events, "reasoning_content"), joined(events, "content")) == ("well, well", "Yes.")
 
 
+async def test_tags_that_are_special_tokens(start_stack: StartStack, tmp_path: Any) -> None:
+    """They would be skipped as special tokens; the parsers need them, and what they leave is text."""
+    stack = await start_stack(folder=write_model_folder(tmp_path, special_tags=True))
+    stack.worker.say(f"<think>hm</think>Yes.{CALL}")
+    message = (await stack.chat(tools=TOOLS))["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("hm", "Yes.")
+    assert len(message["tool_calls"]) == 1
+    status, reply = await stack.post("/v1/completions", {"prompt": "x"})
+    assert (status, "<think>" in reply["choices"][0]["text"]) == (200, False)
+
+
 async def test_reasoning_that_the_prompt_opened(stack: Stack) -> None:
     stack.worker.say("well\n</think>\n\nYes")
     reply = await stack.chat(chat_template_kwargs={"enable_thinking": True})

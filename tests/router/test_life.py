@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 import pytest
-from mock_worker import Script
+from mock_worker import Script, write_model_folder
 from router_stack import Stack, StartStack, read_stream, until
 
 from tokenrelay.base.deadlines import Deadline
@@ -211,6 +211,9 @@ async def test_a_folder_without_a_tokenizer_is_named(start_stack: StartStack, tm
     status, reply = await stack.post(CHAT, BODY)
     assert status == 503
     assert "tokenizer.json is missing" in reply["error"]["message"]
+    write_model_folder(tmp_path)
+    await until(lambda: bool(stack.service.pool.usable), timeout_s=20)
+    await stack.chat()
 
 
 # -- drain ------------------------------------------------------------------------------------------------------------

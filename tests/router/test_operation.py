@@ -10,7 +10,7 @@ from router_stack import Stack, StartStack, until
 
 from tokenrelay.base.errors import ConfigError
 from tokenrelay.proto import worker_pb2
-from tokenrelay.services.router.config import parse_arguments
+from tokenrelay.services.router.config import parse_arguments, resolve_options
 from tokenrelay.services.router.metrics import Histogram
 
 
@@ -111,10 +111,11 @@ def test_histograms_are_cumulative() -> None:
 
 
 def test_configuration() -> None:
-    resolved, options = parse_arguments(["--port", "9", "--worker", "unix:/a,unix:/b", "--status-fd", "5"])
+    options = parse_arguments(["--port", "9", "--worker", "unix:/a,unix:/b", "--status-fd", "5"])
+    resolved = resolve_options(options)
     assert resolved.values.port == 9
     assert resolved.values.worker == ("unix:/a", "unix:/b")
     assert resolved.origins["port"] == "flag --port"
     assert options.status_fd == 5
     with pytest.raises(ConfigError, match=r"router.port .*65535"):
-        parse_arguments(["--port", "70000"])
+        resolve_options(parse_arguments(["--port", "70000"]))

@@ -132,6 +132,13 @@ async def test_a_port_in_use_ends_the_start_with_one_message() -> None:
             assert await process.end() == 1
 
 
+async def test_a_wrong_setting_reaches_the_supervisor() -> None:
+    async with router_process("--drain-s", "soon") as process:
+        assert process.status[0]["event"] == "failed"
+        assert "router.drain_s (flag --drain-s) is 'soon'" in process.status[0]["message"]
+        assert await process.end() == 1
+
+
 def test_print_config(tmp_path: Path) -> None:
     file = tmp_path / "relay.toml"
     file.write_text('[router]\ndrain_s = 5\nlog_level = "debug"\n')

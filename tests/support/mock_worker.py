@@ -59,8 +59,11 @@ _CORPUS = (
 )
 
 
-def tiny_tokenizer() -> Tokenizer:
-    """A byte-level BPE of a few hundred tokens with ChatML's special tokens, the same one every time."""
+def tiny_tokenizer(*, special_tags: bool = False) -> Tokenizer:
+    """A byte-level BPE of a few hundred tokens with ChatML's special tokens, the same one every time.
+
+    `special_tags`: the tags are special tokens, too, as in some models' tokenizers.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -69,14 +72,16 @@ def tiny_tokenizer() -> Tokenizer:
     )
     tokenizer.train_from_iterator(_CORPUS * 4, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in TAGS])
+    tokenizer.add_tokens([AddedToken(token, special=special_tags, normalized=False) for token in TAGS])
     return tokenizer
 
 
-def write_model_folder(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, **generation: object) -> Path:
+def write_model_folder(
+    folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, special_tags: bool = False, **generation: object
+) -> Path:
     """The files that a router reads of a model; `generation` goes to generation_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    tiny_tokenizer().save(str(folder / "tokenizer.json"))
+    tiny_tokenizer(special_tags=special_tags).save(str(folder / "tokenizer.json"))
     config = {"eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
     if chat_template is not None:
         config["chat_template"] = chat_template
