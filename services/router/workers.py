@@ -131,7 +131,8 @@ class WorkerPool:
                 self._problems[client.target] = error.message
                 log.error("the model's folder cannot be used", target=client.target, reason=error.message)
                 await asyncio.sleep(LOAD_RETRY_S)
-            else:
+                continue
+            if self.model is None or not self.usable:  # else another worker was faster, and the loop looks again
                 self.model = model
                 log.info("model loaded", model=model.names[0], incremental_tokenizer=model.tokenizer.incremental)
         self._problems.pop(client.target, None)
