@@ -1,0 +1,183 @@
+"""What the host costs per engine step: each stage's processor time, and how much of it the next step has to wait for.
+
+    python bench/step.py --quick
+    python bench/step.py --json bench/results/step.json
+
+Stages are timed one by one in a decode steady state (median processor time of the thread, in microseconds): plan,
+batch, sampling state, commit and outputs are the engine thread's, sample and the like the executor's, messages the
+event loop's. `gap_us` is wall time: with a model that only sleeps, the time per step beyond the time that steps ran,
+with one step in flight and with two. One step ahead is there to make it vanish.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from tokenrelay.kernels.layout import MlaLayout
+from tokenrelay.libscheduler import Config, Scheduler
+from tokenrelay.proto import worker_pb2
+from tokenrelay.runtime.engine import Engine, EngineOptions
+from tokenrelay.runtime.executor.batch import BatchBuilder
+from tokenrelay.runtime.executor.executor import Executor
+from tokenrelay.runtime.executor.sampler import Sampler
+from tokenrelay.runtime.requests import EngineOutput, EngineRequest, EngineStats, Finish, SamplingParams
+from tokenrelay.services.chassis.wire import sequence_output
+
+VOCAB = 32_000
+SLOTS = 64
+BLOCK_TOKENS = 64
+Result = TypeVar("Result")
+
+
+def new_scheduler(steps_in_flight: int) -> Scheduler:
+    """Room for every row to run to its end."""
+    return Scheduler(
+        Config(
+            block_tokens=BLOCK_TOKENS,
+            blocks=4096,
+            slots=SLOTS,
+            context_tokens=4096,
+            hash_key=bytes(16),
+            model_identity=bytes(16),
+            steps_in_flight=steps_in_flight,
+        )
+    )
+
+
+class Stages:
+    """Processor time per call of each stage, in nanoseconds."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, list[int]] = {}
+
+    def run(self, name: str, call: Callable[[], Result]) -> Result:
+        """Call and remember."""
+        began = time.thread_time_ns()
+        result = call()
+        self.times.setdefault(name, []).append(time.thread_time_ns() - began)
+        return result
+
+    def medians_us(self) -> dict[str, float]:
+        """Per stage."""
+        return {name: round(statistics.median(times) / 1000, 1) for name, times in self.times.items()}
+
+
+def stages(rows: int, temperature: float, steps: int) -> dict[str, float]:
+    """Median microseconds of each stage with `rows` decode rows."""
+    scheduler, device, stage = new_scheduler(1), torch.device("cpu"), Stages()
+    builder = BatchBuilder(scheduler.block_table, BLOCK_TOKENS, device)
+    sampler = Sampler(SLOTS, VOCAB, device)
+    params = {n: SamplingParams(temperature=temperature, seed=n) for n in range(rows)}
+    for n in range(rows):
+        prompt = np.arange(3, 13, dtype=np.uint32)
+        scheduler.submit(n, prompt, output_start=10, tokens_max=steps + 10, now_us=0)
+    logits = torch.randn(rows, VOCAB)
+    for _ in range(steps):
+        plan = stage.run("plan", lambda: scheduler.plan(0))
+        assert plan is not None
+        batch = stage.run("batch", lambda plan=plan: builder.build(plan))
+        work = stage.run(
+            "sampling_state",
+            lambda plan=plan, batch=batch: sampler.prepare(
+                plan, batch.sample_slots, batch.sample_ends, params, scheduler.token_ids
+            ),
+        )
+        sampled, _ = stage.run("sample", lambda work=work: sampler.run(work, logits))
+        token_ids = stage.run("to_host", lambda sampled=sampled: sampled.cpu().numpy().astype(np.uint32))
+        outcome = stage.run("commit", lambda plan=plan, ids=token_ids: scheduler.commit(plan.step, ids, 0))
+        outputs = stage.run("outputs", lambda outcome=outcome: outputs_of(outcome))
+        stage.run("messages", lambda outputs=outputs: message_of(outputs))
+    return stage.medians_us()
+
+
+def outputs_of(outcome: Any) -> list[EngineOutput]:
+    """As Engine._commit makes them."""
+    finishes = tuple(Finish)
+    return [
+        EngineOutput(sequence_id, (token_id,), finishes[finish])
+        for sequence_id, token_id, finish in zip(
+            outcome.sequence_ids.tolist(), outcome.token_ids.tolist(), outcome.finish.tolist(), strict=True
+        )
+    ]
+
+
+def message_of(outputs: list[EngineOutput]) -> bytes:
+    """One StepOutput, as bytes."""
+    return worker_pb2.StepOutput(step=1, outputs=map(sequence_output, outputs)).SerializeToString()
+
+
+def gap_us(rows: int, steps_in_flight: int, step_ms: float, steps: int) -> float:
+    """Wall time per step beyond the time that steps ran."""
+    scheduler = new_scheduler(steps_in_flight)
+    cache = torch.zeros(MlaLayout(rank=8, rope=8, block_tokens=BLOCK_TOKENS).shape(1))
+
+    def model(token_ids: Any, batch: Any, caches: Any, sample_rows: torch.Tensor) -> torch.Tensor:
+        time.sleep(step_ms / 1000)
+        return torch.zeros(len(sample_rows), 64)
+
+    executor = Executor(
+        model,
+        [cache],
+        scheduler.block_table,
+        block_tokens=BLOCK_TOKENS,
+        vocab_size=64,
+        steps_in_flight=steps_in_flight,
+        threads=1,
+    )
+    seen: list[tuple[float, EngineStats]] = []
+    open_rows, ended = set(range(rows)), threading.Event()
+
+    def on_step(outputs: list[EngineOutput], stats: EngineStats) -> None:
+        seen.append((time.perf_counter(), stats))
+        open_rows.difference_update(output.sequence_id for output in outputs if output.finish)
+        if not open_rows:
+            ended.set()
+
+    engine = Engine(
+        scheduler, executor, vocab_size=64, on_step=on_step, options=EngineOptions(steps_in_flight=steps_in_flight)
+    )
+    engine.start()
+    for n in range(rows):
+        engine.submit(EngineRequest(n, np.arange(3, 13, dtype=np.uint32), 10, steps))
+    assert ended.wait(600)
+    engine.close()
+    (began_s, first), (ended_s, last) = seen[len(seen) // 4], seen[-2]
+    wall_us = (ended_s - began_s) * 1e6
+    return round((wall_us - (last.step_time_us - first.step_time_us)) / (last.steps - first.steps), 1)
+
+
+def main() -> None:
+    """Print a table, and write it where --json says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="seconds instead of a minute")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    steps = 200 if options.quick else 1000
+    figures: dict[str, Any] = {}
+    with torch.inference_mode():
+        for rows in (1, 16, 64):
+            for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+                for stage, value in stages(rows, temperature, steps).items():
+                    figures[f"{rows} rows, {name}, {stage}_us"] = value
+    for rows in (1, 64):
+        for in_flight in (1, 2):
+            figures[f"{rows} rows, {in_flight} in flight, gap_us"] = gap_us(rows, in_flight, 2.0, steps)
+    for name, value in figures.items():
+        print(f"{name:44} {value:10.1f}")
+    if options.json:
+        options.json.write_text(json.dumps({"bench": "step", "figures": figures}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
