@@ -12,12 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-from load import send, settled_pool
+from checkpoints import make_checkpoint
+from load import metrics, send, settled_pool
 from serving import Server, alive, until
 
 LONG = {"max_tokens": 2000, "ignore_eos": True, "temperature": 1.0, "stream": True}
@@ -55,8 +57,6 @@ async def test_a_killed_worker_ends_every_request_and_comes_back(
 
 async def until_running(session: aiohttp.ClientSession, server: Server, count: int) -> None:
     """Until so many sequences hold blocks."""
-    from load import metrics
-
     for _ in range(400):
         found = await metrics(session, server.url)
         if (
@@ -177,22 +177,32 @@ def unknown_architecture(folder: Path) -> list[str]:
     return ["config.json", "PerceptronForCausalLM"]
 
 
-@pytest.mark.parametrize("damage", [missing_shard, truncated, wrong_shape, unknown_architecture])
-def test_a_bad_checkpoint_ends_the_start_with_one_message(
-    damage: Callable[[Path], list[str]], tmp_path: Path, sharded_model: Path
-) -> None:
-    folder = tmp_path / "bad"
-    shutil.copytree(sharded_model, folder)
-    names = damage(folder)
-    said = complaint(serve(folder, "--port", 0))
-    assert all(name in said for name in names), said
+DAMAGES = (missing_shard, truncated, wrong_shape, unknown_architecture)
 
 
 @pytest.fixture(scope="module")
-def sharded_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from checkpoints import make_checkpoint
+def bad_starts(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, tuple[list[str], subprocess.CompletedProcess[str]]]:
+    """What a start with each damage said, and the names that it must say; all at once, for each imports torch."""
+    whole = make_checkpoint(tmp_path_factory.mktemp("models") / "sharded", "deepseek_v3", max_shard_size="100KB")
+    folders = {damage.__name__: whole.with_name(damage.__name__) for damage in DAMAGES}
+    names = {}
+    for damage in DAMAGES:
+        shutil.copytree(whole, folders[damage.__name__])
+        names[damage.__name__] = damage(folders[damage.__name__])
+    with ThreadPoolExecutor() as threads:
+        ended = list(threads.map(lambda folder: serve(folder, "--port", 0), folders.values()))
+    return {name: (names[name], done) for name, done in zip(folders, ended, strict=True)}
 
-    return make_checkpoint(tmp_path_factory.mktemp("models") / "sharded", "deepseek_v3", max_shard_size="100KB")
+
+@pytest.mark.parametrize("damage", [damage.__name__ for damage in DAMAGES])
+def test_a_bad_checkpoint_ends_the_start_with_one_message(
+    damage: str, bad_starts: dict[str, tuple[list[str], subprocess.CompletedProcess[str]]]
+) -> None:
+    names, done = bad_starts[damage]
+    said = complaint(done)
+    assert all(name in said for name in names), said
 
 
 def test_nothing_outlives_a_killed_supervisor(start: Callable[..., Server], random_model: Path) -> None:
