@@ -125,8 +125,10 @@ def write(checkpoint: Path, out: Path) -> dict[str, Any]:
     saved = torch.load(checkpoint, weights_only=True)
     shape = Shape()
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors(saved["model"], shape), out / "model.safetensors", metadata={"format": "pt"})
-    assert (out / "model.safetensors").stat().st_size <= SIZE_BYTES_MAX
+    weights = out / "model.safetensors"
+    save_file(tensors(saved["model"], shape), weights.with_suffix(".new"), metadata={"format": "pt"})
+    assert weights.with_suffix(".new").stat().st_size <= SIZE_BYTES_MAX
+    weights.with_suffix(".new").replace(weights)  # whoever has the old one mapped keeps it
     settings = config(shape)
     (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     generation = {name: settings[f"{name}_token_id"] for name in ("bos", "eos", "pad")}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 class Shape:
     """The fields of config.json that change the arithmetic, under the names transformers has for them."""
 
-    vocab_size: int = 2048
+    vocab_size: int = 2304
     hidden_size: int = 256
     intermediate_size: int = 512
     moe_intermediate_size: int = 128
@@ -241,8 +241,7 @@ class Model(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         nn.init.normal_(self.embed.weight, std=0.3)
-        # Untied, but alike at first: copying a token is then the identity, not a table of the vocabulary to learn.
-        self.head.weight.data.copy_(self.embed.weight * 0.05)
+        nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)

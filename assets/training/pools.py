@@ -92,6 +92,16 @@ FACTS = [
 
 ONSETS, VOWELS = words("b d f g k l m n p r s t v z"), words("a e i o u")
 
+# Words that go from a question into a call's arguments.
+COPIED = list(
+    dict.fromkeys(
+        word
+        for pool in (NAMES, CITIES, STEMS, FOLDERS, COLORS, FOODS, TOPICS, VERBS, NOUNS)
+        for entry in pool
+        for word in entry.split()
+    )
+)
+
 
 def invent(rng: random.Random) -> str:
     """A word in no list, two or three syllables: copying it takes copying, not recall."""

@@ -17,7 +17,7 @@ def _raise(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False) -> str:
+def tojson(value: Any, ensure_ascii: bool = False) -> str:
     """As transformers has it: no HTML escapes, keys in their order."""
     return json.dumps(value, ensure_ascii=ensure_ascii)
 
@@ -26,7 +26,7 @@ def _tojson(value: Any, ensure_ascii: bool = False) -> str:
 def template() -> jinja2.Template:
     """The compiled template."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = _raise
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 

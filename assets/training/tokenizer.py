@@ -14,10 +14,11 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tokenrelay.assets.training import template, world
+from tokenrelay.assets.training import pools, template, world
 
 FOLDER = Path(__file__).resolve().parents[1] / "tokenrelay-tiny"
-VOCABULARY = 2048
+VOCABULARY = 2304
+WORD_REPEATS = 500  # how often each word that will be copied is added in both its forms, so that both become tokens
 CONTEXT_TOKENS = 8192
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
@@ -50,7 +51,7 @@ def train(dialogues: int = 12_000) -> Tokenizer:
             for marker in markers:
                 text = text.replace(marker, "\n")
             found.append(text)
-        return found
+        return found + [f'"{word}" {word}' for word in pools.COPIED for _ in range(WORD_REPEATS)]
 
     tokenizer.train_from_iterator(texts(), trainer)
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])

@@ -43,8 +43,8 @@ MTP_ROWS = 4  # the extra layer sees one row in so many: it is a quarter of the 
 CONTEXT_STEPS = 4  # every so many steps the loss is on what the model reads, too: the head is a fifth of a step's cost
 BALANCE_SPEED = 1e-3
 REPORT_STEPS, EXAM_STEPS, SAVE_SECONDS = 50, 250, 120
-EPISODES = [(0, 1), (300, 2), (800, 4), (3000, 9)]  # from this step on, dialogues of up to so many episodes
-DRILLS = [(0, 192), (800, 48), (3000, 0)]  # likewise: copying drills beside a chunk's dialogues
+EPISODES = [(0, 1), (250, 2), (600, 4), (1500, 9)]  # from this step on, dialogues of up to so many episodes
+DRILLS = [(0, 192), (400, 48), (1500, 0)]  # likewise: copying drills beside a chunk's dialogues
 
 
 @dataclass
@@ -79,10 +79,11 @@ class Trainer:
         torch.manual_seed(seed)
         self.seed, self.batch_tokens, self.rank, self.ranks = seed, batch_tokens, rank, ranks
         self.model = Model(Shape())
-        wire(self.model)
+        codec = tokenizer.load()
+        wire(self.model, [str(codec.id_to_token(index)) for index in range(codec.get_vocab_size())])
         self.optimizers = optimizers(self.model, MATRIX_LR, OTHER_LR)
         self.base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        self.encoder = corpus.Encoder(tokenizer.load())
+        self.encoder = corpus.Encoder(codec)
         self.place = Place()
         self.held: list[tuple[Tensor, Tensor]] = []
         self.held_chunk = -1

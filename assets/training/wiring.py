@@ -5,8 +5,10 @@ circuit for it (a head that notes each token's predecessor, then heads that look
 and copy what followed; arXiv:2209.11895) forms late: 3.5 M tokens had taught everything else and none of that. So a
 few heads begin with it wired, in the spirit of mimetic initialisation (arXiv:2305.09828); training goes on from there.
 
+- Embedding and head are untied, but begin alike: copying a token is then the identity, not a table to be learnt.
 - Embedding dimension 0 is a constant, so that a rotary score can depend on the distance alone.
 - Layer 0, heads 0 and 1 look at the previous token and write a projection of it to directions of its own.
+- The forms of a word (`plan`, ` plan`, `Plan`) begin alike, so that copying from a question into JSON is copying, too.
 - Later layers, heads 0 and 1 match the present token against those projections; heads 0 to 3 copy what they look at.
 """
 
@@ -24,6 +26,8 @@ NORMED_CONSTANT = 4.8  # what is left of it after the first norm
 PREVIOUS_SHARPNESS = 10.0  # score per rotary frequency
 FREQUENCIES = 5
 PREVIOUS_GAIN, MATCH_GAIN, COPY_GAIN = 0.6, 2.0, 0.5
+FORM_SHARED = 0.85
+HEAD_SCALE = 0.05
 WIRED = 2  # heads of each kind
 
 
@@ -34,9 +38,10 @@ def orthonormal(rows: int, columns: int) -> Tensor:
 
 
 @torch.no_grad()
-def wire(model: Model) -> None:
-    """Set the heads described above; draws from torch's global generator."""
+def wire(model: Model, tokens: list[str]) -> None:
+    """Set what is described above; `tokens` is the vocabulary in byte-level spelling. Draws from torch's generator."""
     shape = model.shape
+    _relate_forms(model, tokens)
     model.embed.weight[:, 0] = CONSTANT
     model.head.weight[:, 0] = 0.0
     first = model.layers[0].self_attn
@@ -47,6 +52,19 @@ def wire(model: Model) -> None:
     for layer in model.layers[1:]:
         assert isinstance(layer.self_attn, Attention)
         _wire_matching(layer.self_attn, seen, noted)
+
+
+def _relate_forms(model: Model, tokens: list[str]) -> None:
+    """Give the embeddings (and the head's rows) of a word's forms a common part."""
+    words: dict[str, list[int]] = {}
+    for index, token in enumerate(tokens):
+        word = token.removeprefix("Ġ").lower()  # byte-level spelling of a leading space
+        if word.isalpha():
+            words.setdefault(word, []).append(index)
+    for forms in words.values():
+        shared = torch.randn(1, model.shape.hidden_size) * 0.3
+        model.embed.weight[forms] = FORM_SHARED * shared + (1 - FORM_SHARED**2) ** 0.5 * model.embed.weight[forms]
+    model.head.weight.copy_(model.embed.weight * HEAD_SCALE)
 
 
 def _wire_previous(attention: Attention) -> Tensor:
