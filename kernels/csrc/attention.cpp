@@ -11,10 +11,10 @@ namespace tokenrelay {
 namespace {
 
 constexpr int64_t kUnitRows = 64;                     // query rows that share a pass over the cache
-constexpr int64_t kPartialBytes = int64_t{48} << 20;  // of unmerged results kept at once
+constexpr int64_t kPartialBytes = int64_t{16} << 20;  // of unmerged results kept at once
 
 // Scratch slots of a thread.
-enum Use { kQueries, kScores, kPartial, kState, kAddresses, kVisible };
+enum Use { kQueries, kScores, kPartial, kState, kAddresses, kVisible, kWave };
 
 const char* at(const void* base, int64_t elements, DType dtype) {
   return static_cast<const char*>(base) + elements * size_of(dtype);
@@ -141,7 +141,6 @@ class Attention {
       size_t unit;
       int64_t run, offset;
     };
-    std::vector<float> memory;
     for (size_t begin = 0; begin < units.size();) {
       std::vector<Task> tasks;
       int64_t floats = 0;
@@ -153,10 +152,8 @@ class Attention {
         }
         ++end;
       }
-      if (static_cast<int64_t>(memory.size()) < floats) memory.resize(static_cast<size_t>(floats));
-      const auto partial = [&](const Task& task) {
-        return partial_at(memory.data() + task.offset, units[task.unit].rows());
-      };
+      float* memory = static_cast<float*>(scratch(kWave, floats * 4));
+      const auto partial = [&](const Task& task) { return partial_at(memory + task.offset, units[task.unit].rows()); };
       parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
         const Task& task = tasks[static_cast<size_t>(i)];
         attend(units[task.unit], pack(units[task.unit]), task.run, partial(task));

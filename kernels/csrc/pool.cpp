@@ -7,7 +7,6 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
-#include <memory>
 #include <mutex>
 #include <new>
 #include <stdexcept>
@@ -133,12 +132,13 @@ class Pool {
 };
 
 std::mutex owner;  // who holds it may run or replace the pool
-std::unique_ptr<Pool> pool;
+// Never destroyed: at the end of the process another thread may still be inside a kernel.
+Pool* pool = nullptr;
 std::atomic<int> wanted{0};  // threads; 0: not asked yet
 
 void forget_in_child() {
   // The child has none of the threads. Their pool is leaked, not destroyed: joining them would wait for ever.
-  (void)pool.release();
+  pool = nullptr;
   new (&owner) std::mutex;
 }
 
@@ -170,7 +170,10 @@ void set_threads(int count) {
   if (count < 1 || count > kThreadsMax) throw std::invalid_argument("threads must be 1 to 256");
   std::lock_guard lock(owner);
   wanted.store(count);
-  if (pool && pool->size() != count) pool.reset();
+  if (pool != nullptr && pool->size() != count) {
+    delete pool;
+    pool = nullptr;
+  }
 }
 
 void run_tasks(int64_t tasks, void (*task)(void*, int64_t), void* context) {
@@ -180,7 +183,7 @@ void run_tasks(int64_t tasks, void (*task)(void*, int64_t), void* context) {
   if (tasks == 1 || threads() == 1 || inside_task || !lock.try_lock()) {
     call.work();
   } else {
-    if (!pool) pool = std::make_unique<Pool>(threads());
+    if (pool == nullptr) pool = new Pool(threads());
     inside_task = true;  // a task that calls back here would wait for itself
     pool->run(call);
     inside_task = false;
