@@ -164,8 +164,10 @@ def body_of(stream: bool, tokens: int) -> bytes:
     return json.dumps({"messages": messages, "stream": stream, "max_tokens": tokens, "ignore_eos": True}).encode()
 
 
-async def load(port: int, *, concurrency: int, requests: int, body: bytes) -> tuple[float, list[Outcome]]:
-    """(seconds, outcomes) of a closed loop."""
+async def load(
+    port: int, *, concurrency: int, requests: int, body: bytes, seconds_max: float = 60.0
+) -> tuple[float, list[Outcome]]:
+    """(seconds, outcomes) of a closed loop; none begins after `seconds_max`, so that a busy machine takes no longer."""
     connections = [Connection(port) for _ in range(concurrency)]
     await asyncio.gather(*(connection.open() for connection in connections))
     left = iter(range(requests))
@@ -174,6 +176,8 @@ async def load(port: int, *, concurrency: int, requests: int, body: bytes) -> tu
     async def worker(connection: Connection) -> None:
         for _ in left:
             outcomes.append(await connection.request(body))
+            if time.perf_counter() - began_s > seconds_max:
+                return
 
     began_s = time.perf_counter()
     await asyncio.gather(*map(worker, connections))
@@ -224,7 +228,7 @@ def chains(folder: Path, *, tokens: int, step_ms: float, per_step: int = 1) -> I
         for name, command in commands.items()
     }
     try:
-        for port in (router_port, proxy_port, upstream_port):
+        for port in (upstream_port, proxy_port, router_port):
             _wait_until_served(port)
         yield {
             "router": Chain(router_port, started["router"].pid),
@@ -257,10 +261,13 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def measure(chain: Chain, *, concurrency: int, requests: int, stream: bool, tokens: int) -> dict[str, float]:
+def measure(
+    chain: Chain, *, concurrency: int, requests: int, stream: bool, tokens: int, seconds_max: float
+) -> dict[str, float]:
     """One closed loop through one chain."""
     used_s = cpu_s(chain.pid)
-    work = load(chain.port, concurrency=concurrency, requests=requests, body=body_of(stream, tokens))
+    body = body_of(stream, tokens)
+    work = load(chain.port, concurrency=concurrency, requests=requests, body=body, seconds_max=seconds_max)
     seconds, outcomes = uvloop.run(work)
     used_s = cpu_s(chain.pid) - used_s
     return {
@@ -292,7 +299,7 @@ def bench(quick: bool) -> dict[str, Any]:
     """All scenarios."""
     from mock_worker import write_model_folder
 
-    count, scale = (3, 1) if quick else (5, 2)
+    count, scale, seconds_max = (3, 1, 1.0) if quick else (7, 4, 5.0)
     result: dict[str, Any] = {"tokenize": uvloop.run(next_turn(100))}
     with tempfile.TemporaryDirectory(prefix="tr-bench-") as name:
         folder = Path(name)
@@ -300,16 +307,16 @@ def bench(quick: bool) -> dict[str, Any]:
         with chains(folder, tokens=128, step_ms=10.0) as paced:
             # 64 users at 100 tokens/s each: what a token costs when it leaves by itself, as in real serving.
             shape = {"concurrency": 64, "requests": 64 * scale, "stream": True, "tokens": 128}
-            result["paced_streams"] = rounds(paced, ["router", "proxy"], count, **shape)
+            result["paced_streams"] = rounds(paced, ["router", "proxy"], count, seconds_max=seconds_max, **shape)
         with chains(folder, tokens=32, step_ms=5.0) as crowded:
             # 256 users at 200 tokens/s each: more than two cores carry, so how much leaves is what counts.
             shape = {"concurrency": 256, "requests": 512 * scale, "stream": True, "tokens": 32}
-            result["crowded_streams"] = rounds(crowded, ["router", "proxy"], count, **shape)
+            result["crowded_streams"] = rounds(crowded, ["router", "proxy"], count, seconds_max=seconds_max, **shape)
         with chains(folder, tokens=32, step_ms=0.0, per_step=32) as fast:
             shape = {"concurrency": 1, "requests": 150 * scale, "stream": True, "tokens": 1}
-            result["one_user"] = rounds(fast, ["router", "proxy", "direct"], count, **shape)
+            result["one_user"] = rounds(fast, ["router", "proxy", "direct"], count, seconds_max=seconds_max, **shape)
             shape = {"concurrency": 32, "requests": 800 * scale, "stream": False, "tokens": 32}
-            result["unary"] = rounds(fast, ["router", "proxy"], count, **shape)
+            result["unary"] = rounds(fast, ["router", "proxy"], count, seconds_max=seconds_max, **shape)
     return result
 
 
