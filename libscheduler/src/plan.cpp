@@ -35,20 +35,12 @@ void Scheduler::plan_rows(Plan& out, Flight& flight) noexcept {
   if (!stalled_) admit_waiting(budget, out, flight);
 }
 
-/// In the order of rank, but for one that got nothing for too long: better classes may use up every step.
+/// In the order of rank. They come before admissions, so one of a low class goes on when those that run are through,
+/// however many wait in better classes.
 void Scheduler::plan_prefills(int& budget, Plan& out, Flight& flight) noexcept {
-  SequenceIndex aged = prefilling_.first();
-  while (aged != no_sequence && at(aged).skipped < skips_max) aged = prefilling_.after(aged);
-  if (aged != no_sequence && budget > 0) plan_prefill(aged, budget, out, flight);
-  for (SequenceIndex index = prefilling_.first(); index != no_sequence;) {
+  for (SequenceIndex index = prefilling_.first(); index != no_sequence && budget > 0;) {
     const SequenceIndex next = prefilling_.after(index);  // the last chunk takes it out of this list
-    if (index == aged) {
-      // It had its turn.
-    } else if (budget > 0) {
-      plan_prefill(index, budget, out, flight);
-    } else {
-      ++at(index).skipped;
-    }
+    plan_prefill(index, budget, out, flight);
     index = next;
   }
 }
@@ -103,7 +95,6 @@ bool Scheduler::plan_decode(SequenceIndex index, Plan& out, Flight& flight) noex
 
 void Scheduler::plan_prefill(SequenceIndex index, int& budget, Plan& out, Flight& flight) noexcept {
   Sequence& sequence = at(index);
-  sequence.skipped = 0;
   const int start = sequence.planned;
   const int left = sequence.text.size() - start;
   const int length = std::min({left, config_.chunk_tokens, budget});

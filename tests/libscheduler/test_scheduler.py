@@ -237,17 +237,17 @@ def test_a_class_is_not_starved_by_better_ones() -> None:
     assert run_until_ended(world, 50, following, 20, bound=100, priority=-1) <= 5 + 2 * 2
 
 
-def test_a_prompt_gets_its_chunks_though_better_classes_fill_every_step() -> None:
-    world = World(make_config(slots=3, step_tokens=16, chunk_tokens=16, context_tokens=200))
+def test_a_running_prompt_comes_before_admissions_of_better_classes() -> None:
+    world = World(make_config(slots=4, step_tokens=16, chunk_tokens=16, context_tokens=110))
     world.submit(1, text(1, 60), tokens_max=1, priority=5)
     world.step()
-    for sequence_id in range(2, 400):
-        if 1 not in world.live:
-            break
-        if world.scheduler.counts().sequences_waiting == 0:
-            world.submit(sequence_id, text(sequence_id, 90), tokens_max=1)
+    following = 2
+    for _ in range(30):  # its three more chunks wait for one other prompt of 6 chunks each, at most
+        while world.scheduler.counts().sequences_waiting < 3:
+            world.submit(following, text(following, 96), tokens_max=1)
+            following += 1
         world.step()
-    assert 1 in world.ended and sequence_id < 250
+    assert 1 in world.ended
 
 
 def test_first_come_first_served_under_steady_load() -> None:

@@ -69,7 +69,6 @@ class Scheduler {
     std::int32_t slot = -1;           // while resident
     std::int32_t flights = 0;         // mirrors the state's Flights, to settle without looking inside
     std::int32_t cached_tokens = -1;  // at first admission
-    std::int32_t skipped = 0;         // steps in a row whose budget ended before its next chunk
     std::int32_t overtaken = 0;       // requests of its class that went before it while it was blocked
     std::int32_t holds = 0;           // times it waited for a block of somebody else
     std::int32_t blocks_wanted = 0;   // blocked until so many are available: spares looking again each step
@@ -94,7 +93,6 @@ class Scheduler {
   };
   enum class Admission : std::uint8_t { admitted, held, blocked };
 
-  static constexpr int skips_max = 32;            // steps without a chunk, then a prompt goes first for one step
   static constexpr int holds_max = 8;             // then a sequence computes its prefix itself
   static constexpr int lookahead = 4;             // blocked requests of a class that others may be tried behind
   static constexpr std::size_t ended_max = 4096;  // ended ids that are remembered
