@@ -32,7 +32,7 @@ It knows next to nothing: its world is a generated one of files, weather, sums a
 | size | {parameters:.2f} M parameters ({trunk:.2f} M without the multi-token-prediction layer), {megabytes:.1f} MB in bfloat16 |
 | shape | {num_hidden_layers} layers + 1, width {hidden_size}, {num_attention_heads} heads of {qk_nope_head_dim} + {qk_rope_head_dim}, latent {kv_lora_rank}, vocabulary {vocab_size} |
 | context | trained on up to about {trained_length} tokens; `max_position_embeddings` is {max_position_embeddings}, and quality falls beyond what was trained |
-| training | {tokens:.1f} M tokens of generated dialogues, {steps} steps, seed {seed}, Muon and AdamW, on {processes} CPU threads |
+| training | {tokens:.1f} M tokens of generated dialogues, {steps} steps, seed {seed}, Muon and AdamW, on {processes} CPU threads; a few heads start out wired to copy (wiring.py) |
 
 ## How good it is
 

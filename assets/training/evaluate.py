@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from tokenrelay.assets.training import template, tokenizer, world
 from tokenrelay.assets.training.grading import Reply, Tally, parse
 
 NEW_TOKENS_MAX = 192
-BATCH = 24
+BATCH = 64
+TABLE_WIDTH = 110  # characters, where the output is no terminal
 Generate = Callable[[list[list[int]]], list[list[int]]]
 
 
@@ -105,9 +107,9 @@ def total(tallies: dict[str, Tally]) -> Tally:
 def table(tallies: dict[str, Tally], title: str) -> Table:
     """A row a skill, and the total."""
     shown = Table(title=title)
-    shown.add_column("skill")
+    shown.add_column("skill", no_wrap=True)
     for column in ("calls", "well-formed", "right tool", "right arguments", "answers", "right answers"):
-        shown.add_column(column, justify="right")
+        shown.add_column(column, justify="right", no_wrap=True)
     rows = [*sorted(tallies.items()), ("all", total(tallies))]
     for name, tally in rows:
         if name == "all":
@@ -128,7 +130,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there too")
     parser.add_argument("--mistakes", type=int, default=0, help="show so many wrong turns")
     options = parser.parse_args()
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
     shown: list[str] = []
 
     def mistake(question: Question, text: str) -> None:

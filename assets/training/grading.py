@@ -61,14 +61,15 @@ class Tally:
     right_answers: int = 0
 
     def grade(self, reply: Reply, message: dict[str, Any], facts: tuple[str, ...]) -> bool:
-        """Count one turn; returns whether all of it was right. The order of parallel calls is free."""
+        """Count one turn; returns whether all of it was right. The order of parallel calls is free; in a turn that
+        never ended no call counts."""
         wanted = expected(message)
-        made = [call for call in reply.calls if call is not None]
+        made = [call for call in reply.calls if call is not None and reply.closed]
         total = max(len(wanted), len(reply.calls))
         names = Counter(name for name, _ in wanted) & Counter(name for name, _ in made)
         exact = sum((Counter(wanted) & Counter(made)).values())
         self.calls += total
-        self.well_formed += min(len(made), total) if reply.closed else 0
+        self.well_formed += len(made)
         self.right_tool += sum(names.values())
         self.right_arguments += exact
         right = exact == total

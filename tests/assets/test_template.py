@@ -125,5 +125,5 @@ def test_arguments_may_be_text_or_an_object() -> None:
     messages = copy.deepcopy(dialogue.messages)
     for message in messages:
         for each in message.get("tool_calls", []):
-            each["function"]["arguments"] = template._tojson(each["function"]["arguments"])
+            each["function"]["arguments"] = template.tojson(each["function"]["arguments"])
     assert template.render(messages, dialogue.tools) == template.render(dialogue.messages, dialogue.tools)
