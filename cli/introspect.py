@@ -28,7 +28,8 @@ def print_kernels(op: str | None) -> None:
     _check_op(op, registry.ops())
     table = Grid(box=None, header_style="bold")
     for column in ("operation", "kernel", "device", "needs", "dtypes", "limits", "priority", "from"):
-        table.add_column(column, justify="right" if column == "priority" else "left", overflow="fold")
+        name = column in ("operation", "kernel", "device")
+        table.add_column(column, justify="right" if column == "priority" else "left", overflow="fold", no_wrap=name)
     for name in registry.ops() if op is None else (op,):
         for kernel in registry.kernels(name):
             table.add_row(

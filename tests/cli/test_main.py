@@ -119,8 +119,9 @@ def test_config_shows_value_and_origin(tmp_path: Path) -> None:
     assert run("config", "--config", str(file)).stdout.count("\n") == shown.stdout.count("\n")
 
 
-def test_kernels_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
+def test_kernels_are_listed_and_explained(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, as loading the kernels takes seconds."""
+    monkeypatch.setenv("COLUMNS", "60")  # names stay whole on any terminal
     print_kernels("mla_decode")
     assert "ref/torch" in capsys.readouterr().out
     explain_kernel("mla_decode", ["device=cpu", "dtype=float32", "heads=16", "rank=512", "rope=64"])
