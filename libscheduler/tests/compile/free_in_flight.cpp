@@ -1,6 +1,6 @@
 // A block that a launched step writes cannot be given back, only abandoned.
-// error: (cannot bind rvalue reference|no matching function|no viable conversion)
-// also: InFlight
+// error: (cannot convert|no viable conversion|cannot bind)
+// also: InFlight.* to .*Writable
 #include "tokenrelay/scheduler/pool.hpp"
 using namespace tokenrelay::scheduler;
 #ifdef MUST_NOT_COMPILE
