@@ -50,6 +50,8 @@ def test_preempted_and_computed_again() -> None:
           3 gives 9 (length) first, 0 cached
         counts
           blocks 2 free 2 cached 0 active; sequences 0 waiting 0 running; preemptions 1
+        usage
+          prompt 50 cached 0 output 9
         """,
     )
 
@@ -186,5 +188,65 @@ def test_the_least_recently_used_is_evicted_from_its_end() -> None:
           3 gives 1 (length) first, 48 cached
         counts
           blocks 0 free 6 cached 0 active; sequences 0 waiting 0 running; preemptions 0
+        """,
+    )
+
+
+def test_a_prompt_halfway_gives_way_to_an_older_decode() -> None:
+    """The worst-ranked one is preempted, whatever it does; what it sealed stays as cache until it is needed."""
+    check_transcript(
+        make_config(blocks=10, context_tokens=128, chunk_tokens=16, steps_in_flight=1),
+        """
+        submit 1 A45 max=9
+          accepted
+        submit 2 B29 max=9
+          accepted
+        plan
+          step 1: 1 prefills [0, 16), admitted to slot 0 with 0 cached
+          step 1: 2 prefills [0, 16), admitted to slot 1 with 0 cached
+        commit
+          no tokens
+        plan
+          step 2: 1 prefills [16, 32)
+          step 2: 2 prefills [16, 29) and samples
+        commit 7
+          2 gives 7 first, 0 cached
+        plan
+          step 3: 2 decodes 29
+          step 3: 1 prefills [32, 45) and samples
+        commit 7 7
+          2 gives 7
+          1 gives 7 first, 0 cached
+        plan
+          step 4: 1 decodes 45
+          step 4: 2 decodes 30
+        commit 7 7
+          1 gives 7
+          2 gives 7
+        submit 3 C60 max=2
+          accepted
+        plan
+          step 5: 1 decodes 46
+          step 5: 2 decodes 31
+          step 5: 3 prefills [0, 16), admitted to slot 2 with 0 cached
+        commit 7 7
+          1 gives 7
+          2 gives 7
+        plan
+          step 6: 1 decodes 47
+          step 6: 2 decodes 32
+          step 6: 3 prefills [16, 32)
+        commit 7 7
+          1 gives 7
+          2 gives 7
+        counts
+          blocks 0 free 0 cached 10 active; sequences 0 waiting 3 running; preemptions 0
+        plan
+          step 7: 1 decodes 48
+          step 7: 2 decodes 33
+        counts
+          blocks 1 free 2 cached 7 active; sequences 1 waiting 2 running; preemptions 1
+        explain 3
+          Waiting: prompt 60 tokens, output 0 of 2; wants 4 blocks, 3 are free or cached
         """,
     )

@@ -118,6 +118,10 @@ class Transcript:
             f"sequences {c.sequences_waiting} waiting {c.sequences_running} running; preemptions {c.preemptions}"
         ]
 
+    def do_usage(self) -> list[str]:
+        c = self.scheduler.counts()
+        return [f"prompt {c.prompt_tokens} cached {c.cached_tokens} output {c.output_tokens}"]
+
     def do_explain(self, sequence_id: str) -> list[str]:
         return [self.scheduler.explain(int(sequence_id))]
 
