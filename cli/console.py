@@ -219,5 +219,5 @@ def panel(url: str, facts: Mapping[str, Any], seconds: float) -> Panel:
 
 def curl(url: str, model: str) -> str:
     """A first request to paste into a shell."""
-    body = {"model": model, "messages": [{"role": "user", "content": "What is 17 * 23?"}]}
+    body = {"model": model, "messages": [{"role": "user", "content": "Hello! Who are you?"}]}
     return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
