@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table as Grid
@@ -13,9 +14,6 @@ from rich.table import Table as Grid
 from tokenrelay.base.errors import ConfigError
 from tokenrelay.base.version import version
 from tokenrelay.cli.machine import look
-
-if TYPE_CHECKING:
-    from tokenrelay.libscheduler import Table
 
 # Libraries whose version a bug report needs.
 _LIBRARIES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "aiohttp", "grpcio", "msgspec")
@@ -28,8 +26,8 @@ def print_kernels(op: str | None) -> None:
     _check_op(op, registry.ops())
     table = Grid(box=None, header_style="bold")
     for column in ("operation", "kernel", "device", "needs", "dtypes", "limits", "priority", "from"):
-        name = column in ("operation", "kernel", "device")
-        table.add_column(column, justify="right" if column == "priority" else "left", overflow="fold", no_wrap=name)
+        whole = column in ("operation", "kernel", "device")
+        table.add_column(column, justify="right" if column == "priority" else "left", overflow="fold", no_wrap=whole)
     for name in registry.ops() if op is None else (op,):
         for kernel in registry.kernels(name):
             table.add_row(
@@ -72,31 +70,62 @@ def explain_kernel(op: str, features: Sequence[str]) -> None:
         raise ConfigError(f"no kernel of {op} can run this")
 
 
-def print_fsm(name: str | None) -> None:
-    """Mermaid diagrams of the state machines, one or all."""
+@dataclass(frozen=True)
+class Machine:
+    """A state machine: every (state, event) pair is a transition, or a rejection with a reason."""
+
+    name: str
+    states: tuple[str, ...]  # it begins in the first
+    transitions: tuple[tuple[str, str, str], ...]  # state, event, next state
+    rejections: tuple[tuple[str, str, str], ...]  # state, event, reason
+
+
+def machines() -> dict[str, Machine]:
+    """All of them by name: the scheduler's, from its constexpr tables, and the ledger's."""
+    from tokenrelay.ledger.states import TABLE, Event, State
     from tokenrelay.libscheduler import fsm_tables
 
-    tables = fsm_tables()
-    if name is not None and name not in tables:
-        raise ConfigError(f"no state machine is called {name!r}; there are {', '.join(sorted(tables))}")
-    shown = sorted(tables) if name is None else [name]
-    print("\n".join(mermaid(tables[each]) for each in shown), end="")
+    found = {}
+    for name, table in fsm_tables().items():
+        states = [table.initial, *(state for state in table.states if state != table.initial)]
+        rows = [(row.state, row.event, row.next, row.reason) for row in table.rows]
+        found[name] = Machine(
+            name,
+            tuple(states),
+            tuple((state, event, after) for state, event, after, _ in rows if after is not None),
+            tuple((state, event, reason) for state, event, after, reason in rows if after is None),
+        )
+    answers = [(state.value, event.value, TABLE[state, event]) for state in State for event in Event]
+    found["handle"] = Machine(
+        "handle",
+        tuple(state.value for state in State),
+        tuple((state, event, answer.value) for state, event, answer in answers if isinstance(answer, State)),
+        tuple((state, event, answer) for state, event, answer in answers if isinstance(answer, str)),
+    )
+    return found
 
 
-def mermaid(table: Table) -> str:
+def print_fsm(name: str | None) -> None:
+    """Mermaid diagrams of the state machines, one or all."""
+    found = machines()
+    if name is not None and name not in found:
+        raise ConfigError(f"no state machine is called {name!r}; there are {', '.join(sorted(found))}")
+    print("\n".join(mermaid(found[each]) for each in sorted(found) if name in (None, each)), end="")
+
+
+def mermaid(machine: Machine) -> str:
     """A Mermaid state diagram (mermaid.js.org/syntax/stateDiagram.html): transitions as arrows, refusals as comments.
 
     A state that nothing leaves is where the machine ends.
     """
-    left = {row.state for row in table.rows if row.next is not None}
     arrows: dict[tuple[str, str], list[str]] = {}
-    for row in table.rows:
-        if row.next is not None:
-            arrows.setdefault((row.state, row.next), []).append(row.event)
-    lines = ["---", f"title: {table.name}", "---", "stateDiagram-v2", f"    [*] --> {table.initial}"]
+    for state, event, after in machine.transitions:
+        arrows.setdefault((state, after), []).append(event)
+    left = {state for state, _, _ in machine.transitions}
+    lines = ["---", f"title: {machine.name}", "---", "stateDiagram-v2", f"    [*] --> {machine.states[0]}"]
     lines += [f"    {state} --> {after}: {', '.join(events)}" for (state, after), events in arrows.items()]
-    lines += [f"    {state} --> [*]" for state in table.states if state not in left]
-    lines += [f"    %% rejected: {row.event} in {row.state}: {row.reason}" for row in table.rows if row.next is None]
+    lines += [f"    {state} --> [*]" for state in machine.states if state not in left]
+    lines += [f"    %% rejected: {event} in {state}: {reason}" for state, event, reason in machine.rejections]
     return "\n".join(lines) + "\n"
 
 

@@ -42,6 +42,24 @@ def _option(*names: str, help: str, panel: str | None = None, metavar: str | Non
     return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, show_default=False, hidden=hidden)
 
 
+def _version_and_end(wanted: bool) -> None:
+    if wanted:
+        from tokenrelay.base.version import version as installed
+
+        print(f"tokenrelay {installed()}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and end.", callback=_version_and_end, is_eager=True),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
 NETWORK, MODEL, MEMORY, STEPS, OTHER = "Where it listens", "The model", "KV memory", "Steps and queues", "Other"
 Dtype = Literal["auto", "float32", "bfloat16"]
 LogLevel = Literal["debug", "info", "warning", "error"]

@@ -92,9 +92,16 @@ def print_settings(options: ServeOptions) -> None:
     for column in ("setting", "value", "from"):
         table.add_column(column, overflow="fold")
     settings = _resolve(options)
+    chosen = {
+        "router.worker": ("the worker's socket", "set by serve"),
+        "worker.socket": ("a private one", "set by serve"),
+    }
+    if not settings.worker.values.model:
+        chosen["worker.model"] = (repr(str(BUNDLED_MODEL)), "default: the bundled one")
     for resolved in (settings.router, settings.worker, settings.prefill, settings.supervisor):
         for name, value, origin in resolved.rows():
-            table.add_row(name, value, origin, style=None if origin != "default" else "dim")
+            value, origin = chosen.get(name, (value, origin))
+            table.add_row(name, value, origin, style="dim" if origin.startswith("default") else None)
     Console(highlight=False).print(table)
 
 

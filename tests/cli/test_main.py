@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from tokenrelay.base.errors import ConfigError
-from tokenrelay.cli.introspect import explain_kernel, mermaid, print_kernels
+from tokenrelay.base.version import version
+from tokenrelay.cli.introspect import explain_kernel, machines, mermaid, print_kernels
+from tokenrelay.ledger.states import TERMINAL
+from tokenrelay.libscheduler import fsm_tables
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -102,6 +105,11 @@ def test_version_names_the_parts() -> None:
         assert re.search(rf"^{name} +\S", done.stdout, re.MULTILINE), name
 
 
+def test_version_as_an_option() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"tokenrelay {version()}\n")
+
+
 def test_config_shows_value_and_origin(tmp_path: Path) -> None:
     file = tmp_path / "relay.toml"
     file.write_text("[router]\nport = 8123\n[worker]\nslots = 7\n[supervisor]\ndrain_s = 5\n")
@@ -116,6 +124,8 @@ def test_config_shows_value_and_origin(tmp_path: Path) -> None:
     assert rows["worker.dtype"] == "'float32' environment TOKENRELAY_WORKER_DTYPE"
     assert rows["worker.block_tokens"] == "64 default"
     assert re.match(r"5(\.0)? file", rows["supervisor.drain_s"])
+    assert rows["worker.model"].endswith("tokenrelay-tiny' default: the bundled one")
+    assert rows["router.worker"] == "the worker's socket set by serve"
     assert run("config", "--config", str(file)).stdout.count("\n") == shown.stdout.count("\n")
 
 
@@ -131,17 +141,22 @@ def test_kernels_are_listed_and_explained(capsys: pytest.CaptureFixture[str], mo
 
 
 def test_state_machines_as_mermaid() -> None:
-    from tokenrelay.libscheduler import fsm_tables
-
+    found = machines()
+    assert set(found) == {*fsm_tables(), "handle"} >= {"block", "request", "handle"}
     shown = run("fsm", "show")
     assert shown.returncode == 0, shown.stderr
-    tables = fsm_tables()
-    assert shown.stdout.count("stateDiagram-v2") == len(tables) >= 2
-    for name, table in tables.items():
-        diagram = mermaid(table)
-        assert run("fsm", "show", name).stdout == diagram
+    assert shown.stdout == "\n".join(mermaid(found[name]) for name in sorted(found))
+    assert run("fsm", "show", "handle").stdout == mermaid(found["handle"])
+    for name, table in fsm_tables().items():
+        diagram = mermaid(found[name])
         assert f"[*] --> {table.initial}\n" in diagram
         arrows = [line for line in diagram.splitlines() if re.match(r"    \w+ --> \w+: ", line)]
         pairs = sum(len(line.split(": ")[1].split(", ")) for line in arrows)
         assert pairs == sum(row.next is not None for row in table.rows) > 0
         assert diagram.count("%% rejected: ") == sum(row.next is None for row in table.rows)
+
+
+def test_a_handles_life_as_mermaid() -> None:
+    diagram = mermaid(machines()["handle"])
+    assert "[*] --> reserved\n    reserved --> offered: offer\n" in diagram
+    assert {state.value for state in TERMINAL} == set(re.findall(r"(\w+) --> \[\*\]", diagram))
