@@ -42,11 +42,11 @@ class Question:
     skill: str
 
 
-def questions(count: int, first: int, folder: Path, episodes_max: int = 4) -> Iterator[Question]:
-    """Every assistant turn of `count` held-out dialogues from seed `first` on."""
+def questions(count: int, first: int, folder: Path, missing: float = 0.0) -> Iterator[Question]:
+    """Every assistant turn of `count` held-out dialogues from seed `first` on; `missing` as in world.write."""
     encode = tokenizer.load(folder).encode
     for index in range(first, first + count):
-        dialogue = world.write_exam(index, episodes_max)
+        dialogue = world.write_exam(index, missing=missing)
         for place, message in enumerate(dialogue.messages):
             if message["role"] != "assistant":
                 continue
@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=tokenizer.FOLDER)
     parser.add_argument("--count", type=int, default=200, help="dialogues")
     parser.add_argument("--seed", type=int, default=0, help="the first dialogue's seed")
+    parser.add_argument("--missing", type=float, default=0.0, help="how often a tool that is asked for is not on offer")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     parser.add_argument("--mistakes", type=int, default=0, help="show so many wrong turns")
     options = parser.parse_args()
@@ -138,16 +139,15 @@ def main() -> None:
             wanted = template.render([question.message])
             shown.append(f"--- {question.skill}\nwanted {wanted}got    {text}\n")
 
-    asked = list(questions(options.count, options.seed, options.model))
+    asked = list(questions(options.count, options.seed, options.model, options.missing))
     tallies = examine(asked, with_transformers(options.model), options.model, mistake)
     seeds = f"{options.count} held-out dialogues, seeds {options.seed} to {options.seed + options.count - 1}"
     console.print(table(tallies, f"{seeds}, {len(asked)} turns"))
     console.print("\n".join(shown), markup=False, highlight=False)
     if options.json:
         whole = total(tallies)
-        record: dict[str, Any] = (
-            {"dialogues": options.count, "seed": options.seed, "turns": len(asked)} | vars(whole) | whole.shares()
-        )
+        record: dict[str, Any] = {"dialogues": options.count, "seed": options.seed, "missing": options.missing}
+        record |= {"turns": len(asked)} | vars(whole) | whole.shares()
         record["skills"] = {name: vars(tally) | tally.shares() for name, tally in sorted(tallies.items())}
         options.json.write_text(json.dumps(record, indent=2) + "\n")
 

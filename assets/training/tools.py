@@ -82,12 +82,13 @@ def action(rng: random.Random) -> tuple[str, dict[str, Any]]:
     return name, schema(name, parameters, text)
 
 
-def offer(rng: random.Random, needs: list[tuple[str, ...]]) -> dict[str, dict[str, Any]]:
-    """The tools on offer: mostly what the episodes need, a few more, in any order; sometimes none at all."""
+def offer(rng: random.Random, needs: list[tuple[str, ...]], missing: float) -> dict[str, dict[str, Any]]:
+    """The tools on offer: what the episodes need, each left out with probability `missing`, and a few more, in any
+    order; sometimes none at all."""
     wanted = [name for need in needs for name in need]
     if rng.random() < (0.06 if wanted else 0.5):
         return {}
-    names = [name for name in dict.fromkeys(wanted) if name != "action" and rng.random() < 0.93]
+    names = [name for name in dict.fromkeys(wanted) if name != "action" and rng.random() < 1 - missing]
     others = [name for name in CATALOGUE if name not in names and name not in wanted]
     names += rng.sample(others, min(len(others), rng.choice((0, 0, 1, 1, 2, 3))))
     offered = {name: from_catalogue(rng, name) for name in names}

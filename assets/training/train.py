@@ -132,7 +132,7 @@ class Trainer:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden = self.model(ids)
             main = self._cross_entropy(hidden[:, :-1], ids[:, 1:], weights[:, 1:])
-            rows = slice(self.place.step % MTP_ROWS, None, MTP_ROWS)
+            rows = slice(self.place.step % min(MTP_ROWS, len(ids)), None, MTP_ROWS)
             ahead = self.model.ahead(hidden[rows], ids[rows])
             extra = self._cross_entropy(ahead[:, :-1], ids[rows, 2:], weights[rows, 2:])
         return main, extra
@@ -209,7 +209,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--minutes", type=float, default=60.0, help="stop (resumably) after so long")
     parser.add_argument("--steps", type=int, help="stop (resumably) at this step")
-    parser.add_argument("--decay-steps", type=int, help="anneal to zero over so many steps from here, then end")
+    parser.add_argument(
+        "--decay-steps",
+        type=int,
+        help="anneal to zero over so many steps from here (or from where that was first asked for), then end",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-tokens", type=int, default=2048, help="padded tokens a process sees in one step")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -225,8 +229,9 @@ def run(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
     if options.checkpoint.exists():
         trainer.load(options.checkpoint)
     place = trainer.place
-    if options.decay_steps and place.decay_from is None:
-        place.decay_from, place.decay_steps = place.step, options.decay_steps
+    if options.decay_steps:
+        place.decay_from = place.step if place.decay_from is None else place.decay_from
+        place.decay_steps = options.decay_steps
     deadline, saved, stopped = time.monotonic() + 60 * options.minutes, time.monotonic(), False
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -26,6 +26,7 @@ TRAIN_SEED, EXAM_SEED = 1_000_000, 0
 EXAM_SEEDS_MAX = 1_000_000
 RESERVED_ONE_IN = 8
 REDRAWS_MAX = 12
+MISSING_TRAIN = 0.07
 
 ALTERNATIVES = re.compile(r"\[([^\]]*)\]")
 
@@ -129,14 +130,15 @@ def system_text(rng: random.Random) -> str:
     return " ".join([f"You are {rng.choice(ROLES)}.", *styles])
 
 
-def write(seed: int, split: Split, episodes_max: int = 4) -> Dialogue:
-    """The dialogue of one seed: the same seed, split and bound always give the same one."""
+def write(seed: int, split: Split, episodes_max: int = 4, missing: float = 0.0) -> Dialogue:
+    """The dialogue of one seed: the same arguments always give the same one. `missing` is the probability that a tool
+    which the user will ask for is not on offer, though others are."""
     from tokenrelay.assets.training import skills, tools  # they build on Script
 
     rng = random.Random(f"{split}:{seed}")
     episodes = min(episodes_max, rng.choices((1, 2, 3, 4, 6, 9), weights=(40, 24, 16, 12, 6, 2))[0])
     chosen = skills.choose(rng, episodes)
-    script = Script(rng, split, tools.offer(rng, [skill.needs for skill in chosen]))
+    script = Script(rng, split, tools.offer(rng, [skill.needs for skill in chosen], missing))
     if rng.random() < 0.7:
         script.messages.append({"role": "system", "content": system_text(rng)})
     owners = [0] * len(script.messages)
@@ -150,10 +152,10 @@ def write(seed: int, split: Split, episodes_max: int = 4) -> Dialogue:
 
 def write_train(index: int, episodes_max: int = 4) -> Dialogue:
     """The index-th dialogue of the endless training corpus."""
-    return write(TRAIN_SEED + index, "train", episodes_max)
+    return write(TRAIN_SEED + index, "train", episodes_max, MISSING_TRAIN)
 
 
-def write_exam(index: int, episodes_max: int = 4) -> Dialogue:
+def write_exam(index: int, episodes_max: int = 4, missing: float = 0.0) -> Dialogue:
     """The index-th held-out dialogue."""
     assert index < EXAM_SEEDS_MAX
-    return write(EXAM_SEED + index, "exam", episodes_max)
+    return write(EXAM_SEED + index, "exam", episodes_max, missing)
