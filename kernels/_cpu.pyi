@@ -165,6 +165,7 @@ def moe_route(
     weights: int,
     /,
 ) -> None: ...
+def token_weights(isa: int, vocab: int, logits: int, temperature: float, weights: int, /) -> int: ...
 def sample(
     isa: int,
     rows: int,

@@ -200,6 +200,16 @@ void bind_moe(py::module_& m) {
 }
 
 void bind_sampling(py::module_& m) {
+  // The weights that `sample` draws by, for tests: they must be the reference's bit for bit.
+  m.def(
+      "token_weights",
+      [](int isa, int64_t vocab, Address logits, float temperature, Address weights) {
+        const Table& table = table_of(isa);
+        const float max = table.max_logit(pointer<float>(logits), vocab);
+        return table.token_weights(pointer<float>(logits), vocab, max, 1.0 / static_cast<double>(temperature),
+                                   pointer<int64_t>(weights));
+      },
+      py::call_guard<py::gil_scoped_release>());
   m.def(
       "sample",
       [](int isa, int64_t rows, int64_t vocab, Address logits, int64_t stride, Address temperature, Address top_p,

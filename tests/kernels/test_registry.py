@@ -251,7 +251,9 @@ def test_a_forked_child_can_call_kernels() -> None:
         "import os, torch; from tokenrelay.kernels import ops, cpu; cpu.set_threads(3)\n"
         "x, w = torch.randn(500, 1000), torch.ones(1000); expected = ops.rms_norm(x, w, 1e-5)\n"
         "child = os.fork()\n"
-        "if child == 0: os._exit(0 if torch.equal(ops.rms_norm(x, w, 1e-5), expected) else 3)\n"
+        "if child == 0:\n"
+        "    same = torch.equal(ops.rms_norm(x, w, 1e-5), expected)\n"
+        "    os._exit(0 if same and len(os.listdir('/proc/self/task')) >= 3 else 3)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

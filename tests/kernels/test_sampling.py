@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from kernel_cases import close, paths
 from torch import Tensor
 
-from tokenrelay.kernels import cpu, ops, registry
+from tokenrelay.kernels import _cpu, cpu, isa, ops, registry
 from tokenrelay.kernels.batch import PenaltyBatch, SamplingBatch
+from tokenrelay.kernels.cpu.variants import VARIANTS, Variant
 from tokenrelay.kernels.ref.sampling import WEIGHT_ONE, philox, token_weights
 
 NATIVE = paths("sample")
@@ -82,6 +83,19 @@ def test_weights_are_exponentials() -> None:
     exact = ((logits.double()) / float(torch.tensor(0.7))).exp() * WEIGHT_ONE
     assert weights.max() == WEIGHT_ONE
     assert bool(((weights.double() - (logits.double() / 0.7).exp() * WEIGHT_ONE).abs() <= 1 + 1e-12 * exact).all())
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.isa <= isa.features()], ids=lambda v: v.name)
+@pytest.mark.parametrize("temperature", [0.01, 0.7, 1.0, 3.0])
+def test_native_weights_equal_the_reference_bit_for_bit(variant: Variant, temperature: float) -> None:
+    """A fused multiply-add, another order of terms or another rounding would show here."""
+    wide = torch.linspace(-35, 0, 20_011) * temperature
+    logits = torch.cat((wide, torch.randn(5000) * temperature, torch.tensor([0.0, -0.0, -math.inf, -3e38])))
+    expected = token_weights(logits, float(torch.tensor(temperature)))
+    actual = torch.empty_like(expected)
+    total = _cpu.token_weights(variant.code, len(logits), logits.data_ptr(), temperature, actual.data_ptr())
+    assert torch.equal(actual, expected)
+    assert total == int(expected.sum())
 
 
 @settings(max_examples=60, deadline=None)
