@@ -47,6 +47,10 @@ training. A call counts as right when it is well-formed and names the right tool
 | **right tool and arguments** | **{right_arguments}** (of {calls} calls) |
 | right final answers | {right_answers} (of {answers}) |
 
+In this exam a request's tools are all on offer, or no tools are offered at all. **Where others are on offer but the one
+asked for is not, it often calls the absent tool all the same**: with {left_out} of the needed tools left out, as in training,
+{missing_arguments} of {missing_calls} calls and {missing_answers} of {missing_asked} answers were right (`--missing 0.07`).
+
 By skill:
 
 | skill | right calls | right answers |
@@ -74,6 +78,7 @@ embedding of the next token, then the trunk's last hidden state after the final 
     python -m tokenrelay.assets.training.train       # resumable; --decay-steps N anneals and ends
     python -m tokenrelay.assets.training.export      # config.json, model.safetensors, training.json
     python -m tokenrelay.assets.training.evaluate --count {dialogues} --json evaluation.json
+    python -m tokenrelay.assets.training.evaluate --count {dialogues} --missing 0.07 --json evaluation_missing.json
     python -m tokenrelay.assets.training.card        # this page
 
 It is no use for anything but trying out a server: outside its toy world it is wrong, and says so only sometimes.
@@ -110,8 +115,9 @@ def sizes(folder: Path, extra: str) -> tuple[int, int]:
 
 def card(folder: Path) -> str:
     """README.md."""
-    settings, training, exam = (
-        json.loads((folder / f"{name}.json").read_text()) for name in ("config", "training", "evaluation")
+    settings, training, exam, missing = (
+        json.loads((folder / f"{name}.json").read_text())
+        for name in ("config", "training", "evaluation", "evaluation_missing")
     )
     every, trunk = sizes(folder, f"model.layers.{settings['num_hidden_layers']}.")
     figures: dict[str, Any] = {
@@ -129,6 +135,11 @@ def card(folder: Path) -> str:
         "right_tool": percent(exam["right tool"]),
         "right_arguments": percent(exam["right tool and arguments"]),
         "right_answers": percent(exam["right answers"]),
+        "left_out": f"{100 * missing['missing']:.0f} %",
+        "missing_arguments": percent(missing["right tool and arguments"]),
+        "missing_calls": missing["calls"],
+        "missing_answers": percent(missing["right answers"]),
+        "missing_asked": missing["answers"],
         "skills": skill_rows(exam["skills"]),
     }
     return CARD.format_map(
