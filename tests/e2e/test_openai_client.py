@@ -131,13 +131,17 @@ def tool_calls(server: Server, dialogue: list[Any], tools: list[Any], stream: bo
     return list(calls.values()), finish
 
 
+ODD = "zq 93 !! vlk ### 7 wux, purple eleven?"
+
+
 def test_two_choices(bundled: Server) -> None:
-    reply = bundled.chat("tell me a joke", n=2, temperature=1.5, seed=3)
+    # The model is sure of its own world: at the highest temperature, and outside it, two draws differ.
+    reply = bundled.chat(ODD, n=2, temperature=2.0, seed=3, max_tokens=48)
     assert [choice.index for choice in reply.choices] == [0, 1]
     assert reply.choices[0].message.content != reply.choices[1].message.content
-    again = bundled.chat("tell me a joke", n=2, temperature=1.5, seed=3)
+    again = bundled.chat(ODD, n=2, temperature=2.0, seed=3, max_tokens=48)
     assert texts(again) == texts(reply)
-    alone = bundled.chat("tell me a joke", temperature=1.5, seed=3)
+    alone = bundled.chat(ODD, temperature=2.0, seed=3, max_tokens=48)
     assert texts(alone) == texts(reply)[:1], "the first choice does not depend on there being a second"
 
 
