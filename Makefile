@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check --upgrade pip
 	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install -q --disable-pip-version-check "scikit-build-core>=0.11,<2" "pybind11>=2.13,<4" "cmake>=3.26,<5" "ninja>=1.11,<2"
+	$(BIN)/pip install -q --disable-pip-version-check "scikit-build-core>=0.11,<2" "pybind11>=3.0,<4" "cmake>=3.26,<5" "ninja>=1.11,<2"
 	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev]"
 	@touch $(STAMP) $(VENV)/.built
 
