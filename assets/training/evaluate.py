@@ -26,8 +26,8 @@ from rich.table import Table
 from tokenrelay.assets.training import template, tokenizer, world
 from tokenrelay.assets.training.grading import Reply, Tally, parse
 
-NEW_TOKENS_MAX = 144
-BATCH = 96
+NEW_TOKENS_MAX = 112
+BATCH = 32
 TABLE_WIDTH = 110  # characters, where the output is no terminal
 Generate = Callable[[list[list[int]]], list[list[int]]]
 
