@@ -86,12 +86,14 @@ def drill(rng: random.Random, vocabulary: int) -> Sample:
 
 
 def batches(
-    encoder: Encoder, seed: int, chunk: int, tokens: int, episodes_max: int, drills: int
+    encoder: Encoder, seed: int, chunk: int, tokens: int, episodes_max: int, drills: int, missing: float
 ) -> list[tuple[Tensor, Tensor]]:
-    """The batches of one chunk: ids and weights [B, T], T a multiple of 16, B * T about `tokens`."""
+    """The batches of one chunk: ids and weights [B, T], T a multiple of 16, B * T about `tokens`. `episodes_max` and
+    `missing` as in world.write."""
     rng = random.Random(f"corpus:{seed}:{chunk}")
     first = seed * 100_000_000 + chunk * CHUNK_DIALOGUES
-    samples = [encoder.sample(world.write_train(first + index, episodes_max), rng) for index in range(CHUNK_DIALOGUES)]
+    dialogues = (world.write_train(first + index, episodes_max, missing) for index in range(CHUNK_DIALOGUES))
+    samples = [encoder.sample(dialogue, rng) for dialogue in dialogues]
     samples += [drill(rng, encoder.plain_tokens) for _ in range(drills)]
     samples.sort(key=lambda sample: len(sample.ids))
     made = list(_cut(samples, tokens, encoder.pad))

@@ -2,6 +2,7 @@
 
     python -m tokenrelay.assets.training.train --minutes 60          # go on from .cache/assets/tiny.pt, or start
     python -m tokenrelay.assets.training.train --decay-steps 1500    # ... and anneal to the end
+    python -m tokenrelay.assets.training.train --again --decay-steps 1500  # ... and once more from there
 
 The learning rate warms up, stays, and decays linearly from whatever step `--decay-steps` was first given at (WSD,
 arXiv:2404.06395), so that the budget need not be known beforehand. What a step sees depends on (seed, step) and on the
@@ -44,6 +45,7 @@ CONTEXT_STEPS = 4  # every so many steps the loss is on what the model reads, to
 BALANCE_SPEED = 1e-3
 REPORT_STEPS, EXAM_STEPS, SAVE_SECONDS = 50, 250, 120
 EPISODES = [(0, 1), (250, 2), (600, 4), (1500, 9)]  # from this step on, dialogues of up to so many episodes
+MISSING = [(0, world.MISSING_TRAIN), (2250, 0.2)]  # likewise: how often a needed tool is not on offer
 DRILLS = [(0, 192), (400, 48), (1500, 0)]  # likewise: copying drills beside a chunk's dialogues
 
 
@@ -57,12 +59,13 @@ class Place:
     tokens: int = 0
     length_max: int = 0
     chunk_step: int = 0  # the step at which this chunk began
+    phase_from: int = 0  # the rate warmed up from here: a run whose decay was over may be gone on with
     decay_from: int | None = None
     decay_steps: int = 0
 
     def rate(self) -> float:
         """The learning rate's factor at this step."""
-        warm = min(1.0, (self.step + 1) / WARMUP_STEPS)
+        warm = min(1.0, (self.step - self.phase_from + 1) / WARMUP_STEPS)
         if self.decay_from is None:
             return warm
         return warm * max(0.0, 1 - (self.step - self.decay_from) / self.decay_steps)
@@ -119,7 +122,10 @@ class Trainer:
         if self.held_chunk != place.chunk:
             episodes = [most for first, most in EPISODES if first <= place.chunk_step][-1]
             drills = [many for first, many in DRILLS if first <= place.chunk_step][-1]
-            self.held = corpus.batches(self.encoder, self.seed, place.chunk, self.batch_tokens, episodes, drills)
+            missing = [share for first, share in MISSING if first <= place.chunk_step][-1]
+            self.held = corpus.batches(
+                self.encoder, self.seed, place.chunk, self.batch_tokens, episodes, drills, missing
+            )
             self.held_chunk = place.chunk
         batch = self.held[place.batch + self.rank]
         place.batch += self.ranks
@@ -214,6 +220,7 @@ def arguments() -> argparse.Namespace:
         type=int,
         help="anneal to zero over so many steps from here (or from where that was first asked for), then end",
     )
+    parser.add_argument("--again", action="store_true", help="go on where a decay is over: warm up and decay once more")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-tokens", type=int, default=2048, help="padded tokens a process sees in one step")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -229,6 +236,8 @@ def run(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
     if options.checkpoint.exists():
         trainer.load(options.checkpoint)
     place = trainer.place
+    if options.again and place.done():
+        place.phase_from, place.decay_from = place.step, None
     if options.decay_steps:
         place.decay_from = place.step if place.decay_from is None else place.decay_from
         place.decay_steps = options.decay_steps

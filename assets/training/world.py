@@ -150,9 +150,9 @@ def write(seed: int, split: Split, episodes_max: int = 4, missing: float = 0.0) 
     return Dialogue(script.messages, list(script.tools.values()), script.facts, tuple(owners), skills_played)
 
 
-def write_train(index: int, episodes_max: int = 4) -> Dialogue:
+def write_train(index: int, episodes_max: int = 4, missing: float = MISSING_TRAIN) -> Dialogue:
     """The index-th dialogue of the endless training corpus."""
-    return write(TRAIN_SEED + index, "train", episodes_max, MISSING_TRAIN)
+    return write(TRAIN_SEED + index, "train", episodes_max, missing)
 
 
 def write_exam(index: int, episodes_max: int = 4, missing: float = 0.0) -> Dialogue:
