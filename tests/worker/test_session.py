@@ -300,13 +300,14 @@ async def test_a_flood_of_refused_submits_that_nobody_reads_is_cut(tmp_path: Pat
     await server.start()
     host.refuse = worker_pb2.SequenceOutput(finish=worker_pb2.FINISH_REJECTED, error="invalid_request: " + "x" * 8000)
     channel, call = await slow_reader(server.address)
-    for n in range(2, 2000):  # written into the void from some point on
-        await call.write(worker_pb2.Command(submit=worker_pb2.Submit(id=n)))
-    with pytest.raises(grpc.aio.AioRpcError) as ended:  # what was sent before is read first
-        while True:
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        for n in range(2, 2000):  # written into the void from some point on
+            await call.write(worker_pb2.Command(submit=worker_pb2.Submit(id=n)))
+        while True:  # what was sent before is read first
             await asyncio.wait_for(call.read(), 10)
     assert len(host.submitted) < 1999
-    assert ended.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    # INTERNAL is what grpc makes of it where the stream ends under a write of ours
+    assert ended.value.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL)
     assert servicer.open_count == 0
     await channel.close()
     await server.stop(0)
