@@ -37,10 +37,15 @@ class Actor(NamedTuple):
 
 
 class Handle(NamedTuple):
-    """The serialisable name of a sequence's blocks at its owner. Numbers are reused, with the next generation."""
+    """The serialisable name of a sequence's blocks at its owner. Numbers are reused, with the next generation.
+
+    `term` is the reign of the kvstore that gave the name: two reigns may give the same number and generation, when the
+    former one could not write down what it gave. In a process of one's own there is one reign, 0.
+    """
 
     number: int
     generation: int
+    term: int = 0
 
 
 class Code(Enum):
@@ -49,10 +54,14 @@ class Code(Enum):
     FULL = "full"
     UNKNOWN_HANDLE = "unknown_handle"
     STALE_GENERATION = "stale_generation"
+    STALE_TERM = "stale_term"
     STALE_INCARNATION = "stale_incarnation"
     NOT_YOURS = "not_yours"
     WRONG_STATE = "wrong_state"
     NOT_SEALED = "not_sealed"
+    INCOMPATIBLE = "incompatible"  # at join: another model, dtype, block size, layout, width or protocol
+    INVALID = "invalid"  # a field is out of its bounds
+    UNAVAILABLE = "unavailable"  # the kvstore cannot decide just now: nothing changed, or nobody knows whether it did
 
 
 class Rejection(NamedTuple):
@@ -78,11 +87,25 @@ DUTIES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class HandleView:
+    """A handle as it stands, for people, watchers and whoever takes a ledger over."""
+
+    handle: Handle
+    state: State
+    owner: Actor | None  # None: it is over
+    claimant: Actor | None
+    extents: int
+    sealed: int
+    deadline_left_s: float  # below 0: past it
+
+
 @dataclass(slots=True)
 class _Record:
     """One handle number. Between lives (terminal state) it belongs to nobody."""
 
     generation: int = 0
+    term: int = 0
     state: State = State.RELEASED
     owner: Actor | None = None
     claimant: Actor | None = None
@@ -94,6 +117,7 @@ class _Record:
 _WRONG_STATE = {pair: Rejection(Code.WRONG_STATE, answer) for pair, answer in TABLE.items() if isinstance(answer, str)}
 _UNKNOWN = Rejection(Code.UNKNOWN_HANDLE, "there is no such handle")
 _STALE = Rejection(Code.STALE_GENERATION, "the handle's number is used by another one now")
+_STALE_TERM = Rejection(Code.STALE_TERM, "the handle's name was given under another term")
 _DEAD = Rejection(Code.STALE_INCARNATION, "this life of the member is over, or it never joined")
 _FOREIGN = Rejection(Code.NOT_YOURS, "the event is for another party")
 _UNSEALED = Rejection(Code.NOT_SEALED, "some extents are not sealed yet")
@@ -102,8 +126,18 @@ _UNSEALED = Rejection(Code.NOT_SEALED, "some extents are not sealed yet")
 class EmbeddedLedger:
     """The ledger in this process's memory. One thread (the event loop's); bounded by `handles_max`."""
 
-    def __init__(self, *, handles_max: int = HANDLES_MAX, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        handles_max: int = HANDLES_MAX,
+        clock: Callable[[], float] = time.monotonic,
+        term: int = 0,
+        on_change: Callable[[HandleView], None] | None = None,
+    ) -> None:
+        """`term` goes into the names given; `on_change` sees every handle after a change, its parties still named."""
         self._handles_max = handles_max
+        self._term = term
+        self._on_change = on_change
         self._clock = clock
         self._records: list[_Record] = []
         self._unused: list[int] = []  # numbers whose handle is over
@@ -130,7 +164,7 @@ class EmbeddedLedger:
                 continue
             event = Event.LOSE if record.owner == actor else Event.FENCE if record.claimant == actor else None
             if event is not None and isinstance(TABLE[record.state, event], State):
-                ended.append(Handle(number, record.generation))
+                ended.append(Handle(number, record.generation, record.term))
                 self._move(number, record, event)
         return ended
 
@@ -148,11 +182,13 @@ class EmbeddedLedger:
             return Rejection(Code.FULL, f"all {self._handles_max} handles are in use")
         record = self._records[number]
         record.generation += 1
+        record.term = self._term
         record.state, record.owner, record.claimant = State.RESERVED, owner, None
         record.extents, record.sealed = extents, 0
         self.counts[State.RESERVED] += 1
         self._set_deadline(number, record, deadline_s)
-        return Handle(number, record.generation)
+        self._changed(number, record)
+        return Handle(number, record.generation, record.term)
 
     def offer(self, handle: Handle, owner: Actor, *, deadline_s: float | None = None) -> Rejection | None:
         """Claimable from now on."""
@@ -160,25 +196,15 @@ class EmbeddedLedger:
 
     def seal(self, handle: Handle, owner: Actor, *, extents: int) -> Rejection | None:
         """`extents` of them (counted from the start, not added) can be read now; never fewer than before."""
-        rejection = self._apply(handle, owner, Event.SEAL, None)
-        if rejection is None:
-            record = self._records[handle.number]
-            record.sealed = min(record.extents, max(record.sealed, extents))
-        return rejection
+        return self._apply(handle, owner, Event.SEAL, None, extents)
 
     def claim(self, handle: Handle, claimant: Actor, *, deadline_s: float | None = None) -> Rejection | None:
         """The claimant has room, and may read what is sealed until the deadline."""
-        rejection = self._apply(handle, claimant, Event.CLAIM, deadline_s)
-        if rejection is None:
-            self._records[handle.number].claimant = claimant
-        return rejection
+        return self._apply(handle, claimant, Event.CLAIM, deadline_s)
 
     def decline(self, handle: Handle, claimant: Actor) -> Rejection | None:
         """The claimant reads no more; the handle is claimable again."""
-        rejection = self._apply(handle, claimant, Event.DECLINE, None)
-        if rejection is None:
-            self._records[handle.number].claimant = None
-        return rejection
+        return self._apply(handle, claimant, Event.DECLINE, None)
 
     def adopt(self, handle: Handle, claimant: Actor, *, deadline_s: float | None = None) -> Rejection | None:
         """The claimant read and validated everything: it goes on alone."""
@@ -196,11 +222,15 @@ class EmbeddedLedger:
         """The claimant was cut off from the owner's memory (its registration is gone, its process is dead)."""
         return self._apply(handle, None, Event.FENCE, None)
 
-    def _apply(self, handle: Handle, actor: Actor | None, event: Event, deadline_s: float | None) -> Rejection | None:
-        number, generation = handle
+    def _apply(
+        self, handle: Handle, actor: Actor | None, event: Event, deadline_s: float | None, extents: int = 0
+    ) -> Rejection | None:
+        number, generation, term = handle
         if not 0 <= number < len(self._records):
             return _UNKNOWN
         record = self._records[number]
+        if record.term != term:
+            return _STALE_TERM
         if record.generation != generation:
             return _STALE
         if actor is not None and self._members.get(actor.name) != actor:
@@ -213,22 +243,32 @@ class EmbeddedLedger:
             return _FOREIGN
         if event is Event.ADOPT and record.sealed < record.extents:
             return _UNSEALED
-        self._move(number, record, event)
         if deadline_s is not None:
             self._set_deadline(number, record, deadline_s)
+        if event is Event.SEAL:
+            record.sealed = min(record.extents, max(record.sealed, extents))
+        elif event is Event.CLAIM:
+            record.claimant = actor
+        elif event is Event.DECLINE:
+            record.claimant = None
+        self._move(number, record, event)
         return None
 
     def _move(self, number: int, record: _Record, event: Event) -> None:
         state = TABLE[record.state, event]
         assert isinstance(state, State)
-        if state is record.state:
-            return
-        self.counts[record.state] -= 1
-        self.counts[state] += 1
-        record.state = state
+        if state is not record.state:
+            self.counts[record.state] -= 1
+            self.counts[state] += 1
+            record.state = state
+        self._changed(number, record)
         if state in TERMINAL:
             record.owner = record.claimant = None
             self._unused.append(number)
+
+    def _changed(self, number: int, record: _Record) -> None:
+        if self._on_change is not None:
+            self._on_change(self._view(number, record))
 
     # -- deadlines ----------------------------------------------------------------------------------------------------
     def next_deadline_s(self) -> float | None:
@@ -248,7 +288,9 @@ class EmbeddedLedger:
         while (left_s := self.next_deadline_s()) is not None and left_s == 0.0:
             entry = heapq.heappop(self._deadlines)
             kept.append(entry)
-            found.append((Handle(entry[1], entry[2]), DUTIES[self._records[entry[1]].state]))
+            found.append(
+                (Handle(entry[1], entry[2], self._records[entry[1]].term), DUTIES[self._records[entry[1]].state])
+            )
         for entry in kept:
             heapq.heappush(self._deadlines, entry)
         return found
@@ -269,7 +311,32 @@ class EmbeddedLedger:
         if not 0 <= handle.number < len(self._records):
             return None
         record = self._records[handle.number]
-        return record.state if record.generation == handle.generation else None
+        return record.state if (record.generation, record.term) == handle[1:] else None
+
+    def view(self, handle: Handle) -> HandleView | None:
+        """All about it; None when its number is unknown or used by another one."""
+        if self.state(handle) is None:
+            return None
+        return self._view(handle.number, self._records[handle.number])
+
+    def views(self, actor: Actor | None = None) -> list[HandleView]:
+        """Every open handle, or those that `actor` owns or claimed."""
+        return [
+            self._view(number, record)
+            for number, record in enumerate(self._records)
+            if record.state not in TERMINAL and (actor is None or actor in (record.owner, record.claimant))
+        ]
+
+    def _view(self, number: int, record: _Record) -> HandleView:
+        return HandleView(
+            Handle(number, record.generation, record.term),
+            record.state,
+            record.owner,
+            record.claimant,
+            record.extents,
+            record.sealed,
+            record.deadline_s - self._clock(),
+        )
 
     @property
     def open_count(self) -> int:
