@@ -1,0 +1,120 @@
+"""libscheduler as the engine drives it: two plans are launched at once, arrays are read without a copy."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from protocol import BLOCK_TOKENS, Case, serve, tokens
+
+from tokenrelay.libscheduler import Config, Plan, Scheduler
+
+PLAN_ARRAYS = ("sequence_ids", "slots", "starts", "lengths", "token_ids", "feedback", "samples", "admitted_ids")
+OUTCOME_ARRAYS = ("sequence_ids", "token_ids", "finish", "rows", "first", "cached_tokens")
+
+
+class Ours:
+    """The binding of this checkout."""
+
+    version = "this checkout"
+
+    def prepare(self, case: Case) -> None:
+        self._case = case
+        self._ids = 0
+        self._launched: list[Plan] = []
+        self._scheduler = Scheduler(
+            Config(
+                block_tokens=BLOCK_TOKENS,
+                blocks=case.blocks,
+                slots=max(case.sequences, 1) + 1,
+                context_tokens=65_536,
+                step_tokens=case.step_tokens,
+                chunk_tokens=case.step_tokens,
+                hash_key=bytes(range(16)),
+                model_identity=bytes(16),
+                steps_in_flight=2 if case.kind == "decode" else 1,
+            )
+        )
+        if case.full:
+            self._fill()
+        for n in range(case.sequences):
+            self._submit(tokens(case.context_of(n)), case.output)
+        self._settle()
+        for _ in range(case.waiting):
+            self._submit(tokens(case.prompt), case.output)
+        if case.kind == "admit":
+            self._prefix = tokens(case.cached)
+            self._submit([*self._prefix, 1], 1)
+            self._settle()
+        elif case.kind == "decode":
+            self._launch()  # one step is in flight while the next one is planned
+
+    def sample(self) -> tuple[float, float, float]:
+        case = self._case
+        began = time.thread_time()
+        if case.kind == "admit":
+            prompt = np.array([*self._prefix, *tokens(case.prompt - case.cached)], np.uint32)
+            began = time.thread_time()
+            self._submit(prompt, 1)
+        elif case.kind == "turn":
+            began = self._next_turn()
+        submitted = time.thread_time()
+        plan = self._launch()
+        planned = time.thread_time()
+        sampled = np.full(case.sequences or 1, 11, np.uint32)
+        applying = time.thread_time()
+        outcome = self._scheduler.commit(self._launched.pop(0).step, sampled, 0)
+        for name in OUTCOME_ARRAYS:
+            getattr(outcome, name)
+        applied = time.thread_time()
+        rows = case.sequences or 1
+        assert len(plan.lengths) == rows and len(outcome.rows) == rows, "another number of rows than the case has"
+        if case.kind != "decode":
+            assert plan.lengths.sum() < 4 * BLOCK_TOKENS + max(case.prompt - case.cached, case.appended)
+        return submitted - began, planned - submitted, applied - applying
+
+    def _next_turn(self) -> float:
+        """A session of `prompt` tokens ends; its next turn is submitted. When that began."""
+        session = tokens(self._case.prompt - 1)
+        self._submit(session, 1)
+        self._settle()
+        prompt = np.array([*session, 11, *tokens(self._case.appended)], np.uint32)
+        began = time.thread_time()
+        self._submit(prompt, 1)
+        return began
+
+    def _submit(self, token_ids: list[int] | np.ndarray, output_max: int) -> None:
+        if isinstance(token_ids, list):
+            token_ids = np.array(token_ids, np.uint32)
+        self._ids += 1
+        refused = self._scheduler.submit(
+            self._ids, token_ids, output_start=len(token_ids), tokens_max=output_max, now_us=0
+        )
+        assert refused is None, refused
+
+    def _launch(self) -> Plan:
+        plan = self._scheduler.plan(0)
+        assert plan is not None, "nothing can run"
+        for name in PLAN_ARRAYS:
+            getattr(plan, name)
+        self._launched.append(plan)
+        return plan
+
+    def _settle(self) -> None:
+        """Run until every prompt is computed."""
+        while (plan := self._scheduler.plan(0)) is not None:
+            self._scheduler.commit(plan.step, np.full(int(plan.samples.sum()), 11, np.uint32), 0)
+            if plan.decodes == len(plan.lengths) == self._case.sequences:
+                break
+
+    def _fill(self) -> None:
+        """The whole pool becomes cache; what is submitted later takes its blocks from there."""
+        size = 32_768
+        for _ in range(self._case.blocks * BLOCK_TOKENS // size + 1):
+            self._submit(tokens(size), 1)
+            self._settle()
+        assert self._scheduler.counts().blocks_free == 0
+
+
+if __name__ == "__main__":
+    serve(Ours)
