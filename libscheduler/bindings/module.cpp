@@ -10,6 +10,7 @@
 
 #include <memory>
 
+#include "tables.hpp"
 #include "tokenrelay/scheduler/scheduler.hpp"
 
 namespace py = pybind11;
@@ -205,40 +206,6 @@ std::vector<py::bytes> block_hashes(const py::object& token_ids, int block_token
   return out;
 }
 
-template <class... T>
-std::vector<std::string> names(ts::fsm::Types<T...>) {
-  return {std::string(T::name)...};
-}
-
-struct PyRow {
-  std::string state;
-  std::string event;
-  std::optional<std::string> next;
-  std::string reason;
-};
-
-struct PyTable {
-  std::string name;
-  std::string initial;
-  std::vector<std::string> states;
-  std::vector<std::string> events;
-  std::vector<PyRow> rows;
-};
-
-template <class Fsm>
-PyTable table() {
-  PyTable out{std::string(Fsm::name),
-              std::string(Fsm::initial),
-              names(typename Fsm::States{}),
-              names(typename Fsm::Events{}),
-              {}};
-  for (const auto& row : Fsm::table) {
-    const auto next = row.next.empty() ? std::nullopt : std::optional<std::string>(row.next);
-    out.rows.push_back({std::string(row.state), std::string(row.event), next, std::string(row.reason)});
-  }
-  return out;
-}
-
 std::vector<std::pair<std::string, py::bytes>> cache_events(PyScheduler& self) {
   static constexpr const char* kinds[] = {"sealed", "evicted", "lost"};
   std::vector<std::pair<std::string, py::bytes>> out;
@@ -296,18 +263,6 @@ void bind_values(py::module_& m) {
       .def_readonly("cached_tokens", &ts::Counts::cached_tokens)
       .def_readonly("output_tokens", &ts::Counts::output_tokens)
       .def_readonly("hashed_blocks", &ts::Counts::hashed_blocks);
-
-  py::class_<PyRow>(m, "Row")
-      .def_readonly("state", &PyRow::state)
-      .def_readonly("event", &PyRow::event)
-      .def_readonly("next", &PyRow::next)
-      .def_readonly("reason", &PyRow::reason);
-  py::class_<PyTable>(m, "Table")
-      .def_readonly("name", &PyTable::name)
-      .def_readonly("initial", &PyTable::initial)
-      .def_readonly("states", &PyTable::states)
-      .def_readonly("events", &PyTable::events)
-      .def_readonly("rows", &PyTable::rows);
 }
 
 void bind_steps(py::module_& m) {
@@ -380,7 +335,5 @@ PYBIND11_MODULE(_native, m) {
   bind_scheduler(m);
   m.def("block_hashes", &block_hashes, py::arg("token_ids"), py::kw_only(), py::arg("block_tokens"),
         py::arg("hash_key"), py::arg("model_identity"), py::arg("salt") = py::bytes());
-  m.def("fsm_tables", [] {
-    return std::map<std::string, PyTable>{{"block", table<ts::BlockFsm>()}, {"request", table<ts::RequestFsm>()}};
-  });
+  bind_tables(m);
 }

@@ -214,6 +214,41 @@ class Row:
     @property
     def reason(self) -> str: ...
 
+class StateFacts:
+    """What is true in a state of the `kv_handle` machine (handle_laws.hpp)."""
+
+    @property
+    def blocks(self) -> str:
+        """Whose the blocks are: "owner" or "nobody"."""
+    @property
+    def peer_may_touch(self) -> bool:
+        """A peer may be reading the blocks."""
+    @property
+    def deadline(self) -> str:
+        """What must have happened by then: "offer", "claim", "start", "progress", "answer", "reclaim", "release"; "none"."""
+    @property
+    def duty(self) -> str | None:
+        """The event that is due when the deadline is over."""
+    @property
+    def actor(self) -> str:
+        """Who must see to it: "owner", "ledger", "nobody"."""
+
+class EventFacts:
+    """Whose event it is, and what it proves (handle_laws.hpp)."""
+
+    @property
+    def party(self) -> str:
+        """ "owner", "claimant", "anyone" or "ledger"."""
+    @property
+    def guard(self) -> str:
+        """What else must hold: "none", "all_sealed", "overdue", "cut_off" or "owner_gone"."""
+    @property
+    def proof(self) -> str:
+        """Why nobody reads any more after it: "none", "acknowledged", "fenced" or "gone"."""
+    @property
+    def crosses(self) -> bool:
+        """It reaches the ledger; False: it stays in the owner's process."""
+
 class Table:
     """A state machine: every (state, event) pair has one row."""
 
@@ -227,6 +262,12 @@ class Table:
     def events(self) -> list[str]: ...
     @property
     def rows(self) -> list[Row]: ...
+    @property
+    def state_facts(self) -> dict[str, StateFacts]:
+        """Of every state, in `kv_handle`; empty in the others."""
+    @property
+    def event_facts(self) -> dict[str, EventFacts]:
+        """Of every event, in `kv_handle`; empty in the others."""
 
 def block_hashes(
     token_ids: TokenIds, *, block_tokens: int, hash_key: bytes, model_identity: bytes, salt: bytes = b""
@@ -234,4 +275,4 @@ def block_hashes(
     """The chained 16-byte hash of every full block: SipHash-2-4-128 of the parent's hash and the block's token ids."""
 
 def fsm_tables() -> dict[str, Table]:
-    """The constexpr tables that the compiler checked, by name: "block" and "request"."""
+    """The constexpr tables that the compiler checked, by name: "block", "kv_handle" and "request"."""
