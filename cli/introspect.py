@@ -81,8 +81,7 @@ class Machine:
 
 
 def machines() -> dict[str, Machine]:
-    """All of them by name: the scheduler's, from its constexpr tables, and the ledger's."""
-    from tokenrelay.ledger.states import TABLE, Event, State
+    """All of them by name, from libscheduler's constexpr tables."""
     from tokenrelay.libscheduler import fsm_tables
 
     found = {}
@@ -95,13 +94,6 @@ def machines() -> dict[str, Machine]:
             tuple((state, event, after) for state, event, after, _ in rows if after is not None),
             tuple((state, event, reason) for state, event, after, reason in rows if after is None),
         )
-    answers = [(state.value, event.value, TABLE[state, event]) for state in State for event in Event]
-    found["handle"] = Machine(
-        "handle",
-        tuple(state.value for state in State),
-        tuple((state, event, answer.value) for state, event, answer in answers if isinstance(answer, State)),
-        tuple((state, event, answer) for state, event, answer in answers if isinstance(answer, str)),
-    )
     return found
 
 

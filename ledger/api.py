@@ -170,7 +170,7 @@ class Ledger(Protocol):
         """The claimant has room, and may read what is sealed until the deadline."""
 
     async def decline(self, handle: Handle, claimant: Actor) -> Rejection | None:
-        """The claimant reads no more and has given up its room; the handle is claimable again."""
+        """The claimant reads no more and has given up its room; for another peer the owner reserves another handle."""
 
     async def adopt(self, handle: Handle, claimant: Actor, *, deadline_s: float | None = None) -> Rejection | None:
         """The claimant read and validated everything: it goes on alone."""

@@ -6,13 +6,14 @@
     ledger.offer(handle, prefill)
     ledger.claim(handle, decode, deadline_s=10)
     ledger.seal(handle, prefill, extents=24)
+    ledger.transfer(handle, decode, deadline_s=10)                  # while it reads; each one renews the lease
     ledger.adopt(handle, decode)
     ledger.release(handle, prefill)
 
 An expected refusal is a value (`Rejection`), never an exception: a stale actor loses, and learns why. An actor is a
 member in one of its lives; a member that joins again has died before, and everything its former life held ends then
-(law 6). The ledger acts on no deadline itself: `expired` says who must, `fence` carries out what a timer alone may not
-(law 3).
+(law 6). What may follow what is in libscheduler's constexpr table (states.py reads it). The ledger acts on no deadline
+itself: `expired` says what is due; `expire` ends a claim and keeps the blocks, `fence` says that a reader was cut off.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from tokenrelay.ledger.states import PARTIES, TABLE, TERMINAL, Event, Party, State
+from tokenrelay.ledger.states import DUE, PARTIES, PEER_MAY_TOUCH, TABLE, TERMINAL, Event, Party, State
 
 HANDLES_MAX = 65536
 
@@ -59,6 +60,7 @@ class Code(Enum):
     NOT_YOURS = "not_yours"
     WRONG_STATE = "wrong_state"
     NOT_SEALED = "not_sealed"
+    NOT_DUE = "not_due"  # to expire: its deadline is not over
     INCOMPATIBLE = "incompatible"  # at join: another model, dtype, block size, layout, width or protocol
     INVALID = "invalid"  # a field is out of its bounds
     UNAVAILABLE = "unavailable"  # the kvstore cannot decide just now: nothing changed, or nobody knows whether it did
@@ -75,16 +77,12 @@ class Duty(Enum):
     """What somebody must do about a handle that is past its deadline."""
 
     RECLAIM = "reclaim"  # the owner: nobody else touches the blocks
-    FENCE = "fence"  # whoever can cut the claimant off; a timer alone never takes blocks from a reader
     RELEASE = "release"  # the owner
+    EXPIRE = "expire"  # whoever keeps the ledger: the claim ends, the blocks stay where they are
+    FENCE = "fence"  # the owner cuts the claimant off; a timer alone never takes blocks from a reader
 
 
-DUTIES = {
-    State.RESERVED: Duty.RECLAIM,
-    State.OFFERED: Duty.RECLAIM,
-    State.CLAIMED: Duty.FENCE,
-    State.ADOPTED: Duty.RELEASE,
-}
+DUTIES = {state: Duty(event.value) for state, (event, _) in DUE.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +119,8 @@ _STALE_TERM = Rejection(Code.STALE_TERM, "the handle's name was given under anot
 _DEAD = Rejection(Code.STALE_INCARNATION, "this life of the member is over, or it never joined")
 _FOREIGN = Rejection(Code.NOT_YOURS, "the event is for another party")
 _UNSEALED = Rejection(Code.NOT_SEALED, "some extents are not sealed yet")
+_NOT_DUE = Rejection(Code.NOT_DUE, "the claim's deadline is not over, and its claimant lives")
+_HAVE_CLAIMANT = PEER_MAY_TOUCH | {State.ADOPTED}
 
 
 class EmbeddedLedger:
@@ -147,26 +147,35 @@ class EmbeddedLedger:
 
     # -- members ------------------------------------------------------------------------------------------------------
     def join(self, actor: Actor) -> list[Handle]:
-        """A member's new life. Ends what its former one held; returns those handles."""
+        """A member's new life. Its former one is over, but may be running still; returns the handles that moved."""
         former = self._members.get(actor.name)
-        ended = self.leave(former) if former is not None and former != actor else []
+        ended = self.leave(former, fenced=False) if former is not None and former != actor else []
         self._members[actor.name] = actor
         return ended
 
-    def leave(self, actor: Actor) -> list[Handle]:
-        """This life is over, and cannot touch memory any more. Its own handles are lost, its claims fenced."""
+    def leave(self, actor: Actor, *, fenced: bool = True) -> list[Handle]:
+        """This life is over: it takes part in nothing any more. Returns the handles that moved.
+
+        Its own handles are lost. Its claims are fenced if it cannot touch memory any more (`fenced`: it left in good
+        order, or its process was seen to end); otherwise they are quarantined, and their owners cut it off at once.
+        """
         if self._members.get(actor.name) != actor:
             return []
         del self._members[actor.name]
-        ended = []
+        moved = []
         for number, record in enumerate(self._records):
-            if record.state in TERMINAL:
+            if record.owner == actor:
+                event = Event.LOSE
+            elif record.claimant == actor and record.state in PEER_MAY_TOUCH:
+                event = Event.FENCE if fenced else Event.EXPIRE
+            else:
                 continue
-            event = Event.LOSE if record.owner == actor else Event.FENCE if record.claimant == actor else None
-            if event is not None and isinstance(TABLE[record.state, event], State):
-                ended.append(Handle(number, record.generation, record.term))
+            if event is Event.EXPIRE:
+                self._set_deadline(number, record, 0.0)  # nobody is there to answer
+            if isinstance(TABLE[record.state, event], State):
+                moved.append(Handle(number, record.generation, record.term))
                 self._move(number, record, event)
-        return ended
+        return moved
 
     # -- transitions --------------------------------------------------------------------------------------------------
     def reserve(self, owner: Actor, *, extents: int, deadline_s: float) -> Handle | Rejection:
@@ -183,9 +192,11 @@ class EmbeddedLedger:
         record = self._records[number]
         record.generation += 1
         record.term = self._term
-        record.state, record.owner, record.claimant = State.RESERVED, owner, None
+        state = TABLE[State.UNUSED, Event.RESERVE]
+        assert isinstance(state, State)
+        record.state, record.owner, record.claimant = state, owner, None
         record.extents, record.sealed = extents, 0
-        self.counts[State.RESERVED] += 1
+        self.counts[state] += 1
         self._set_deadline(number, record, deadline_s)
         self._changed(number, record)
         return Handle(number, record.generation, record.term)
@@ -202,9 +213,17 @@ class EmbeddedLedger:
         """The claimant has room, and may read what is sealed until the deadline."""
         return self._apply(handle, claimant, Event.CLAIM, deadline_s)
 
+    def transfer(self, handle: Handle, claimant: Actor, *, deadline_s: float | None = None) -> Rejection | None:
+        """The claimant has begun to read, or goes on reading: its lease counts anew."""
+        return self._apply(handle, claimant, Event.TRANSFER, deadline_s)
+
     def decline(self, handle: Handle, claimant: Actor) -> Rejection | None:
-        """The claimant reads no more; the handle is claimable again."""
+        """The claimant reads no more and will not adopt. A handle is claimed once: the owner reserves another one."""
         return self._apply(handle, claimant, Event.DECLINE, None)
+
+    def acknowledge(self, handle: Handle, claimant: Actor) -> Rejection | None:
+        """The claimant of a quarantined handle reads no more: the owner may reclaim it."""
+        return self._apply(handle, claimant, Event.ACKNOWLEDGE, None)
 
     def adopt(self, handle: Handle, claimant: Actor, *, deadline_s: float | None = None) -> Rejection | None:
         """The claimant read and validated everything: it goes on alone."""
@@ -214,13 +233,24 @@ class EmbeddedLedger:
         """The owner gives its pins back after the adoption."""
         return self._apply(handle, owner, Event.RELEASE, None)
 
+    def quarantine(self, handle: Handle, owner: Actor, *, deadline_s: float | None = None) -> Rejection | None:
+        """The owner wants its blocks back while somebody may read: the claim ends, and the claimant is to answer."""
+        return self._apply(handle, owner, Event.QUARANTINE, deadline_s)
+
+    def expire(self, handle: Handle, *, deadline_s: float | None = None) -> Rejection | None:
+        """The claim's deadline is over: it cannot be adopted any more. The blocks stay, `deadline_s` for an answer."""
+        return self._apply(handle, None, Event.EXPIRE, deadline_s)
+
     def reclaim(self, handle: Handle, owner: Actor) -> Rejection | None:
         """The owner takes the blocks back; refused while somebody may read."""
         return self._apply(handle, owner, Event.RECLAIM, None)
 
-    def fence(self, handle: Handle) -> Rejection | None:
-        """The claimant was cut off from the owner's memory (its registration is gone, its process is dead)."""
-        return self._apply(handle, None, Event.FENCE, None)
+    def fence(self, handle: Handle, owner: Actor | None = None) -> Rejection | None:
+        """The claimant was cut off from the owner's memory (its registration is gone, its process is dead).
+
+        `owner`: on whose word; None: whoever calls knows it, and answers for it.
+        """
+        return self._apply(handle, owner, Event.FENCE, None)
 
     def _apply(
         self, handle: Handle, actor: Actor | None, event: Event, deadline_s: float | None, extents: int = 0
@@ -239,20 +269,29 @@ class EmbeddedLedger:
         if wrong_state is not None:
             return wrong_state
         party = PARTIES[event]
-        if (party is Party.OWNER and actor != record.owner) or (party is Party.CLAIMANT and actor != record.claimant):
+        if (party is Party.CLAIMANT and actor != record.claimant) or (
+            actor != record.owner and (party is Party.OWNER or (party is Party.LEDGER and actor is not None))
+        ):
             return _FOREIGN
         if event is Event.ADOPT and record.sealed < record.extents:
             return _UNSEALED
+        if event is Event.EXPIRE and not self._overdue(record):
+            return _NOT_DUE
         if deadline_s is not None:
             self._set_deadline(number, record, deadline_s)
         if event is Event.SEAL:
             record.sealed = min(record.extents, max(record.sealed, extents))
         elif event is Event.CLAIM:
             record.claimant = actor
-        elif event is Event.DECLINE:
+        elif event in (Event.DECLINE, Event.ACKNOWLEDGE):
             record.claimant = None
         self._move(number, record, event)
         return None
+
+    def _overdue(self, record: _Record) -> bool:
+        claimant = record.claimant
+        lives = claimant is not None and self._members.get(claimant.name) == claimant
+        return record.deadline_s <= self._clock() or not lives
 
     def _move(self, number: int, record: _Record, event: Event) -> None:
         state = TABLE[record.state, event]
@@ -352,7 +391,7 @@ class EmbeddedLedger:
         assert len(set(self._unused)) == len(self._unused), "a number is unused twice"
         for number, record in enumerate(self._records):
             assert (record.state in TERMINAL) == (record.owner is None), f"handle {number} has no owner, or too many"
-            assert (record.state in (State.CLAIMED, State.ADOPTED)) == (record.claimant is not None), f"handle {number}"
+            assert (record.state in _HAVE_CLAIMANT) == (record.claimant is not None), f"handle {number}"
             assert 0 <= record.sealed <= record.extents
             assert record.state is not State.ADOPTED or record.sealed == record.extents, "adopted before it was sealed"
         open_numbers = {n for n, record in enumerate(self._records) if record.state not in TERMINAL}

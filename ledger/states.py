@@ -1,23 +1,29 @@
-"""The life of a KV handle, as data: every (state, event) pair is a transition or a rejection with a reason.
+"""The life of a KV handle, as libscheduler's constexpr table has it (handle.hpp), for the ledger.
 
-    Reserved -> Offered <-> Claimed -> Adopted -> Released
-        \\          \\          \\
-         \\----------+---------- Reclaimed / Fenced, and Lost from anywhere when the owner's life is over
+    Reserved -> Offered -> Claimed -> Transferring -> Adopted -> Released
+                              \\-> Quarantined -> Returned -> Reclaimed, or -> Fenced; from anywhere -> Lost
 
-A pair that is missing here makes the import fail.
+The compiler checked that table: every (state, event) pair is a transition or a rejection with a reason, and the laws of
+docs/kv-ownership.md hold for it. Nothing is repeated here but the names.
 """
 
 from __future__ import annotations
 
 from enum import Enum
 
+from tokenrelay.libscheduler import EventFacts, StateFacts, fsm_tables
+
 
 class State(Enum):
-    """Where a handle is. Each non-terminal state has a deadline (law 3)."""
+    """Where a handle is. Each state that holds blocks has a deadline, and someone who acts on it (law 3)."""
 
+    UNUSED = "unused"  # the number is nobody's
     RESERVED = "reserved"  # the owner admitted the sequence; nobody else may touch its blocks
     OFFERED = "offered"  # claimable
     CLAIMED = "claimed"  # a claimant has room, and may be reading
+    TRANSFERRING = "transferring"  # it reads; what it reports renews its lease
+    QUARANTINED = "quarantined"  # the claim is over, but the claimant may be reading until it answers or is fenced
+    RETURNED = "returned"  # the claimant said that it reads no more: the owner takes the blocks back
     ADOPTED = "adopted"  # the claimant validated all it read and needs the source no more
     RELEASED = "released"  # terminal: handed over, the owner's pins are given back
     RECLAIMED = "reclaimed"  # terminal: taken back, nobody reads
@@ -26,87 +32,49 @@ class State(Enum):
 
 
 class Event(Enum):
-    """What may happen to a handle, and who may cause it."""
+    """What may happen to a handle; PARTIES says whose event it is."""
 
-    OFFER = "offer"  # owner
-    SEAL = "seal"  # owner: some more extents can be read
-    CLAIM = "claim"  # any member
-    DECLINE = "decline"  # claimant: it stopped reading, and will not adopt
-    ADOPT = "adopt"  # claimant: it read and validated everything
-    RELEASE = "release"  # owner
-    RECLAIM = "reclaim"  # owner
-    FENCE = "fence"  # the ledger: the claimant is dead, or cut off from the owner's memory
-    LOSE = "lose"  # the ledger: the owner is dead
+    RESERVE = "reserve"
+    FILL = "fill"  # stays in the owner's process
+    SEAL = "seal"  # some more extents can be read
+    OFFER = "offer"
+    CLAIM = "claim"
+    TRANSFER = "transfer"  # it reads, and goes on reading: the lease counts anew
+    ADOPT = "adopt"  # it read and validated everything
+    DECLINE = "decline"  # it reads no more, and will not adopt
+    ACKNOWLEDGE = "acknowledge"  # it was told to stop, and reads no more
+    RELEASE = "release"
+    QUARANTINE = "quarantine"  # the owner wants its blocks back while somebody may be reading
+    EXPIRE = "expire"  # the claim's deadline is over, or its claimant's lease
+    RECLAIM = "reclaim"
+    FENCE = "fence"  # the claimant is dead, or cut off from the owner's memory
+    LOSE = "lose"  # the owner is dead
 
 
 class Party(Enum):
-    """Whose event it is."""
+    """Whose event it is, or who must act."""
 
+    NOBODY = "nobody"
     OWNER = "owner"
     CLAIMANT = "claimant"
-    ANYONE = "anyone"
-    LEDGER = "ledger"
+    ANYONE = "anyone"  # any member
+    LEDGER = "ledger"  # on its own knowledge, or on the owner's word
 
 
-PARTIES: dict[Event, Party] = {
-    Event.OFFER: Party.OWNER,
-    Event.SEAL: Party.OWNER,
-    Event.CLAIM: Party.ANYONE,
-    Event.DECLINE: Party.CLAIMANT,
-    Event.ADOPT: Party.CLAIMANT,
-    Event.RELEASE: Party.OWNER,
-    Event.RECLAIM: Party.OWNER,
-    Event.FENCE: Party.LEDGER,
-    Event.LOSE: Party.LEDGER,
-}
-
-TERMINAL = frozenset({State.RELEASED, State.RECLAIMED, State.FENCED, State.LOST})
-
-_NOT_OFFERED = "the handle is not offered"
-_NOT_CLAIMED = "nobody claimed the handle"
-_MAY_READ = "the claimant may be reading: it declines, or is fenced"
-_OVER = "the handle is over"
-
-_R, _O, _C, _A = State.RESERVED, State.OFFERED, State.CLAIMED, State.ADOPTED
+_table = fsm_tables()["kv_handle"]
+INITIAL = State(_table.initial.lower())
 TABLE: dict[tuple[State, Event], State | str] = {
-    (_R, Event.OFFER): _O,
-    (_R, Event.SEAL): _R,
-    (_R, Event.CLAIM): _NOT_OFFERED,
-    (_R, Event.DECLINE): _NOT_CLAIMED,
-    (_R, Event.ADOPT): _NOT_CLAIMED,
-    (_R, Event.RELEASE): "nothing was handed over: it is reclaimed",
-    (_R, Event.RECLAIM): State.RECLAIMED,
-    (_R, Event.FENCE): _NOT_CLAIMED,
-    (_R, Event.LOSE): State.LOST,
-    (_O, Event.OFFER): "the handle is offered already",
-    (_O, Event.SEAL): _O,
-    (_O, Event.CLAIM): _C,
-    (_O, Event.DECLINE): _NOT_CLAIMED,
-    (_O, Event.ADOPT): _NOT_CLAIMED,
-    (_O, Event.RELEASE): "nothing was handed over: it is reclaimed",
-    (_O, Event.RECLAIM): State.RECLAIMED,
-    (_O, Event.FENCE): _NOT_CLAIMED,
-    (_O, Event.LOSE): State.LOST,
-    (_C, Event.OFFER): "the handle is claimed already",
-    (_C, Event.SEAL): _C,
-    (_C, Event.CLAIM): "another one claimed the handle",
-    (_C, Event.DECLINE): _O,
-    (_C, Event.ADOPT): _A,
-    (_C, Event.RELEASE): _MAY_READ,
-    (_C, Event.RECLAIM): _MAY_READ,
-    (_C, Event.FENCE): State.FENCED,
-    (_C, Event.LOSE): State.LOST,
-    (_A, Event.OFFER): "the handle was adopted",
-    (_A, Event.SEAL): "an adopted handle has every extent",
-    (_A, Event.CLAIM): "the handle was adopted",
-    (_A, Event.DECLINE): "the handle was adopted",
-    (_A, Event.ADOPT): "the handle was adopted already",
-    (_A, Event.RELEASE): State.RELEASED,
-    (_A, Event.RECLAIM): "it was handed over: it is released",
-    (_A, Event.FENCE): "nobody reads an adopted handle",
-    (_A, Event.LOSE): State.LOST,
-    **{(state, event): _OVER for state in TERMINAL for event in Event},
+    (State(row.state.lower()), Event(row.event.lower())): State(row.next.lower()) if row.next else row.reason
+    for row in _table.rows
+}
+FACTS: dict[State, StateFacts] = {State(name.lower()): facts for name, facts in _table.state_facts.items()}
+EVENT_FACTS: dict[Event, EventFacts] = {Event(name.lower()): facts for name, facts in _table.event_facts.items()}
+PARTIES: dict[Event, Party] = {event: Party(EVENT_FACTS[event].party) for event in Event}
+PEER_MAY_TOUCH = frozenset(state for state in State if FACTS[state].peer_may_touch)
+TERMINAL = frozenset(s for s in State if s is not INITIAL and not any(isinstance(TABLE[s, e], State) for e in Event))
+# What is due when a state's deadline is over, and who must see to it.
+DUE: dict[State, tuple[Event, Party]] = {
+    state: (Event(facts.duty.lower()), Party(facts.actor)) for state, facts in FACTS.items() if facts.duty
 }
 
-_missing = [(s, e) for s in State for e in Event if (s, e) not in TABLE]
-assert not _missing, f"pairs nobody thought of: {_missing}"
+assert set(FACTS) == set(State) and set(EVENT_FACTS) == set(Event), "states.py and handle.hpp name different things"

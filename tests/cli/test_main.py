@@ -142,11 +142,11 @@ def test_kernels_are_listed_and_explained(capsys: pytest.CaptureFixture[str], mo
 
 def test_state_machines_as_mermaid() -> None:
     found = machines()
-    assert set(found) == {*fsm_tables(), "handle"} >= {"block", "request", "handle"}
+    assert set(found) == set(fsm_tables()) >= {"block", "request", "kv_handle"}
     shown = run("fsm", "show")
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout == "\n".join(mermaid(found[name]) for name in sorted(found))
-    assert run("fsm", "show", "handle").stdout == mermaid(found["handle"])
+    assert run("fsm", "show", "kv_handle").stdout == mermaid(found["kv_handle"])
     for name, table in fsm_tables().items():
         diagram = mermaid(found[name])
         assert f"[*] --> {table.initial}\n" in diagram
@@ -157,6 +157,6 @@ def test_state_machines_as_mermaid() -> None:
 
 
 def test_a_handles_life_as_mermaid() -> None:
-    diagram = mermaid(machines()["handle"])
-    assert "[*] --> reserved\n    reserved --> offered: offer\n" in diagram
-    assert {state.value for state in TERMINAL} == set(re.findall(r"(\w+) --> \[\*\]", diagram))
+    diagram = mermaid(machines()["kv_handle"])
+    assert "[*] --> Unused\n    Unused --> Reserved: Reserve\n" in diagram
+    assert {state.value.capitalize() for state in TERMINAL} == set(re.findall(r"(\w+) --> \[\*\]", diagram))

@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from tokenrelay.ledger.ledger import Actor, Code, Duty, EmbeddedLedger, Handle, Rejection
-from tokenrelay.ledger.states import PARTIES, TABLE, TERMINAL, Event, Party, State
+from tokenrelay.ledger.ledger import DUTIES, Actor, Code, Duty, EmbeddedLedger, Handle, Rejection
+from tokenrelay.ledger.states import PARTIES, PEER_MAY_TOUCH, TABLE, TERMINAL, Event, Party, State
 
 PREFILL, DECODE = Actor("prefill", "p1"), Actor("decode", "d1")
 
@@ -44,8 +44,11 @@ def test_every_pair_is_listed_and_every_state_can_end() -> None:
     reachable = {state: {n for (s, _), n in TABLE.items() if s is state and isinstance(n, State)} for state in State}
     for state in State:
         assert (state in TERMINAL) == (not reachable[state])
-        if state not in TERMINAL:
+        if state not in TERMINAL and state is not State.UNUSED:
             assert State.LOST in reachable[state], "a dead owner ends every handle"
+    assert {State.RELEASED, State.RECLAIMED, State.FENCED, State.LOST} == TERMINAL
+    assert {State.CLAIMED, State.TRANSFERRING, State.QUARANTINED} == PEER_MAY_TOUCH
+    assert set(DUTIES) == set(State) - TERMINAL - {State.UNUSED}
 
 
 def test_a_handover_walks_through_all_states() -> None:
@@ -54,6 +57,7 @@ def test_a_handover_walks_through_all_states() -> None:
     assert ledger.offer(handle, PREFILL) is None
     assert ledger.claim(handle, DECODE) is None
     assert ledger.seal(handle, PREFILL, extents=1) is None
+    assert ledger.transfer(handle, DECODE) is None and ledger.transfer(handle, DECODE) is None
     assert code(ledger.adopt(handle, DECODE)) is Code.NOT_SEALED
     assert code(ledger.release(handle, PREFILL)) is Code.WRONG_STATE  # a reader may live (law 2)
     assert code(ledger.reclaim(handle, PREFILL)) is Code.WRONG_STATE
@@ -71,7 +75,9 @@ def test_a_claimant_that_declines_frees_the_owner() -> None:
     ledger.claim(handle, DECODE)
     assert code(ledger.decline(handle, PREFILL)) is Code.NOT_YOURS
     assert ledger.decline(handle, DECODE) is None
+    assert ledger.state(handle) is State.RETURNED
     assert code(ledger.adopt(handle, DECODE)) is Code.WRONG_STATE
+    assert code(ledger.claim(handle, DECODE)) is Code.WRONG_STATE, "a handle is claimed once"
     assert ledger.reclaim(handle, PREFILL) is None
     assert ledger.state(handle) is State.RECLAIMED
 
@@ -109,11 +115,71 @@ def test_a_member_that_joins_again_died_before() -> None:
     ledger.claim(claimed, DECODE)
     reborn = Actor("decode", "d2")
     assert set(ledger.join(reborn)) == {owned, claimed}
-    assert ledger.state(owned) is State.LOST and ledger.state(claimed) is State.FENCED
+    assert ledger.state(owned) is State.LOST and ledger.state(claimed) is State.QUARANTINED
+    assert code(ledger.reclaim(claimed, PREFILL)) is Code.WRONG_STATE, "the former life may be reading"
+    assert dict(ledger.expired()) == {claimed: Duty.FENCE}, "nobody is there to answer: the owner cuts it off at once"
     assert code(ledger.adopt(claimed, DECODE)) is Code.STALE_INCARNATION
     assert code(ledger.reserve(DECODE, extents=1, deadline_s=1)) is Code.STALE_INCARNATION
+    assert code(ledger.acknowledge(claimed, reborn)) is Code.NOT_YOURS, "a new life does not speak for the former one"
+    assert code(ledger.fence(claimed, reborn)) is Code.NOT_YOURS
+    assert ledger.fence(claimed, PREFILL) is None and ledger.state(claimed) is State.FENCED
     assert isinstance(ledger.reserve(reborn, extents=1, deadline_s=1), Handle)
     ledger.check()
+
+
+def test_who_leaves_in_good_order_is_fenced() -> None:
+    ledger = new_ledger()
+    owned, claimed = reserve(ledger, DECODE), reserve(ledger)
+    ledger.offer(claimed, PREFILL)
+    ledger.claim(claimed, DECODE)
+    assert set(ledger.leave(DECODE)) == {owned, claimed}
+    assert ledger.state(owned) is State.LOST and ledger.state(claimed) is State.FENCED
+    assert ledger.leave(DECODE) == []
+    ledger.check()
+
+
+def test_a_quarantine_ends_by_an_answer_or_by_a_fence_and_by_nothing_else() -> None:
+    clock = Clock()
+    ledger = new_ledger(clock)
+    answered, declined, fenced, unread = (reserve(ledger, deadline_s=5) for _ in range(4))
+    assert code(ledger.quarantine(unread, PREFILL)) is Code.WRONG_STATE  # nobody reads: it is reclaimed
+    for handle in (answered, declined, fenced):
+        ledger.offer(handle, PREFILL)
+        ledger.claim(handle, DECODE)
+        ledger.seal(handle, PREFILL, extents=2)
+        assert code(ledger.acknowledge(handle, DECODE)) is Code.WRONG_STATE  # nobody asked
+        assert code(ledger.quarantine(handle, DECODE)) is Code.NOT_YOURS
+        assert ledger.quarantine(handle, PREFILL, deadline_s=3) is None
+        assert code(ledger.adopt(handle, DECODE)) is Code.WRONG_STATE, "the claim is over"
+        assert code(ledger.transfer(handle, DECODE)) is Code.WRONG_STATE
+    clock.now_s += 100
+    for handle in (answered, declined, fenced):
+        assert code(ledger.reclaim(handle, PREFILL)) is Code.WRONG_STATE, "no clock frees what is read"
+        assert dict(ledger.expired())[handle] is Duty.FENCE
+    assert ledger.acknowledge(answered, DECODE) is None
+    assert ledger.decline(declined, DECODE) is None  # it crossed the quarantine on its way
+    for handle in (answered, declined):
+        assert ledger.state(handle) is State.RETURNED and ledger.reclaim(handle, PREFILL) is None
+    assert ledger.fence(fenced, PREFILL) is None and ledger.state(fenced) is State.FENCED
+    ledger.check()
+
+
+def test_a_claim_expires_when_it_is_overdue_and_progress_renews_it() -> None:
+    clock = Clock()
+    ledger = new_ledger(clock)
+    handle = reserve(ledger)
+    ledger.offer(handle, PREFILL)
+    ledger.claim(handle, DECODE, deadline_s=2)
+    assert code(ledger.expire(handle)) is Code.NOT_DUE
+    for _ in range(5):  # a slow pull
+        clock.now_s += 1.5
+        assert ledger.transfer(handle, DECODE, deadline_s=2) is None
+    assert code(ledger.expire(handle)) is Code.NOT_DUE and ledger.state(handle) is State.TRANSFERRING
+    clock.now_s += 2.5
+    assert dict(ledger.expired()) == {handle: Duty.EXPIRE}
+    assert ledger.expire(handle, deadline_s=4) is None and ledger.state(handle) is State.QUARANTINED
+    assert ledger.expired() == [] and ledger.next_deadline_s() == pytest.approx(4)
+    assert code(ledger.adopt(handle, DECODE)) is Code.WRONG_STATE
 
 
 def test_deadlines_name_the_duty_and_a_timer_takes_nothing_from_a_reader() -> None:
@@ -131,10 +197,13 @@ def test_deadlines_name_the_duty_and_a_timer_takes_nothing_from_a_reader() -> No
     due = dict(ledger.expired())
     assert due == {reserved: Duty.RECLAIM, offered: Duty.RECLAIM, adopted: Duty.RELEASE}
     clock.now_s += 2
-    assert dict(ledger.expired())[claimed] is Duty.FENCE
+    assert dict(ledger.expired())[claimed] is Duty.EXPIRE
     assert ledger.state(claimed) is State.CLAIMED, "nothing happened by itself"
     assert ledger.fence(claimed) is None
     assert code(ledger.adopt(claimed, DECODE)) is Code.WRONG_STATE
+
+
+_NO_MESSAGE = (Event.RESERVE, Event.FILL)  # it answers with a name; it stays in the owner's process
 
 
 @settings(max_examples=60, stateful_step_count=60, deadline=None)
@@ -158,7 +227,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.lives += 1
         actor = Actor(name, str(self.lives))
         for ended in self.ledger.join(actor):
-            assert self.ledger.state(ended) in TERMINAL
+            assert self.ledger.state(ended) in (*TERMINAL, State.QUARANTINED)
         self.live[name] = actor
         return actor
 
@@ -183,7 +252,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(
         handle=handles,
         actor=actors,
-        event=st.sampled_from([e for e in Event if PARTIES[e] is not Party.LEDGER]),
+        event=st.sampled_from([e for e in Event if PARTIES[e] is not Party.LEDGER and e not in _NO_MESSAGE]),
         amount=st.integers(0, 3),
     )
     def send(self, handle: Handle, actor: Actor, event: Event, amount: int) -> None:
@@ -215,8 +284,11 @@ class LedgerMachine(RuleBasedStateMachine):
             record = self.ledger._records[handle.number]
             owner = record.owner
             assert owner is not None
-            if duty is Duty.FENCE:
-                assert self.ledger.fence(handle) is None
+            if duty is Duty.EXPIRE:
+                assert self.ledger.expire(handle) is None
+                assert self.ledger.fence(handle, owner) is None
+            elif duty is Duty.FENCE:
+                assert self.ledger.fence(handle, owner) is None
             elif duty is Duty.RECLAIM:
                 assert self.ledger.reclaim(handle, owner) is None
             else:

@@ -9,10 +9,10 @@ import pytest
 from tokenrelay.libscheduler import fsm_tables
 from tokenrelay.libscheduler.diagram import fill, markdown, mermaid
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "scheduler.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-@pytest.mark.parametrize("name", ["block", "request"])
+@pytest.mark.parametrize("name", ["block", "kv_handle", "request"])
 def test_every_pair_has_one_row_with_an_answer(name: str) -> None:
     table = fsm_tables()[name]
     assert table.name == name and table.initial in table.states
@@ -35,10 +35,22 @@ def test_every_state_is_reached_and_every_sequence_can_end() -> None:
     assert ends == set(fsm_tables()["request"].states)
 
 
-def test_the_page_shows_the_tables_as_they_are() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    assert page.count("<!-- generated: end -->") == 4
-    assert fill(page) == page, "stale: python -m tokenrelay.libscheduler.diagram docs/scheduler.md"
+@pytest.mark.parametrize(("name", "parts"), [("scheduler.md", 4), ("kv-ownership.md", 4)])
+def test_the_pages_show_the_tables_as_they_are(name: str, parts: int) -> None:
+    page = (DOCS / name).read_text(encoding="utf-8")
+    assert page.count("<!-- generated: end -->") == parts
+    assert fill(page) == page, f"stale: python -m tokenrelay.libscheduler.diagram docs/{name}"
+
+
+def test_handles_have_facts_and_the_other_machines_have_none() -> None:
+    tables = fsm_tables()
+    handle = tables["kv_handle"]
+    assert set(handle.state_facts) == set(handle.states) and set(handle.event_facts) == set(handle.events)
+    assert not tables["block"].state_facts and not tables["request"].event_facts
+    claimed, expire = handle.state_facts["Claimed"], handle.event_facts["Expire"]
+    assert claimed.peer_may_touch and (claimed.deadline, claimed.duty, claimed.actor) == ("start", "Expire", "ledger")
+    assert (expire.party, expire.guard, expire.proof, expire.crosses) == ("ledger", "overdue", "none", True)
+    assert handle.state_facts["Released"].duty is None and not handle.event_facts["Fill"].crosses
 
 
 def test_a_diagram_has_every_transition() -> None:

@@ -225,7 +225,7 @@ class StateFacts:
         """A peer may be reading the blocks."""
     @property
     def deadline(self) -> str:
-        """What must have happened by then: "offer", "claim", "start", "progress", "answer", "reclaim", "release"; "none"."""
+        """What must have happened by then: "offer", "claim", "start", "progress", "answer", "reclaim", "release"."""
     @property
     def duty(self) -> str | None:
         """The event that is due when the deadline is over."""

@@ -5,13 +5,14 @@
     print(markdown(tables["request"]))
 
 `python -m tokenrelay.libscheduler.diagram FILE` rewrites the generated parts of a page, between
-`<!-- generated: diagram|table NAME -->` and `<!-- generated: end -->`.
+`<!-- generated: diagram|table|states|events NAME -->` and `<!-- generated: end -->`.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tokenrelay.libscheduler._native import Table, fsm_tables
@@ -39,16 +40,56 @@ def markdown(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
+def states(table: Table) -> str:
+    """Each state that holds something: whether a peer may touch it, its deadline, what is due then, and by whom."""
+    lines = [
+        "| state | a peer may touch the blocks | deadline for | then due | who sees to it |",
+        "|---|---|---|---|---|",
+    ]
+    for name in table.states:
+        facts = table.state_facts[name]
+        if facts.duty is not None:
+            touch = "**yes**" if facts.peer_may_touch else "no"
+            lines.append(f"| {name} | {touch} | {facts.deadline} | {facts.duty} | {facts.actor} |")
+    return "\n".join(lines) + "\n"
+
+
+def events(table: Table) -> str:
+    """Whose each event is, what else must hold, what it says about the peer's access, and where it is accepted."""
+    lines = [
+        "| event | whose | what must hold | nobody reads after it, because | accepted in |",
+        "|---|---|---|---|---|",
+    ]
+    for name in table.events:
+        facts = table.event_facts[name]
+        accepted = ", ".join(row.state for row in table.rows if row.event == name and row.next is not None)
+        whose = facts.party if facts.crosses else f"{facts.party}, in its process"
+        guard, proof = (word.replace("_", " ") if word != "none" else "" for word in (facts.guard, facts.proof))
+        lines.append(f"| {name} | {whose} | {guard} | {proof} | {accepted} |")
+    return "\n".join(lines) + "\n"
+
+
+def _diagram(table: Table) -> str:
+    return f"```mermaid\n{mermaid(table)}```\n"
+
+
+_PARTS: dict[str, Callable[[Table], str]] = {
+    "diagram": _diagram,
+    "table": markdown,
+    "states": states,
+    "events": events,
+}
+
+
 def fill(page: str) -> str:
     """The page with its generated parts written anew. KeyError: it names a machine that does not exist."""
     tables = fsm_tables()
 
     def part(match: re.Match[str]) -> str:
         kind, name = match["kind"], match["name"]
-        text = f"```mermaid\n{mermaid(tables[name])}```\n" if kind == "diagram" else markdown(tables[name])
-        return f"<!-- generated: {kind} {name} -->\n{text}<!-- generated: end -->"
+        return f"<!-- generated: {kind} {name} -->\n{_PARTS[kind](tables[name])}<!-- generated: end -->"
 
-    pattern = r"<!-- generated: (?P<kind>diagram|table) (?P<name>\w+) -->\n.*?<!-- generated: end -->"
+    pattern = rf"<!-- generated: (?P<kind>{'|'.join(_PARTS)}) (?P<name>\w+) -->\n.*?<!-- generated: end -->"
     return re.sub(pattern, part, page, flags=re.DOTALL)
 
 
