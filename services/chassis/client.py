@@ -39,6 +39,7 @@ from tokenrelay.services.chassis.handshake import Expectation
 
 log = get_logger("worker-client")
 
+CANCEL_AGAIN_S = 0.5
 OnOutput = Callable[[worker_pb2.SequenceOutput], None]
 
 
@@ -92,9 +93,9 @@ class WorkerClient:
     async def close(self) -> None:
         """End the session; whatever is still open gets its terminal error."""
         runner, self._runner = self._runner, None
-        if runner is not None:
-            runner.cancel()
-            await asyncio.gather(runner, return_exceptions=True)
+        while runner is not None and not runner.done():
+            runner.cancel()  # again and again: one that comes as a call ends may be taken for the end of that call
+            await asyncio.wait([runner], timeout=CANCEL_AGAIN_S)
         self._fail_open(Unavailable(f"the connection to worker {self.target} was closed"))
 
     async def wait_ready(self, timeout_s: float) -> None:
@@ -205,7 +206,8 @@ class WorkerClient:
     async def _check_session(self, call: grpc.aio.StreamStreamCall, incarnation: str, timeout_s: float) -> None:
         """The worker that opens the Session must be the one that shook hands: it may have been restarted since."""
         try:
-            metadata = await asyncio.wait_for(call.initial_metadata(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # wait_for loses a cancellation at times (before Python 3.12)
+                metadata = await call.initial_metadata()
         except TimeoutError:
             raise Unavailable(f"worker {self.target} did not open the session in {timeout_s} s") from None
         found = dict(metadata or ()).get(WORKER_INCARNATION_KEY)

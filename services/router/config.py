@@ -28,6 +28,12 @@ class RouterConfig:
     body_bytes_max: int = setting(32 * MIB, "largest HTTP body, bytes; 1 M tokens are about 4 MiB", minimum=1024)
     requests_open_max: int = setting(2048, "requests in work at once; one more is answered 429", minimum=1)
     request_timeout_s: float = setting(3600.0, "longest life of one request, seconds", minimum=1)
+    moves_max: int = setting(
+        2, "times a sequence goes on elsewhere when its worker dies or drains (with several workers)", minimum=0
+    )
+    move_wait_s: float = setting(
+        15.0, "how long a sequence without a worker waits for one to come back, seconds", minimum=0
+    )
     drain_s: float = setting(60.0, "how long SIGTERM waits for open requests, seconds", minimum=0)
     tokenize_inline_chars: int = setting(
         8192, "more text than this to tokenize goes to a thread (8 k characters take about 2 ms)", minimum=0

@@ -12,6 +12,7 @@ Exactly one end: the first error fails the whole run, and outputs that come afte
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from tokenrelay.proto import worker_pb2
 from tokenrelay.services.chassis.channel import decode_error
 from tokenrelay.services.router.metrics import Metrics
 from tokenrelay.services.router.model import ServedModel, context_exceeded
+from tokenrelay.services.router.relocate import Relocation
 from tokenrelay.services.router.stops import StopMatcher
 from tokenrelay.services.router.text import Delta, TextSink
 from tokenrelay.services.router.tokenize import unpack_ids
@@ -63,11 +65,14 @@ class Choice:
         "_stops",
         "cached_tokens",
         "delta",
+        "emitted",
         "finish_reason",
         "handle",
         "index",
+        "moves",
         "output_tokens",
         "prompt_index",
+        "refused_by",
         "sent",
         "sent_end",
         "stop_reason",
@@ -86,6 +91,9 @@ class Choice:
         self.stop_reason: str | int | None = None
         self.output_tokens = 0
         self.cached_tokens = 0
+        self.emitted = bytearray()  # every token so far, packed: another worker may have to go on from here
+        self.moves = 0
+        self.refused_by: set[str] = set()
         self.sent = False  # a chunk of it has left
         self.sent_end = False  # the one with its finish_reason, too
         self._last_s = 0.0
@@ -119,12 +127,14 @@ class Choice:
     def _take(self, output: worker_pb2.SequenceOutput, run: Run) -> None:
         finish = output.finish
         if finish >= worker_pb2.FINISH_ABORT:
-            self.handle = None  # it has ended there
-            run.fail(_failure(output, run, self), "worker")
+            if not run.taken_up(self, output):
+                self.handle = None  # it has ended there
+                run.fail(_failure(output, run, self), "worker")
             return
         packed = output.token_ids
         stop_id = None
         if packed:
+            self.emitted += packed
             self._observe(len(packed) // 4, output, run)
             token_ids = unpack_ids(packed)
             if run.wanted.logprobs is not None:
@@ -241,8 +251,8 @@ class Run:
         arrived_s: float,
     ) -> None:
         loop = asyncio.get_running_loop()
-        self._pool = pool
         self._arrived_s = arrived_s
+        self._ends_s = math.inf
         self._open = 0  # choices that have not ended
         self._ended = False
         self._deadline: asyncio.TimerHandle | None = None
@@ -255,6 +265,7 @@ class Run:
         self.first: asyncio.Future[None] = loop.create_future()
         self.done: asyncio.Future[None] = loop.create_future()
         self.on_step: OnStep | None = None
+        self._places: Relocation[Choice] = Relocation(pool, metrics)
         self.choices = [
             Choice(self, prompt_index * wanted.n + choice, prompt_index, make_text())
             for prompt_index in range(len(prompts))
@@ -263,26 +274,33 @@ class Run:
 
     def start(self, timeout_s: float) -> None:
         """Submit everything to one worker, so that the choices share their prompt's KV. Raises what refuses it."""
-        client = self._pool.choose()
-        wanted = self.wanted
         self._deadline = asyncio.get_running_loop().call_later(timeout_s, self._expire, timeout_s)
+        self._ends_s = time.monotonic() + timeout_s
         for choice in self.choices:
-            prompt = self.prompts[choice.prompt_index]
-            room = self.model.tokens_left(prompt.tokens, prompt.param)
-            submit = worker_pb2.Submit(
-                request_id=self.request_id,
-                token_ids=prompt.packed,
-                output_start=prompt.tokens,
-                tokens_max=room if wanted.tokens_max is None else min(room, wanted.tokens_max),
-                sampling=wanted.sampling,
-                choice=choice.index % wanted.n,
-                seed=wanted.seed,
-                priority=wanted.priority,
-                salt=wanted.salt,
-                deadline_left_ms=min(int(timeout_s * 1000), 0xFFFFFFFF),
-            )
-            choice.handle = self._pool.submit(client, submit, choice.on_output)
+            self._places.place(self, choice)
             self._open += 1
+
+    def submission(self, choice: Choice) -> worker_pb2.Submit:
+        """What a worker must know to go on with a choice from where it stands."""
+        wanted, prompt = self.wanted, self.prompts[choice.prompt_index]
+        room = self.model.tokens_left(prompt.tokens, prompt.param)
+        left_ms = 1000 * (self._ends_s - time.monotonic())
+        return worker_pb2.Submit(
+            request_id=self.request_id,
+            token_ids=prompt.packed + choice.emitted if choice.emitted else prompt.packed,
+            output_start=prompt.tokens,
+            tokens_max=room if wanted.tokens_max is None else min(room, wanted.tokens_max),
+            sampling=wanted.sampling,
+            choice=choice.index % wanted.n,
+            seed=wanted.seed,
+            priority=wanted.priority,
+            salt=wanted.salt,
+            deadline_left_ms=max(1, min(int(left_ms), 0xFFFFFFFF)),
+        )
+
+    def taken_up(self, choice: Choice, output: worker_pb2.SequenceOutput) -> bool:
+        """Whether another worker goes on where one ended a sequence without being asked."""
+        return self._places.move(self, choice, output)
 
     def _expire(self, timeout_s: float) -> None:
         self.fail(DeadlineExceeded(f"the request was not done in {timeout_s:g} s"), "deadline")
@@ -335,6 +353,7 @@ class Run:
                 self.abort(choice, reason)
 
     def _settle(self) -> None:
+        self._places.close()
         self._ended = True  # the futures cannot say so: a handler that is cancelled cancels the one it waits for
         for future in (self.first, self.done):
             if not future.done():

@@ -55,6 +55,7 @@ class Metrics:
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, int]] = Counter()  # (endpoint, status)
         self.aborts: Counter[str] = Counter()  # why sequences were aborted
+        self.moves: Counter[str] = Counter()  # why sequences went on at another worker
         self.requests_open = 0
         self.streams_open = 0
         self.prompt_tokens = 0
@@ -75,6 +76,8 @@ class Metrics:
         page.add("streams_open", "gauge", "of those, streams whose headers were sent", {"": self.streams_open})
         aborts = {f'reason="{reason}"': count for reason, count in self.aborts.items()}
         page.add("aborts_total", "counter", "sequences aborted by the router, by reason", aborts)
+        moves = {f'cause="{cause}"': count for cause, count in self.moves.items()}
+        page.add("moves_total", "counter", "sequences taken up at another worker, by cause", moves)
         page.add("prompt_tokens_total", "counter", "prompt tokens of admitted requests", {"": self.prompt_tokens})
         page.add("cached_tokens_total", "counter", "of those, found in a worker's cache", {"": self.cached_tokens})
         page.add("output_tokens_total", "counter", "tokens that reached this router", {"": self.output_tokens})

@@ -7,7 +7,7 @@ that answers says which, and one that runs another is not used (and says so in /
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -39,12 +39,14 @@ class WorkerPool:
     """All workers. Event loop only."""
 
     def __init__(self, config: RouterConfig, executor: Executor) -> None:
-        self._config = config
+        self.config = config
         self._executor = executor
         self._clients = [self._client(target) for target in config.worker]
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._problems: dict[str, str] = {}  # target -> why it is not used although it is connected
         self._usable: set[str] = set()
+        self._avoided: set[str] = set()  # they drain: used again when they come back
+        self._waiting: dict[Callable[[], None], None] = {}  # called when a worker becomes usable, in order
         self.model: ServedModel | None = None
 
     def _client(self, target: str) -> WorkerClient:
@@ -58,7 +60,8 @@ class WorkerPool:
     @property
     def usable(self) -> list[WorkerClient]:
         """Workers that take sequences now."""
-        return [client for client in self._clients if client.ready and client.target in self._usable]
+        usable = self._usable - self._avoided
+        return [client for client in self._clients if client.ready and client.target in usable]
 
     async def start(self) -> None:
         """Begin to connect, in the background."""
@@ -77,6 +80,8 @@ class WorkerPool:
         reasons = []
         for client in self._clients:
             problem = self._problems.get(client.target) or (client.last_error.message if client.last_error else None)
+            if client.ready and client.target in self._avoided:
+                problem = f"worker {client.target} drains"
             reasons.append(problem or f"worker {client.target} is not connected yet")
         return "; ".join(reasons)
 
@@ -86,9 +91,9 @@ class WorkerPool:
             raise Unavailable(f"no worker is ready: {self.why_not()}")
         return self.model
 
-    def choose(self) -> WorkerClient:
-        """The usable worker with the fewest open sequences. Raises Unavailable."""
-        usable = self.usable
+    def choose(self, without: Collection[str] = ()) -> WorkerClient:
+        """The usable worker with the fewest open sequences, none of `without` (targets). Raises Unavailable."""
+        usable = [client for client in self.usable if client.target not in without]
         if not usable:
             raise Unavailable(f"no worker is ready: {self.why_not()}")
         return usable[0] if len(usable) == 1 else min(usable, key=lambda client: client.open_count)
@@ -97,12 +102,25 @@ class WorkerPool:
         """Send one sequence to a worker. Raises Unavailable or Overloaded."""
         return Handle(client, client.submit(submit, on_output))
 
+    def avoid(self, target: str) -> None:
+        """It drains: nothing new goes there in this life of it."""
+        self._avoided.add(target)
+
+    def when_usable(self, call: Callable[[], None]) -> None:
+        """Call once the next worker becomes usable."""
+        self._waiting[call] = None
+
+    def forget(self, call: Callable[[], None]) -> None:
+        """Do not call any more; nothing happens when it is not waiting."""
+        self._waiting.pop(call, None)
+
     # -- readiness ----------------------------------------------------------------------------------------------------
     def _changed(self, target: str, ready: bool) -> None:
         load = self._loads.pop(target, None)
         if load is not None:
             load.cancel()
         self._usable.discard(target)
+        self._avoided.discard(target)
         self._problems.pop(target, None)
         if ready:
             self._begin_load(next(client for client in self._clients if client.target == target))
@@ -126,7 +144,7 @@ class WorkerPool:
                 return
             loop = asyncio.get_running_loop()
             try:
-                model = await loop.run_in_executor(self._executor, load_model, reply, self._config, self._executor)
+                model = await loop.run_in_executor(self._executor, load_model, reply, self.config, self._executor)
             except TokenRelayError as error:
                 self._problems[client.target] = error.message
                 log.error("the model's folder cannot be used", target=client.target, reason=error.message)
@@ -137,11 +155,14 @@ class WorkerPool:
                 log.info("model loaded", model=model.names[0], incremental_tokenizer=model.tokenizer.incremental)
         self._problems.pop(client.target, None)
         self._usable.add(client.target)
+        waiting, self._waiting = self._waiting, {}
+        for call in waiting:
+            call()
 
     def _differs(self, model: ServedModel, reply: worker_pb2.HandshakeReply) -> bool:
         return bool(
             model.identity != reply.model_identity
             or model.context_tokens != reply.context_tokens
             or (reply.vocab_size and model.vocabulary_size != reply.vocab_size)
-            or (not self._config.model_dir and str(model.folder) != reply.model_path)
+            or (not self.config.model_dir and str(model.folder) != reply.model_path)
         )

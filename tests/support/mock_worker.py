@@ -182,7 +182,8 @@ class MockHost:
         if not sampling.ignore_eos:
             stop_ids.update(self.reply.eos_token_ids)
         output = worker_pb2.SequenceOutput(id=sequence_id)
-        end = min(start + script.per_step, len(script.token_ids), submit.tokens_max)
+        room = submit.tokens_max - (len(submit.token_ids) // 4 - submit.output_start)  # less what others emitted
+        end = min(start + script.per_step, len(script.token_ids), room)
         token_ids = list(script.token_ids[start:end])
         finish = worker_pb2.FINISH_NONE
         for index, token_id in enumerate(token_ids):
@@ -191,7 +192,7 @@ class MockHost:
                 break
         sequence.sent += len(token_ids)
         if finish == worker_pb2.FINISH_NONE:
-            if sequence.sent == submit.tokens_max:
+            if sequence.sent == room:
                 finish = worker_pb2.FINISH_LENGTH
             elif sequence.sent == len(script.token_ids):
                 finish = script.finish
