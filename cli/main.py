@@ -300,6 +300,18 @@ def chat(
     )
 
 
+@app.command(
+    rich_help_panel="Services",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def kvstore(context: typer.Context) -> None:
+    """The kvstore: who owns which KV, who holds which prefix, blocks that outlive their worker. See docs/kvstore.md."""
+    from tokenrelay.services.kvstore.__main__ import main as run_kvstore
+
+    raise typer.Exit(run_kvstore(context.args))
+
+
 @kernels_app.command("list")
 def kernels_list(
     op: Annotated[str | None, typer.Argument(metavar="OP", help="Only this operation.", show_default=False)] = None,

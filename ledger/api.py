@@ -89,7 +89,11 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that concerns the watcher, as of now. Replaces whatever it knew; the first notice, and after every gap."""
+    """All that concerns the watcher, as of now. Replaces whatever it knew; the first notice, and after every gap.
+
+    A handle that is missing here is over. Its owner cuts every member off that is not named alive here, and whoever may
+    have claimed the handle, before it uses the blocks again.
+    """
 
     term: int
     members: tuple[Member, ...]  # alive, the watcher among them
@@ -98,7 +102,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class HandleChanged:
-    """A handle that the watcher owns or claimed (or did until now) moved. A terminal state is the last one told."""
+    """Somebody else moved a handle that the watcher owns or claimed. A terminal state is the last one told."""
 
     view: HandleView
 

@@ -77,6 +77,26 @@ class PrefixDirectory:
         for block_hash in block_hashes:
             self._hold(holder, block_hash)
 
+    def extend(self, name: str, incarnation: str, sequence: int, events: Iterable[CacheEvent]) -> None:
+        """What a stream in order brings: no gap is possible, so none is looked for. Ignored for another life."""
+        holder = self._holders.get(name)
+        if holder is not None and holder.incarnation == incarnation:
+            holder.sequence = sequence
+            for kind, block_hash in events:
+                (self._hold if kind == "sealed" else self._drop)(holder, block_hash)
+
+    def knows(self, name: str) -> bool:
+        """Whether anything is known of this worker."""
+        return name in self._holders
+
+    def names(self) -> set[str]:
+        """The workers of which something is known."""
+        return set(self._holders)
+
+    def holders(self) -> list[tuple[str, str, int, list[bytes]]]:
+        """(name, incarnation, sequence, block_hashes) of every worker."""
+        return [(name, held.incarnation, held.sequence, list(held.hashes)) for name, held in self._holders.items()]
+
     def remove(self, name: str) -> None:
         """The worker is gone, or what is known of it is not reliable any more."""
         holder = self._holders.pop(name, None)

@@ -145,6 +145,10 @@ class EmbeddedLedger:
         self._deadlines: list[tuple[float, int, int]] = []  # heap of (instant, number, generation); may be out of date
         self.counts: dict[State, int] = dict.fromkeys(State, 0)  # handles per state; terminal ones: ever
 
+    def set_term(self, term: int) -> None:
+        """Names given from now on carry it."""
+        self._term = term
+
     # -- members ------------------------------------------------------------------------------------------------------
     def join(self, actor: Actor) -> list[Handle]:
         """A member's new life. Its former one is over, but may be running still; returns the handles that moved."""
@@ -322,17 +326,21 @@ class EmbeddedLedger:
 
     def expired(self) -> list[tuple[Handle, Duty]]:
         """Handles past their deadline and what is due; they stay so until somebody acts."""
+        return self.due()[0]
+
+    def due(self) -> tuple[list[tuple[Handle, Duty]], float | None]:
+        """`expired()`, and the seconds until the next handle joins them (None: no other is open)."""
         found: list[tuple[Handle, Duty]] = []
         kept: list[tuple[float, int, int]] = []
         while (left_s := self.next_deadline_s()) is not None and left_s == 0.0:
             entry = heapq.heappop(self._deadlines)
-            kept.append(entry)
-            found.append(
-                (Handle(entry[1], entry[2], self._records[entry[1]].term), DUTIES[self._records[entry[1]].state])
-            )
+            if entry not in kept[-1:]:
+                kept.append(entry)
+                record = self._records[entry[1]]
+                found.append((Handle(entry[1], entry[2], record.term), DUTIES[record.state]))
         for entry in kept:
             heapq.heappush(self._deadlines, entry)
-        return found
+        return found, left_s
 
     def _set_deadline(self, number: int, record: _Record, deadline_s: float) -> None:
         record.deadline_s = self._clock() + deadline_s

@@ -32,6 +32,7 @@ HEAVY: dict[str, set[str]] = {
     "torch": {"kernels", "runtime", "services/prefill", "services/decode", "cli", "assets"},
     "transformers": {"assets"},
     "triton": {"kernels"},
+    "aetcd": {"ledger"},
     "aiohttp": {"services/router", "services/chassis", "cli"},
     "grpc": {
         "services/chassis",
@@ -97,6 +98,7 @@ def test_every_package_folder_is_in_the_import_table() -> None:
         ),
         ("tokenrelay.cli.main", ["torch", "transformers", "aiohttp", "grpc", "tokenrelay.runtime"]),
         ("tokenrelay.kernels.ops", ["triton", "transformers"]),
+        ("tokenrelay.services.kvstore.service", ["torch", "transformers", "tokenrelay.runtime", "tokenrelay.kernels"]),
         ("tokenrelay.services.chassis.client", ["torch", "numpy"]),
     ],
 )

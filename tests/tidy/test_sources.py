@@ -80,10 +80,11 @@ def test_modules_and_public_names_have_docstrings(source: Source) -> None:
 
 def test_services_have_the_same_files() -> None:
     """Every service: its config, its service, a README; those that run alone also a __main__."""
-    for name in ("router", "prefill", "decode"):
+    for name in ("router", "prefill", "decode", "kvstore"):
         for file in ("__init__.py", "config.py", "service.py", "README.md"):
             assert (ROOT / "services" / name / file).is_file(), f"services/{name}/{file} is missing"
-    assert (ROOT / "services/router/__main__.py").is_file()
+    for name in ("router", "kvstore"):
+        assert (ROOT / "services" / name / "__main__.py").is_file()
 
 
 def test_request_md_names_symbols_that_exist() -> None:

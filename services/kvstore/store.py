@@ -1,0 +1,63 @@
+"""What one kvstore process knows: ledger, directory, tier, and who may decide. The servicer and the metrics read it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from tokenrelay.ledger.api import Actor, Code, HandleView, Joined, Member, Rejection
+from tokenrelay.ledger.directory_host import DirectoryHost
+from tokenrelay.ledger.host import LedgerHost
+
+ENDED_MAX = 65536
+
+
+async def _at_once() -> bool:
+    return True
+
+
+@dataclass
+class Store:
+    """One kvstore's state. `active` says whether sessions are taken at all."""
+
+    host: LedgerHost
+    directory: DirectoryHost
+    incarnation: str
+    backend: str = "embedded"
+    active: bool = True
+    active_address: str = ""  # of the active one, as far as is known
+    malformed: Counter[str] = field(default_factory=Counter)  # messages refused, by what was wrong
+    durable: Callable[[], Awaitable[bool]] = _at_once  # until all that was decided so far is written down
+    remembers: bool = False  # lives that are not in the ledger are over (a backend keeps them over restarts)
+    attach: Callable[[Member, float, list[HandleView]], Joined | Rejection] | None = None  # while recovering
+    ended: dict[Actor, None] = field(default_factory=dict)  # lives that are over; the oldest are forgotten
+
+    def __post_init__(self) -> None:
+        self.host.on_member = self.member_changed
+
+    def member_changed(self, member: Member, lease_s: float) -> None:
+        """A life began, or ended (lease 0)."""
+        if lease_s == 0.0:
+            self.directory.remove(member.name)
+            self.ended[member.actor] = None
+            if len(self.ended) > ENDED_MAX:
+                del self.ended[next(iter(self.ended))]
+
+    def reattach(self, member: Member, lease_s: float, handles: list[HandleView]) -> Joined | Rejection:
+        """A life goes on after a broken connection, or under a new kvstore."""
+        if self.attach is not None:
+            return self.attach(member, lease_s, handles)
+        if self.host.roster.alive(member.actor):
+            rejection = self.host.keepalive(member.actor)
+            if rejection is not None:
+                return rejection
+            return Joined(self.host.term, self.host.roster.lease_s(member.actor), self.host.hash_key)
+        if self.remembers or member.actor in self.ended:
+            return Rejection(Code.STALE_INCARNATION, "this life of the member is over")
+        return self.host.join(member, lease_s)  # this kvstore was restarted and remembers nothing
+
+    def raise_term(self, term_seen: int) -> None:
+        """A kvstore without a backend forgets its term: what clients have seen is below it all the same."""
+        if not self.remembers and term_seen >= self.host.term:
+            self.host.set_term(term_seen + 1)
