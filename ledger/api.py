@@ -131,6 +131,7 @@ class DutyDue:
     """A handle is past its deadline and the watcher must act; told again, with growing pauses, until somebody did.
 
     RECLAIM and RELEASE: the owner makes that transition. FENCE: the owner cuts the claimant off, then calls `fence`.
+    EXPIRE is never told: the ledger does it itself, and tells both that the handle is quarantined.
     """
 
     handle: Handle
@@ -173,6 +174,9 @@ class Ledger(Protocol):
     async def claim(self, handle: Handle, claimant: Actor, *, deadline_s: float | None = None) -> Rejection | None:
         """The claimant has room, and may read what is sealed until the deadline."""
 
+    async def transfer(self, handle: Handle, claimant: Actor, *, deadline_s: float | None = None) -> Rejection | None:
+        """The claimant has begun to read, or goes on reading: its lease counts anew."""
+
     async def decline(self, handle: Handle, claimant: Actor) -> Rejection | None:
         """The claimant reads no more and has given up its room; for another peer the owner reserves another handle."""
 
@@ -184,6 +188,9 @@ class Ledger(Protocol):
 
     async def reclaim(self, handle: Handle, owner: Actor) -> Rejection | None:
         """The owner takes the blocks back; refused while somebody may touch them."""
+
+    async def quarantine(self, handle: Handle, owner: Actor, *, deadline_s: float | None = None) -> Rejection | None:
+        """The owner wants its blocks back while somebody may read: the claimant is told, and has `deadline_s`."""
 
     async def fence(self, handle: Handle, owner: Actor) -> Rejection | None:
         """The owner has cut the claimant off from its memory."""

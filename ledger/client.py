@@ -174,6 +174,14 @@ class KvstoreClient:
         """See `Ledger`."""
         return await self._move(Event.CLAIM, handle, claimant, deadline_s)
 
+    async def transfer(self, handle: Handle, claimant: Actor, *, deadline_s: float | None = None) -> Rejection | None:
+        """See `Ledger`."""
+        return await self._move(Event.TRANSFER, handle, claimant, deadline_s)
+
+    async def quarantine(self, handle: Handle, owner: Actor, *, deadline_s: float | None = None) -> Rejection | None:
+        """See `Ledger`."""
+        return await self._move(Event.QUARANTINE, handle, owner, deadline_s)
+
     async def decline(self, handle: Handle, claimant: Actor) -> Rejection | None:
         """See `Ledger`."""
         return await self._move(Event.DECLINE, handle, claimant)
@@ -196,7 +204,7 @@ class KvstoreClient:
 
     async def acknowledge(self, handle: Handle, claimant: Actor) -> Rejection | None:
         """See `Ledger`."""
-        return await self._move(Event.DECLINE, handle, claimant)
+        return await self._move(Event.ACKNOWLEDGE, handle, claimant)
 
     async def _move(
         self, event: Event, handle: Handle, actor: Actor, deadline_s: float | None = None, extents: int = 0
@@ -221,7 +229,7 @@ class KvstoreClient:
             life.held[handle] = dataclasses.replace(view, state=State.CLAIMED, claimant=actor)
         elif view is not None:
             after = TABLE.get((view.state, event))
-            gave_up = view.owner != actor and event in (Event.DECLINE, Event.ADOPT)
+            gave_up = view.owner != actor and event in (Event.DECLINE, Event.ACKNOWLEDGE, Event.ADOPT)
             if gave_up or event is Event.FENCE or (isinstance(after, State) and after in TERMINAL):
                 del life.held[handle]
             elif isinstance(after, State):

@@ -40,6 +40,8 @@ EXTENTS_MAX = 1 << 24
 DEADLINE_MAX_S = 24 * 3600.0
 DUTY_AGAIN_FIRST_S, DUTY_AGAIN_MAX_S = 0.5, 30.0  # a duty nobody did is told again after this, doubled each time
 WATCHERS_MAX = 8192
+_TIMED = frozenset({Event.OFFER, Event.CLAIM, Event.TRANSFER, Event.ADOPT, Event.QUARANTINE})  # may set a deadline
+_PLAIN = frozenset({Event.DECLINE, Event.ACKNOWLEDGE, Event.RELEASE, Event.RECLAIM, Event.FENCE})
 _DEAD = Rejection(Code.STALE_INCARNATION, "this life of the member is over, or it never joined")
 
 
@@ -51,11 +53,13 @@ class LedgerHost:
         *,
         handles_max: int = HANDLES_MAX,
         lease_max_s: float = 60.0,
+        answer_s: float = 5.0,
         term: int = 0,
         hash_key: bytes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.term = term
+        self.answer_s = answer_s  # how long a claimant whose claim is over may take to say that it reads no more
         self.hash_key = secrets.token_bytes(16) if hash_key is None else hash_key
         self.lease_max_s = lease_max_s
         self.books = EmbeddedLedger(handles_max=handles_max, clock=clock, term=term, on_change=self._on_change)
@@ -118,7 +122,7 @@ class LedgerHost:
         granted_s = min(lease_s, self.lease_max_s)
         former = self.roster.find(member.name)
         if former is not None and former.actor != member.actor:
-            self._end(former.actor, "its name joined again")
+            self._end(former.actor, "its name joined again", fenced=False)
         is_new = not self.roster.alive(member.actor)
         self.roster.add(member, granted_s)
         self.books.join(member.actor)
@@ -137,16 +141,16 @@ class LedgerHost:
         return self.refusal()
 
     def leave(self, actor: Actor, reason: str = "it left") -> Rejection | None:
-        """End a life."""
+        """End a life in good order: it can touch no memory any more."""
         refusal = self.refusal()
         if refusal is None and not self.roster.alive(actor):
             refusal = _DEAD
         if refusal is not None:
             return self._count(refusal)
-        self._end(actor, reason)
+        self._end(actor, reason, fenced=True)
         return None
 
-    def _end(self, actor: Actor, reason: str) -> None:
+    def _end(self, actor: Actor, reason: str, *, fenced: bool) -> None:
         member = self.roster.remove(actor)
         if self.on_member is not None and member is not None:
             self.on_member(member, 0.0)
@@ -155,7 +159,8 @@ class LedgerHost:
         for queue in self._watchers.pop(actor, ()):
             queue.end(notice)
         self._tell_all(notice)  # before the handles': an owner cuts it off, then sees what is over
-        self.books.leave(actor)
+        self.books.leave(actor, fenced=fenced)
+        self._arm(0.0)
 
     # -- transitions --------------------------------------------------------------------------------------------------
     def reserve(self, owner: Actor, extents: int, deadline_s: float) -> Handle | Rejection:
@@ -190,34 +195,14 @@ class LedgerHost:
     def _decide(
         self, event: Event, handle: Handle, actor: Actor, deadline_s: float | None, extents: int
     ) -> Rejection | None:
-        books = self.books
-        match event:
-            case Event.SEAL:
-                return books.seal(handle, actor, extents=extents)
-            case Event.OFFER:
-                return books.offer(handle, actor, deadline_s=deadline_s)
-            case Event.CLAIM:
-                return books.claim(handle, actor, deadline_s=deadline_s)
-            case Event.ADOPT:
-                return books.adopt(handle, actor, deadline_s=deadline_s)
-            case Event.DECLINE:
-                return books.decline(handle, actor)
-            case Event.RELEASE:
-                return books.release(handle, actor)
-            case Event.RECLAIM:
-                return books.reclaim(handle, actor)
-            case Event.FENCE:
-                return self._fence(handle, actor)
-            case _:
-                return Rejection(Code.NOT_YOURS, f"{event.value} is the ledger's own")
-
-    def _fence(self, handle: Handle, owner: Actor) -> Rejection | None:
-        view = self.books.view(handle)
-        if view is not None and view.owner is not None and view.owner != owner:
-            return Rejection(Code.NOT_YOURS, "only the owner can say that the claimant is cut off from its memory")
-        if not self.roster.alive(owner):
-            return _DEAD
-        return self.books.fence(handle)
+        if event is Event.SEAL:
+            return self.books.seal(handle, actor, extents=extents)
+        transition = getattr(self.books, event.value) if event in _TIMED | _PLAIN else None
+        if transition is None:
+            return Rejection(Code.NOT_YOURS, f"{event.value} is no event that a member sends")
+        answer = transition(handle, actor, deadline_s=deadline_s) if event in _TIMED else transition(handle, actor)
+        assert answer is None or isinstance(answer, Rejection)
+        return answer
 
     def _count(self, refusal: Rejection) -> Rejection:
         self.refusals[refusal.code] += 1
@@ -291,7 +276,7 @@ class LedgerHost:
         if self.refusal() is not None:
             return  # whoever lets it decide again arms the timer
         for actor in self.roster.lapsed():
-            self._end(actor, f"nothing was heard of it for {self.roster.lease_s(actor):g} s")
+            self._end(actor, f"nothing was heard of it for {self.roster.lease_s(actor):g} s", fenced=False)
         waits = [wait for wait in (self.roster.next_end_s(), self._announce_duties()) if wait is not None]
         if waits:
             self._arm(min(waits))
@@ -299,6 +284,9 @@ class LedgerHost:
     def _announce_duties(self) -> float | None:
         """Tell who must act on handles past their deadline; seconds until the next look, None: nothing is open."""
         now_s = self._clock()
+        for handle, duty in self.books.expired():
+            if duty is Duty.EXPIRE:  # its own; the blocks stay until the claimant answers or is cut off
+                self.books.expire(handle, deadline_s=self.answer_s)
         due, ahead_s = self.books.due()
         announced, self._announced = self._announced, {}
         waits: list[float] = []

@@ -57,6 +57,14 @@ class LocalLedger:
         """See `Ledger`."""
         return self.host.move(Event.CLAIM, handle, claimant, deadline_s=deadline_s)
 
+    async def transfer(self, handle: Handle, claimant: Actor, *, deadline_s: float | None = None) -> Rejection | None:
+        """See `Ledger`."""
+        return self.host.move(Event.TRANSFER, handle, claimant, deadline_s=deadline_s)
+
+    async def quarantine(self, handle: Handle, owner: Actor, *, deadline_s: float | None = None) -> Rejection | None:
+        """See `Ledger`."""
+        return self.host.move(Event.QUARANTINE, handle, owner, deadline_s=deadline_s)
+
     async def decline(self, handle: Handle, claimant: Actor) -> Rejection | None:
         """See `Ledger`."""
         return self.host.move(Event.DECLINE, handle, claimant)
@@ -79,7 +87,7 @@ class LocalLedger:
 
     async def acknowledge(self, handle: Handle, claimant: Actor) -> Rejection | None:
         """See `Ledger`."""
-        return self.host.move(Event.DECLINE, handle, claimant)
+        return self.host.move(Event.ACKNOWLEDGE, handle, claimant)
 
     async def watch(self, actor: Actor) -> AsyncIterator[Notice]:
         """See `Ledger`."""

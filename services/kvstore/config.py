@@ -37,6 +37,9 @@ class KvstoreConfig:
         maximum=600,
     )
     member_lease_max_s: float = setting(60.0, "longest lease a member is granted, seconds", minimum=0.1, maximum=3600)
+    answer_s: float = setting(
+        5.0, "how long a claimant whose claim is over may take to say that it reads no more, seconds", minimum=0.01
+    )
     handles_max: int = setting(65536, "KV handles open at once", minimum=1, maximum=1 << 24)
     directory_entries_max: int = setting(1 << 20, "block hashes the prefix directory knows", minimum=1)
     tier_memory_bytes: int = setting(256 * MIB, "blocks kept in memory, bytes; 0: no tier in memory", minimum=0)

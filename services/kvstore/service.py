@@ -38,7 +38,9 @@ class KvstoreService:
         self._config = config
         self._security = security
         self._draining = False
-        host = LedgerHost(handles_max=config.handles_max, lease_max_s=config.member_lease_max_s, term=1)
+        host = LedgerHost(
+            handles_max=config.handles_max, lease_max_s=config.member_lease_max_s, answer_s=config.answer_s, term=1
+        )
         directory = DirectoryHost(PrefixDirectory(entries_max=config.directory_entries_max))
         self.store = Store(host, directory, incarnation, backend=config.backend)
         self.servicer = KvstoreServicer(self.store)

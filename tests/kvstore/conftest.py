@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from kv_fleet import Fleet
 
+from tokenrelay.ledger.host import LedgerHost
 from tokenrelay.ledger.local import LocalLedger
 
 
@@ -21,7 +22,7 @@ async def fleet(request: pytest.FixtureRequest) -> AsyncIterator[Fleet]:
     """A ledger on each backend."""
     fleet = Fleet()
     if request.param == "embedded":
-        fleet.local = LocalLedger()
+        fleet.local = LocalLedger(LedgerHost(answer_s=0.2))
     else:
         await fleet.start_service()
     yield fleet

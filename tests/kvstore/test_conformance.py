@@ -50,6 +50,7 @@ async def test_a_handover_walks_through_its_states_and_both_sides_are_told(fleet
     assert await prefill.offer(handle, PREFILL.actor) is None
     assert await decode.claim(handle, DECODE.actor, deadline_s=20) is None
     await watching["prefill"].until(lambda n: isinstance(n, HandleChanged) and n.view.claimant == DECODE.actor)
+    assert await decode.transfer(handle, DECODE.actor, deadline_s=20) is None
     assert await prefill.seal(handle, PREFILL.actor, extents=1) is None
     await watching["decode"].until(lambda n: isinstance(n, HandleChanged) and n.view.sealed == 1)
     assert code(await decode.adopt(handle, DECODE.actor)) is Code.NOT_SEALED
@@ -210,6 +211,24 @@ async def test_duties_are_told_until_somebody_acts_and_a_timer_takes_nothing(fle
     assert await prefill.fence(claimed, PREFILL.actor) is None
     assert await prefill.reclaim(unclaimed, PREFILL.actor) is None
     assert code(await decode.adopt(claimed, DECODE.actor)) is Code.WRONG_STATE
+    assert await prefill.views() == []
+
+
+async def test_a_claimant_that_is_told_to_stop_answers_or_is_cut_off(fleet: Fleet) -> None:
+    prefill, decode = await joined(fleet)
+    watcher = Watcher(decode, DECODE)
+    await watcher.until(lambda n: isinstance(n, Snapshot))
+    answered, silent = [named(await prefill.reserve(PREFILL.actor, extents=1, deadline_s=30)) for _ in range(2)]
+    for handle in (answered, silent):
+        await prefill.offer(handle, PREFILL.actor)
+        assert await decode.claim(handle, DECODE.actor) is None
+        assert await prefill.quarantine(handle, PREFILL.actor, deadline_s=30) is None
+        assert code(await prefill.reclaim(handle, PREFILL.actor)) is Code.WRONG_STATE
+    await watcher.until(lambda n: isinstance(n, HandleChanged) and n.view.state is State.QUARANTINED)
+    assert code(await decode.adopt(answered, DECODE.actor)) is Code.WRONG_STATE
+    assert await decode.acknowledge(answered, DECODE.actor) is None
+    assert await prefill.reclaim(answered, PREFILL.actor) is None
+    assert await prefill.fence(silent, PREFILL.actor) is None
     assert await prefill.views() == []
 
 
