@@ -208,4 +208,13 @@ def stats_message(stats: EngineStats) -> worker_pb2.Stats:
         preemptions=stats.preemptions,
         aborts=stats.aborts,
         step_time_us=stats.step_time_us,
+        tps_floor=worker_pb2.TpsFloor(
+            configured=stats.floor.configured,
+            in_force=stats.floor.in_force,
+            batch_1=stats.floor.batch_1,
+            users_below=stats.floor.users_below,
+            tokens=stats.floor.tokens,
+            tokens_late=stats.floor.tokens_late,
+            overrides=stats.floor.overrides,
+        ),
     )

@@ -176,6 +176,25 @@ def serve(
             help="Sequences that may wait; one more is answered 429. Default: 1024.",
         ),
     ] = None,
+    tps_floor: Annotated[
+        float | None,
+        _option(
+            "--tps-floor",
+            panel=STEPS,
+            metavar="N",
+            help="Tokens per second that every running answer keeps; prompts and new requests wait "
+            "rather than break it. 0: off. Default: 70.",
+        ),
+    ] = None,
+    floor_wait_s: Annotated[
+        float | None,
+        _option(
+            "--floor-wait-s",
+            panel=STEPS,
+            metavar="S",
+            help="A request waits for the floor's sake so long, at most. Default: 10.",
+        ),
+    ] = None,
     threads: Annotated[
         int | None,
         _option("--threads", panel=STEPS, metavar="N", help="CPU threads of a step. Default: one per usable CPU."),
@@ -222,6 +241,8 @@ def serve(
             "step_tokens": step_tokens,
             "chunk_tokens": chunk_tokens,
             "waiting_max": waiting_max,
+            "tps_floor": tps_floor,
+            "floor_wait_s": floor_wait_s,
             "threads": threads,
             "log_level": log_level,
         },

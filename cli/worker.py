@@ -231,6 +231,9 @@ def mount(model: Model, options: WorkerSettings, on_fatal: Any) -> tuple[Colocat
         kv_memory_bytes=config.kv_memory_bytes,
         blocks=config.blocks,
         threads=config.threads,
+        tps_floor=config.tps_floor,
+        tps_fraction=config.tps_fraction,
+        floor_wait_s=config.floor_wait_s,
     )
     link = EngineLink(asyncio.get_running_loop(), on_fatal)
     built = build_engine(

@@ -202,7 +202,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("blocks_free", "blocks_cached", "blocks_active", "sequences_waiting", "sequences_running", "steps", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "aborts", "step_time_us")
+    __slots__ = ("blocks_free", "blocks_cached", "blocks_active", "sequences_waiting", "sequences_running", "steps", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "aborts", "step_time_us", "tps_floor")
     BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_ACTIVE_FIELD_NUMBER: _ClassVar[int]
@@ -215,6 +215,7 @@ class Stats(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     ABORTS_FIELD_NUMBER: _ClassVar[int]
     STEP_TIME_US_FIELD_NUMBER: _ClassVar[int]
+    TPS_FLOOR_FIELD_NUMBER: _ClassVar[int]
     blocks_free: int
     blocks_cached: int
     blocks_active: int
@@ -227,4 +228,23 @@ class Stats(_message.Message):
     preemptions: int
     aborts: int
     step_time_us: int
-    def __init__(self, blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_active: _Optional[int] = ..., sequences_waiting: _Optional[int] = ..., sequences_running: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., aborts: _Optional[int] = ..., step_time_us: _Optional[int] = ...) -> None: ...
+    tps_floor: TpsFloor
+    def __init__(self, blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_active: _Optional[int] = ..., sequences_waiting: _Optional[int] = ..., sequences_running: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., aborts: _Optional[int] = ..., step_time_us: _Optional[int] = ..., tps_floor: _Optional[_Union[TpsFloor, _Mapping]] = ...) -> None: ...
+
+class TpsFloor(_message.Message):
+    __slots__ = ("configured", "in_force", "batch_1", "users_below", "tokens", "tokens_late", "overrides")
+    CONFIGURED_FIELD_NUMBER: _ClassVar[int]
+    IN_FORCE_FIELD_NUMBER: _ClassVar[int]
+    BATCH_1_FIELD_NUMBER: _ClassVar[int]
+    USERS_BELOW_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_LATE_FIELD_NUMBER: _ClassVar[int]
+    OVERRIDES_FIELD_NUMBER: _ClassVar[int]
+    configured: float
+    in_force: float
+    batch_1: float
+    users_below: int
+    tokens: int
+    tokens_late: int
+    overrides: int
+    def __init__(self, configured: _Optional[float] = ..., in_force: _Optional[float] = ..., batch_1: _Optional[float] = ..., users_below: _Optional[int] = ..., tokens: _Optional[int] = ..., tokens_late: _Optional[int] = ..., overrides: _Optional[int] = ...) -> None: ...

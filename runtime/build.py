@@ -35,6 +35,9 @@ class EngineSizes:
     blocks: int | None = None
     steps_in_flight: int = 2
     threads: int | None = None  # of torch in a step
+    tps_floor: float = 0.0  # tokens per second that each running user keeps; 0: no floor
+    tps_fraction: float = 0.5  # of batch 1's rate on this device: the floor in force is no higher
+    floor_wait_s: float = 10.0  # a request that waited longer is admitted though the floor breaks; 0: never
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,9 @@ def build_engine(
             hash_key=hash_key or secrets.token_bytes(HASH_KEY_BYTES),
             model_identity=config.identity,
             steps_in_flight=sizes.steps_in_flight,
+            tps_floor=sizes.tps_floor,
+            tps_fraction=sizes.tps_fraction,
+            floor_wait_us=round(sizes.floor_wait_s * 1e6),
         )
     except ValueError as error:
         raise ConfigError(f"the scheduler's sizes do not fit: {error}") from error
@@ -103,6 +109,6 @@ def build_engine(
         on_step=on_step,
         on_fatal=on_fatal,
         on_cache_events=on_cache_events,
-        options=EngineOptions(steps_in_flight=sizes.steps_in_flight),
+        options=EngineOptions(steps_in_flight=sizes.steps_in_flight, tps_floor=sizes.tps_floor),
     )
     return BuiltEngine(engine, scheduler, pool)

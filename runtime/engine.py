@@ -27,13 +27,15 @@ import numpy.typing as npt
 from tokenrelay.base.deadlines import Deadline
 from tokenrelay.base.errors import DeadlineExceeded, InvalidRequest, Overloaded, TokenRelayError, Unavailable
 from tokenrelay.base.logging import get_logger
-from tokenrelay.libscheduler import Plan, RejectReason, Scheduler
+from tokenrelay.libscheduler import FloorCounts, Plan, RejectReason, Scheduler
 from tokenrelay.runtime.executor.executor import Step, StepResult
+from tokenrelay.runtime.floor_watch import FloorWatch
 from tokenrelay.runtime.requests import (
     EngineOutput,
     EngineRequest,
     EngineStats,
     Finish,
+    FloorStats,
     Reject,
     SamplingParams,
     TokenIds,
@@ -68,6 +70,7 @@ class EngineOptions:
 
     commands_max: int = 2048  # submitted and not yet seen by the loop
     steps_in_flight: int = 2  # as the scheduler's
+    tps_floor: float = 0.0  # as the scheduler's
 
 
 @dataclass(slots=True)
@@ -122,6 +125,7 @@ class Engine:
         self._steps = 0
         self._checked_at = 0.0
         self._stats = EngineStats()
+        self._floor_watch = FloorWatch()
 
     # -- any thread ---------------------------------------------------------------------------------------------------
     def start(self) -> None:
@@ -288,7 +292,7 @@ class Engine:
                 self._commit(launched, result, outputs)
 
     def _commit(self, launched: _Launched, result: StepResult, outputs: list[EngineOutput]) -> None:
-        outcome = self._scheduler.commit(launched.plan.step, result.token_ids, _now_us())
+        outcome = self._scheduler.commit(launched.plan.step, result.token_ids, _now_us(), result.run_us)
         self._steps += 1
         self._step_time_us += result.run_us
         logprobs = result.logprobs
@@ -316,7 +320,7 @@ class Engine:
         for sequence_id in launched.plan.sequence_ids.tolist():
             if sequence_id in self._open:
                 outputs.append(self._abort_with(sequence_id, failure))
-        self._scheduler.commit(launched.plan.step, np.zeros(launched.samples, np.uint32), _now_us())
+        self._scheduler.commit(launched.plan.step, np.zeros(launched.samples, np.uint32), _now_us(), 0)
         self._steps += 1
 
     def _launch_next(self) -> None:
@@ -329,6 +333,7 @@ class Engine:
 
     def _publish(self, outputs: list[EngineOutput]) -> None:
         self._stats = self._count()
+        self._floor_watch.look(self._stats.floor, self._stats.sequences_running)
         if self._on_cache_events is not None and (events := self._scheduler.take_cache_events()):
             self._on_cache_events(events)
         if outputs:
@@ -403,6 +408,18 @@ class Engine:
             preemptions=counts.preemptions,
             aborts=counts.aborts,
             step_time_us=self._step_time_us,
+            floor=self._count_floor(counts.floor),
+        )
+
+    def _count_floor(self, counts: FloorCounts) -> FloorStats:
+        return FloorStats(
+            configured=self._options.tps_floor,
+            in_force=counts.tps_in_force,
+            batch_1=counts.tps_batch_1,
+            users_below=counts.users_below,
+            tokens=counts.tokens,
+            tokens_late=counts.tokens_late,
+            overrides=counts.overrides,
         )
 
 

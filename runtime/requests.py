@@ -146,6 +146,19 @@ class EngineOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class FloorStats:
+    """How the TPS floor fares, in tokens per second of one user. A late token is missing by more than its own time."""
+
+    configured: float = 0.0  # 0: no floor
+    in_force: float = 0.0  # the smaller of it and a fraction of `batch_1`; 0: none, or not known yet
+    batch_1: float = 0.0  # what one user alone would get now
+    users_below: int = 0  # in the last step
+    tokens: int = 0  # that were due
+    tokens_late: int = 0  # of those
+    overrides: int = 0  # admitted past their age although the floor would have kept them back
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters as of the last step. blocks_free + blocks_cached + blocks_active is the pool."""
 
@@ -161,3 +174,4 @@ class EngineStats:
     preemptions: int = 0
     aborts: int = 0
     step_time_us: int = 0  # time spent running steps, in all
+    floor: FloorStats = field(default_factory=FloorStats)

@@ -10,6 +10,7 @@
 
 #include <memory>
 
+#include "policy.hpp"
 #include "tables.hpp"
 #include "tokenrelay/scheduler/scheduler.hpp"
 
@@ -130,7 +131,8 @@ class PyScheduler {
     return scheduler.plan(now_us, *plan) ? plan : nullptr;
   }
 
-  std::shared_ptr<ts::Outcome> commit(std::uint64_t step, const py::object& token_ids, std::int64_t now_us) {
+  std::shared_ptr<ts::Outcome> commit(std::uint64_t step, const py::object& token_ids, std::int64_t now_us,
+                                      std::optional<std::int64_t> run_us) {
     const TokenBuffer buffer(token_ids);
     const auto expected = scheduler.expected();
     if (!expected) throw py::value_error("no step is launched");
@@ -143,7 +145,8 @@ class PyScheduler {
                             " tokens, got " + std::to_string(buffer.tokens().size()));
     }
     auto outcome = outcomes_.get(scheduler.config());
-    scheduler.commit(step, buffer.tokens(), now_us, *outcome);
+    const std::int64_t measured_us = run_us ? std::max<std::int64_t>(*run_us, 0) : ts::Scheduler::by_clock;
+    scheduler.commit(step, buffer.tokens(), now_us, *outcome, measured_us);
     return outcome;
   }
 
@@ -168,7 +171,8 @@ class PyScheduler {
 
 ts::Config make_config(int block_tokens, int blocks, int slots, int context_tokens, int step_tokens, int chunk_tokens,
                        int waiting_max, const py::bytes& hash_key, const py::bytes& model_identity, int steps_in_flight,
-                       int overtakes_max, int class_overtakes_max) {
+                       int overtakes_max, int class_overtakes_max, double tps_floor, double tps_fraction,
+                       double prefill_share, std::int64_t floor_wait_us) {
   ts::Config config;
   config.block_tokens = block_tokens;
   config.blocks = blocks;
@@ -182,6 +186,10 @@ ts::Config make_config(int block_tokens, int blocks, int slots, int context_toke
   config.steps_in_flight = steps_in_flight;
   config.overtakes_max = overtakes_max;
   config.class_overtakes_max = class_overtakes_max;
+  config.tps_floor = tps_floor;
+  config.tps_fraction = tps_fraction;
+  config.prefill_share = prefill_share;
+  config.floor_wait_us = floor_wait_us;
   if (auto wrong = config.check()) throw py::value_error(*wrong);
   return config;
 }
@@ -262,12 +270,15 @@ void bind_values(py::module_& m) {
       .def_readonly("prompt_tokens", &ts::Counts::prompt_tokens)
       .def_readonly("cached_tokens", &ts::Counts::cached_tokens)
       .def_readonly("output_tokens", &ts::Counts::output_tokens)
-      .def_readonly("hashed_blocks", &ts::Counts::hashed_blocks);
+      .def_readonly("hashed_blocks", &ts::Counts::hashed_blocks)
+      .def_readonly("floor", &ts::Counts::floor);
 }
 
 void bind_steps(py::module_& m) {
   py::class_<ts::Plan, std::shared_ptr<ts::Plan>> plan(m, "Plan");
-  plan.def_readonly("step", &ts::Plan::step).def_readonly("decodes", &ts::Plan::decodes);
+  plan.def_readonly("step", &ts::Plan::step)
+      .def_readonly("decodes", &ts::Plan::decodes)
+      .def_readonly("predicted_us", &ts::Plan::predicted_us);
   def_view(plan, "sequence_ids", &ts::Plan::sequence_ids);
   def_view(plan, "slots", &ts::Plan::slots);
   def_view(plan, "starts", &ts::Plan::starts);
@@ -294,7 +305,9 @@ void bind_scheduler(py::module_& m) {
       .def(py::init(&make_config), py::kw_only(), py::arg("block_tokens") = 64, py::arg("blocks"), py::arg("slots"),
            py::arg("context_tokens"), py::arg("step_tokens") = 2048, py::arg("chunk_tokens") = 512,
            py::arg("waiting_max") = 1024, py::arg("hash_key"), py::arg("model_identity"),
-           py::arg("steps_in_flight") = 2, py::arg("overtakes_max") = 16, py::arg("class_overtakes_max") = 256)
+           py::arg("steps_in_flight") = 2, py::arg("overtakes_max") = 16, py::arg("class_overtakes_max") = 256,
+           py::arg("tps_floor") = 0.0, py::arg("tps_fraction") = 0.5, py::arg("prefill_share") = 0.125,
+           py::arg("floor_wait_us") = 10'000'000)
       .def_readonly("block_tokens", &ts::Config::block_tokens)
       .def_readonly("blocks", &ts::Config::blocks)
       .def_readonly("slots", &ts::Config::slots)
@@ -304,7 +317,11 @@ void bind_scheduler(py::module_& m) {
       .def_readonly("waiting_max", &ts::Config::waiting_max)
       .def_readonly("steps_in_flight", &ts::Config::steps_in_flight)
       .def_readonly("overtakes_max", &ts::Config::overtakes_max)
-      .def_readonly("class_overtakes_max", &ts::Config::class_overtakes_max);
+      .def_readonly("class_overtakes_max", &ts::Config::class_overtakes_max)
+      .def_readonly("tps_floor", &ts::Config::tps_floor)
+      .def_readonly("tps_fraction", &ts::Config::tps_fraction)
+      .def_readonly("prefill_share", &ts::Config::prefill_share)
+      .def_readonly("floor_wait_us", &ts::Config::floor_wait_us);
 
   py::class_<PyScheduler>(m, "Scheduler")
       .def(py::init<const ts::Config&>(), py::arg("config"))
@@ -315,12 +332,17 @@ void bind_scheduler(py::module_& m) {
           "abort", [](PyScheduler& self, std::uint64_t id, std::int64_t now) { return self.scheduler.abort(id, now); },
           py::arg("sequence_id"), py::arg("now_us"))
       .def("plan", &PyScheduler::plan, py::arg("now_us"))
-      .def("commit", &PyScheduler::commit, py::arg("step"), py::arg("token_ids"), py::arg("now_us"))
+      .def("commit", &PyScheduler::commit, py::arg("step"), py::arg("token_ids"), py::arg("now_us"),
+           py::arg("run_us") = py::none())
       .def_property_readonly("block_table", &block_table)
       .def("counts", [](const PyScheduler& self) { return self.scheduler.counts(); })
       .def("token_ids", &sequence_tokens, py::arg("sequence_id"))
       .def("take_cache_events", &cache_events)
       .def("check", &PyScheduler::check)
+      .def(
+          "why", [](const PyScheduler& self, std::uint64_t id) { return self.scheduler.why(id); },
+          py::arg("sequence_id"))
+      .def("cost_model", [](const PyScheduler& self) { return self.scheduler.cost_model(); })
       .def(
           "explain", [](const PyScheduler& self, std::uint64_t id) { return self.scheduler.explain(id); },
           py::arg("sequence_id"));
@@ -331,6 +353,7 @@ void bind_scheduler(py::module_& m) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "The scheduler: a state machine without clock, thread, socket or tensor.";
   bind_values(m);
+  bind_policy(m);
   bind_steps(m);
   bind_scheduler(m);
   m.def("block_hashes", &block_hashes, py::arg("token_ids"), py::kw_only(), py::arg("block_tokens"),

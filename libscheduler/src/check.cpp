@@ -72,6 +72,7 @@ std::optional<std::string> Scheduler::check() const {
   int resident = 0;
   int waiting = 0;
   int settling = 0;
+  std::int64_t prefilling = 0;
   std::vector<int> flights(sequences_.size());
   for (std::size_t i = 0; i < flights_size_; ++i) {
     for (const Row& row : flights_[(flights_first_ + i) % flights_.size()].rows) {
@@ -85,6 +86,7 @@ std::optional<std::string> Scheduler::check() const {
           if constexpr (requires { state.home; }) {
             ++resident;
             settling += std::is_same_v<S, request::Preempting>;
+            if (std::is_same_v<S, request::Prefilling>) prefilling += s.text.size();
             if (state.home.slot.slot() != s.slot) return "the slot's mirror is wrong";
             if (state.home.flights.count() != flights[i] || s.flights != flights[i])
               return "launched steps are miscounted";
@@ -118,6 +120,7 @@ std::optional<std::string> Scheduler::check() const {
   const Counts now = counts();
   if (now.sequences_running != resident) return "slots leaked";
   if (now.sequences_waiting != waiting) return "the waiting queue's count is wrong";
+  if (prefilling_tokens_ != prefilling) return "the count of prompt tokens in prefill is wrong";
   if (settling_ != settling) return "the count of settling sequences is wrong";
   if (vacant_.size() + static_cast<std::size_t>(resident + waiting) != sequences_.size()) return "sequences leaked";
   return std::nullopt;

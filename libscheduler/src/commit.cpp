@@ -6,8 +6,8 @@
 
 namespace tokenrelay::scheduler {
 
-void Scheduler::commit(std::uint64_t step, std::span<const TokenId> token_ids, std::int64_t /*now_us*/,
-                       Outcome& out) noexcept {
+void Scheduler::commit(std::uint64_t step, std::span<const TokenId> token_ids, std::int64_t now_us, Outcome& out,
+                       std::int64_t run_us) noexcept {
   out.clear();
   TR_ASSERT(flights_size_ > 0, "nothing is launched");
   Flight& flight = flights_[flights_first_];
@@ -15,6 +15,7 @@ void Scheduler::commit(std::uint64_t step, std::span<const TokenId> token_ids, s
   TR_ASSERT(flight.sampled == token_ids.size(), "a step is committed with one token for each sampled row");
   flights_first_ = (flights_first_ + 1) % flights_.size();
   --flights_size_;
+  measure(flight, now_us, run_us);
   std::int32_t sampled = 0;
   for (const Row& row : flight.rows) {
     Sequence& sequence = at(row.index);
@@ -22,15 +23,25 @@ void Scheduler::commit(std::uint64_t step, std::span<const TokenId> token_ids, s
     send(sequence, request::Land{resources_, sequence.text, row.start, row.length});
     totals_.hashed_blocks += sequence.text.take_hashed();
     if (row.samples) {
-      take_token(sequence, token_ids[static_cast<std::size_t>(sampled)], sampled, out);
+      take_token(sequence, token_ids[static_cast<std::size_t>(sampled)], sampled, now_us, out);
       ++sampled;
     }
     if (sequence.flights == 0) settle(row.index);
   }
+  floor_.committed(model_, flight.shape);
   wake();
 }
 
-void Scheduler::take_token(Sequence& sequence, TokenId token, std::int32_t row, Outcome& out) noexcept {
+/// What the step took goes into the cost model. With two steps in flight a step begins when the one before has ended.
+void Scheduler::measure(const Flight& flight, std::int64_t now_us, std::int64_t run_us) noexcept {
+  const std::int64_t wall_us = now_us - std::max(flight.planned_us, committed_us_);
+  committed_us_ = now_us;
+  model_.observe(flight.shape, static_cast<double>(run_us == by_clock ? wall_us : run_us));
+  if (run_us > 0) floor_.gap(static_cast<double>(wall_us - run_us));
+}
+
+void Scheduler::take_token(Sequence& sequence, TokenId token, std::int32_t row, std::int64_t now_us,
+                           Outcome& out) noexcept {
   const bool preempting = std::holds_alternative<request::Preempting>(sequence.state);
   if (!preempting && !std::holds_alternative<request::Decoding>(sequence.state)) return;  // over: discarded
   sequence.text.append(token);
@@ -42,6 +53,7 @@ void Scheduler::take_token(Sequence& sequence, TokenId token, std::int32_t row, 
     finish = Finish::length;
   }
   ++totals_.output_tokens;
+  if (floor_.on() && !preempting) floor_.token(sequence.due_us, sequence.length_planned - sequence.text.size(), now_us);
   out.sequence_ids.push_back(sequence.id);
   out.token_ids.push_back(token);
   out.finish.push_back(static_cast<std::uint8_t>(finish));

@@ -6,20 +6,19 @@
 
 namespace tokenrelay::scheduler {
 
-bool Scheduler::plan(std::int64_t /*now_us*/, Plan& out) noexcept {
+bool Scheduler::plan(std::int64_t now_us, Plan& out) noexcept {
   if (flights_size_ == flights_.size()) return false;
   Flight& flight = flights_[(flights_first_ + flights_size_) % flights_.size()];
   // A pass without rows may still have made room or woken somebody: then there is something for another pass.
   for (int pass = 0; pass < 3; ++pass) {
     out.clear();
     flight.rows.clear();
+    flight.shape = {};
     const std::uint64_t preemptions = totals_.preemptions;
-    plan_rows(out, flight);
+    plan_rows(now_us, out, flight);
     const bool woke = wake();
     if (!flight.rows.empty()) {
-      out.step = flight.step = ++steps_;
-      flight.sampled = static_cast<std::size_t>(out.sampled);
-      ++flights_size_;
+      launched(now_us, out, flight);
       return true;
     }
     if (!woke && preemptions == totals_.preemptions) return false;
@@ -27,22 +26,47 @@ bool Scheduler::plan(std::int64_t /*now_us*/, Plan& out) noexcept {
   return false;
 }
 
-void Scheduler::plan_rows(Plan& out, Flight& flight) noexcept {
+void Scheduler::plan_rows(std::int64_t now_us, Plan& out, Flight& flight) noexcept {
   stalled_ = false;
+  floor_.begin(step_begins(now_us));
   plan_decodes(out, flight);
-  int budget = config_.step_tokens - out.decodes;
+  Budget budget = floor_.budget(model_, flight.shape, config_.step_tokens - out.decodes);
   plan_prefills(budget, out, flight);
-  if (!stalled_) admit_waiting(budget, out, flight);
+  if (!stalled_) admit_waiting(now_us, budget, out, flight);
+}
+
+/// When the launched steps will have ended, as far as one knows.
+std::int64_t Scheduler::step_begins(std::int64_t now_us) const noexcept {
+  std::int64_t begins = committed_us_;
+  for (std::size_t i = 0; i < flights_size_; ++i) {
+    const Flight& flight = flights_[(flights_first_ + i) % flights_.size()];
+    begins = std::max(begins, flight.planned_us) + static_cast<std::int64_t>(flight.predicted_us + floor_.gap_us());
+  }
+  return std::max(begins, now_us);
+}
+
+void Scheduler::launched(std::int64_t now_us, Plan& out, Flight& flight) noexcept {
+  out.step = flight.step = ++steps_;
+  flight.sampled = static_cast<std::size_t>(out.sampled);
+  flight.planned_us = now_us;
+  out.predicted_us = flight.predicted_us = model_.predict_us(flight.shape);
+  ++flights_size_;
+  if (!floor_.on()) return;
+  const StepShape decodes{.decode_rows = flight.shape.decode_rows, .decode_context = flight.shape.decode_context};
+  floor_.planned(flight.predicted_us, flight.predicted_us - model_.predict_us(decodes), out.decodes > 0,
+                 prefilling_.size() + waiting_.size() > 0 || flight.shape.prefill_rows > 0);
 }
 
 /// In the order of rank. They come before admissions, so one of a low class goes on when those that run are through,
 /// however many wait in better classes.
-void Scheduler::plan_prefills(int& budget, Plan& out, Flight& flight) noexcept {
-  for (SequenceIndex index = prefilling_.first(); index != no_sequence && budget > 0;) {
+void Scheduler::plan_prefills(Budget& budget, Plan& out, Flight& flight) noexcept {
+  SequenceIndex index = prefilling_.first();
+  while (index != no_sequence && budget.open()) {
     const SequenceIndex next = prefilling_.after(index);  // the last chunk takes it out of this list
     plan_prefill(index, budget, out, flight);
     index = next;
   }
+  if (index != no_sequence) at(index).why = budget.tokens > 0 ? Why::stays_floor : Why::stays_step;
 }
 
 void Scheduler::add_row(SequenceIndex index, int length, bool feedback, bool samples, Plan& out,
@@ -71,7 +95,10 @@ void Scheduler::plan_decodes(Plan& out, Flight& flight) noexcept {
 /// False when the sequence left the list.
 bool Scheduler::plan_decode(SequenceIndex index, Plan& out, Flight& flight) noexcept {
   Sequence& sequence = at(index);
-  if (sequence.length_planned >= sequence.length_limit) return true;  // its last token is in flight
+  if (sequence.length_planned >= sequence.length_limit) {
+    sequence.why = Why::waits_own_end;
+    return true;
+  }
   const int position = sequence.planned;
   std::optional<WritableBlock> room;
   if (position % config_.block_tokens == 0) {
@@ -81,6 +108,7 @@ bool Scheduler::plan_decode(SequenceIndex index, Plan& out, Flight& flight) noex
     while (!room && make_room(index)) room = pool_.take(row[at_block - 1]);
     if (!room) {
       stalled_ = true;
+      if (settling_ > 0 && sequence.why != Why::preempted_self) sequence.why = Why::waits_room;
       return std::holds_alternative<request::Decoding>(sequence.state);
     }
     row[at_block] = table_entry(*room);
@@ -89,24 +117,53 @@ bool Scheduler::plan_decode(SequenceIndex index, Plan& out, Flight& flight) noex
   out.token_ids.push_back(feedback ? 0 : sequence.text.tokens()[static_cast<std::size_t>(position)]);
   send(sequence, request::Launch{resources_, position, 1, std::move(room)});
   add_row(index, 1, feedback, true, out, flight);
+  flight.shape.add_decode(position + 1);
+  floor_.decode(sequence.due_us);
+  sequence.why = Why::decodes;
   ++out.decodes;
   return true;
 }
 
-void Scheduler::plan_prefill(SequenceIndex index, int& budget, Plan& out, Flight& flight) noexcept {
+/// How much of a prompt the next step computes, and what limits that. A length of 0: nothing now.
+Scheduler::Chunk Scheduler::chunk_of(int start, int left, const Budget& budget) const noexcept {
+  Chunk chunk{left, Why::chunk_rest};
+  if (config_.chunk_tokens < chunk.length) chunk = {config_.chunk_tokens, Why::chunk_limit};
+  if (budget.tokens < chunk.length) {
+    chunk = {budget.tokens, budget.learning ? Why::chunk_learning : Why::chunk_step};
+  }
+  const int timely = model_.prefill_tokens_within(start, budget.us, chunk.length);
+  if (timely >= chunk.length) return chunk;
+  const int least = std::min(chunk.length, Floor::chunk_min);
+  const Why why = budget.shared ? Why::chunk_share : Why::chunk_floor;
+  if (timely >= least) return {timely > least ? timely - timely % Floor::chunk_min : timely, why};
+  return budget.at_least ? Chunk{least, Why::chunk_share}
+                         : Chunk{0, budget.tokens > 0 ? Why::stays_floor : Why::stays_step};
+}
+
+void Scheduler::plan_prefill(SequenceIndex index, Budget& budget, Plan& out, Flight& flight) noexcept {
   Sequence& sequence = at(index);
   const int start = sequence.planned;
   const int left = sequence.text.size() - start;
-  const int length = std::min({left, config_.chunk_tokens, budget});
+  const Chunk chunk = chunk_of(start, left, budget);
+  const int length = chunk.length;
+  sequence.why = chunk.why;
+  if (length == 0) {  // saved up for a chunk that is worth its while; later prompts do not take it away
+    budget.us = 0;
+    return;
+  }
   const auto tokens = sequence.text.tokens().subspan(static_cast<std::size_t>(start), static_cast<std::size_t>(length));
   out.token_ids.insert(out.token_ids.end(), tokens.begin(), tokens.end());
   if (length == left) {
+    prefilling_tokens_ -= sequence.text.size();
     send(sequence, request::LaunchFinal{resources_, start, length});
   } else {
     send(sequence, request::Launch{resources_, start, length, std::nullopt});
   }
   add_row(index, length, false, length == left, out, flight);
-  budget -= length;
+  flight.shape.add_prefill(start, length);
+  budget.tokens -= length;
+  budget.us -= model_.prefill_us(start, length);
+  budget.at_least = false;
 }
 
 /// The class to admit from next: the best one, but for a class that waited for too many admissions of others.
@@ -124,32 +181,33 @@ int Scheduler::next_class(std::uint32_t mask, bool& overdue) const noexcept {
   return best;
 }
 
-void Scheduler::admit_waiting(int& budget, Plan& out, Flight& flight) noexcept {
+void Scheduler::admit_waiting(std::int64_t now_us, Budget& budget, Plan& out, Flight& flight) noexcept {
   std::uint32_t exhausted = 0;  // classes whose first requests are blocked for now
-  while (budget > 0 && slots_.free() > 0) {
+  while (slots_.free() > 0) {
     const std::uint32_t mask = waiting_.mask() & ~exhausted;
     if (mask == 0) return;
     bool overdue = false;
     const int priority_class = next_class(mask, overdue);
-    if (!admit_from(priority_class, overdue, budget, out, flight)) return;
+    if (!admit_from(priority_class, overdue, now_us, budget, out, flight)) return;
     exhausted |= 1U << priority_class;
     if (overdue) exhausted = 0;  // it had its one turn; the better classes go on
   }
 }
 
 /// Admits what it can of one class. False: nobody else may be admitted in this step.
-bool Scheduler::admit_from(int priority_class, bool overdue, int& budget, Plan& out, Flight& flight) noexcept {
+bool Scheduler::admit_from(int priority_class, bool overdue, std::int64_t now_us, Budget& budget, Plan& out,
+                           Flight& flight) noexcept {
   std::array<SequenceIndex, lookahead> blocked{};
   std::size_t blocked_size = 0;
   SequenceIndex index = waiting_.first(priority_class);
-  while (index != no_sequence && budget > 0 && slots_.free() > 0) {
+  while (index != no_sequence && slots_.free() > 0) {
     const SequenceIndex next = waiting_.after(index);  // an admitted or held one leaves the queue
-    const Admission admission = admit(index, out);
+    const Admission admission = admit(index, now_us, budget, out, flight);
+    if (admission == Admission::paced) return false;
     if (admission == Admission::admitted) {
       for (std::size_t i = 0; i < blocked_size; ++i) ++at(blocked[i]).overtaken;
       ++admissions_;
       class_served_[static_cast<std::size_t>(priority_class)] = admissions_;
-      plan_prefill(index, budget, out, flight);
       if (overdue) return true;
     } else if (admission == Admission::blocked) {
       if (overdue || at(index).overtaken >= config_.overtakes_max) return false;
@@ -178,23 +236,54 @@ Scheduler::Match Scheduler::match(Sequence& sequence) noexcept {
   return match;
 }
 
-Scheduler::Admission Scheduler::admit(SequenceIndex index, Plan& out) noexcept {
+/// What keeps one more user out for the sake of those that run, if anything does.
+Why Scheduler::floor_admits(const Sequence& sequence, const Flight& flight) const noexcept {
+  const int rows = prefilling_.size() + decoding_.size() + 1;
+  const auto context = static_cast<double>(prefilling_tokens_ + sequence.text.size());
+  return floor_.admits(model_, rows, flight.shape.decode_context + context);
+}
+
+Scheduler::Admission Scheduler::admit(SequenceIndex index, std::int64_t now_us, Budget& budget, Plan& out,
+                                      Flight& flight) noexcept {
   Sequence& sequence = at(index);
+  sequence.why = Why::waits_step;
+  if (budget.tokens <= 0) return Admission::paced;
   // Room for running ones to grow, against thrashing. When nothing runs there is none: a whole pool must be had by one.
   const int running = prefilling_.size() + decoding_.size();
   const int available = pool_.available() - (running == 0 ? 0 : std::max(1, running / 4));
+  sequence.why = Why::waits_blocks;
   if (sequence.blocks_wanted > available) return Admission::blocked;
+  sequence.why = floor_admits(sequence, flight);
+  // Past its age it goes before the floor: one at a time, so that the others still get what can be had.
+  const bool overrides =
+      sequence.why != Why::none && prefilling_.size() == 0 && floor_.overdue(sequence.submitted_us, now_us);
+  if (sequence.why != Why::none && !overrides) return Admission::paced;
+  budget.at_least |= overrides;
+  if (sequence.matched >= 0 && !fits(sequence, budget)) return Admission::paced;
   const Match found = match(sequence);
   if (found.promised != no_block && sequence.holds < holds_max) {
     ++sequence.holds;
+    sequence.why = Why::waits_prefix;
     send(sequence, request::Hold{resources_, found.promised});
     return Admission::held;
   }
   const int blocks = (sequence.text.size() + config_.block_tokens - 1) / config_.block_tokens - found.blocks;
   sequence.blocks_wanted = blocks + found.unpinned;
   if (sequence.blocks_wanted > available) return Admission::blocked;
+  sequence.matched = found.blocks;
+  if (!fits(sequence, budget)) return Admission::paced;
+  if (overrides) floor_.overridden();
   reside(index, found, blocks, out);
+  plan_prefill(index, budget, out, flight);
   return Admission::admitted;
+}
+
+/// Whether the step has time for a first chunk, going by what was found in the cache when one last looked.
+bool Scheduler::fits(Sequence& sequence, const Budget& budget) const noexcept {
+  const int start = sequence.matched * config_.block_tokens;
+  if (chunk_of(start, sequence.text.size() - start, budget).length > 0) return true;
+  sequence.why = Why::waits_time;
+  return false;
 }
 
 void Scheduler::reside(SequenceIndex index, const Match& match, int blocks, Plan& out) noexcept {
@@ -232,6 +321,9 @@ void Scheduler::reside(SequenceIndex index, const Match& match, int blocks, Plan
   out.admitted_cached.push_back(sequence.planned);
   out.admitted_output_start.push_back(sequence.output_start);
   sequence.overtaken = sequence.holds = sequence.blocks_wanted = 0;
+  sequence.matched = -1;
+  sequence.due_us = not_due;
+  prefilling_tokens_ += sequence.text.size();
   send(sequence, request::Admit{resources_, std::move(home)});
 }
 
@@ -244,12 +336,15 @@ bool Scheduler::make_room(SequenceIndex for_index) noexcept {
       prefill != no_sequence && ranks_[static_cast<std::size_t>(decode)] < ranks_[static_cast<std::size_t>(prefill)];
   const SequenceIndex victim = prefill_is_worse ? prefill : decode;
   preempt(victim);
+  if (victim == for_index) at(victim).why = Why::preempted_self;
   return victim != for_index;
 }
 
 void Scheduler::preempt(SequenceIndex index) noexcept {
   ++totals_.preemptions;
   ++settling_;
+  at(index).why = Why::preempted;
+  if (std::holds_alternative<request::Prefilling>(at(index).state)) prefilling_tokens_ -= at(index).text.size();
   send(at(index), request::Preempt{resources_});
   if (at(index).flights == 0) settle(index);
 }

@@ -34,7 +34,8 @@ Scheduler::Scheduler(const Config& config)
       ids_(sequences_max(config)),
       ended_(ended_max),
       ended_ids_(ended_max),
-      flights_(static_cast<std::size_t>(config.steps_in_flight)) {
+      flights_(static_cast<std::size_t>(config.steps_in_flight)),
+      floor_(config) {
   TR_ASSERT(!config.check(), "the configuration was not checked");
   vacant_.reserve(sequences_.size());
   for (auto index = static_cast<SequenceIndex>(sequences_.size()); index-- > 0;) vacant_.push_back(index);
@@ -105,6 +106,9 @@ std::optional<RejectReason> Scheduler::submit(const Submission& s, std::int64_t 
   sequence.cached_tokens = -1;
   sequence.overtaken = sequence.holds = sequence.blocks_wanted = 0;
   sequence.submitted_us = now_us;
+  sequence.matched = -1;
+  sequence.due_us = not_due;
+  sequence.why = Why::none;
   sequence.emitted = false;
   ranks_[static_cast<std::size_t>(index)] = {WaitingQueue::class_of(s.priority), ++tickets_};
   expect_service(index);
@@ -120,6 +124,7 @@ AbortAnswer Scheduler::abort(std::uint64_t sequence_id, std::int64_t /*now_us*/)
   }
   Sequence& sequence = at(index);
   const bool settling = std::holds_alternative<request::Preempting>(sequence.state);
+  if (std::holds_alternative<request::Prefilling>(sequence.state)) prefilling_tokens_ -= sequence.text.size();
   if (fsm::dispatch<RequestFsm>(sequence.state, request::Abort{resources_})) return AbortAnswer::already_ended;
   ++totals_.aborts;
   if (std::holds_alternative<request::Ended>(sequence.state)) {
@@ -146,6 +151,7 @@ Counts Scheduler::counts() const noexcept {
   counts.sequences_waiting = waiting_.size() + holds_.size();
   counts.sequences_running = config_.slots - slots_.free();
   counts.steps_in_flight = static_cast<int>(flights_size_);
+  counts.floor = floor_.counts();
   return counts;
 }
 
@@ -153,6 +159,12 @@ std::optional<std::span<const TokenId>> Scheduler::token_ids(std::uint64_t seque
   const SequenceIndex index = ids_.find(sequence_id);
   if (index == IdMap::none) return std::nullopt;
   return at(index).text.tokens();
+}
+
+std::optional<Why> Scheduler::why(std::uint64_t sequence_id) const noexcept {
+  const SequenceIndex index = ids_.find(sequence_id);
+  if (index == IdMap::none) return std::nullopt;
+  return at(index).why;
 }
 
 std::string Scheduler::explain(std::uint64_t sequence_id) const {

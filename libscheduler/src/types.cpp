@@ -1,7 +1,16 @@
 #include "tokenrelay/scheduler/types.hpp"
 
+#include <sstream>
+
 namespace tokenrelay::scheduler {
 namespace {
+
+std::optional<std::string> between(const char* name, double value, double minimum, double maximum) {
+  if (value >= minimum && value <= maximum) return std::nullopt;  // false for what is not a number
+  std::ostringstream text;
+  text << name << " is " << value << ", expected " << minimum << " to " << maximum;
+  return text.str();
+}
 
 std::optional<std::string> bounded(const char* name, int value, int minimum, int maximum) {
   if (value >= minimum && value <= maximum) return std::nullopt;
@@ -27,7 +36,11 @@ std::optional<std::string> Config::check() const {
   if (auto wrong = bounded("waiting_max", waiting_max, 1, 1 << 20)) return wrong;
   if (auto wrong = bounded("steps_in_flight", steps_in_flight, 1, 16)) return wrong;
   if (auto wrong = bounded("overtakes_max", overtakes_max, 0, 1 << 20)) return wrong;
-  return bounded("class_overtakes_max", class_overtakes_max, 1, 1 << 20);
+  if (auto wrong = bounded("class_overtakes_max", class_overtakes_max, 1, 1 << 20)) return wrong;
+  if (auto wrong = between("tps_floor", tps_floor, 0, 1e5)) return wrong;
+  if (auto wrong = between("tps_fraction", tps_fraction, 0.05, 1)) return wrong;
+  if (auto wrong = between("prefill_share", prefill_share, 0, 0.9)) return wrong;
+  return between("floor_wait_us", static_cast<double>(floor_wait_us), 0, 86'400e6);
 }
 
 void Plan::reserve(const Config& config) {
@@ -48,6 +61,7 @@ void Plan::reserve(const Config& config) {
 void Plan::clear() noexcept {
   step = 0;
   decodes = sampled = 0;
+  predicted_us = 0;
   sequence_ids.clear();
   slots.clear();
   starts.clear();

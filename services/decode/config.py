@@ -39,6 +39,18 @@ class WorkerConfig:
     step_tokens: int = setting(2048, "tokens of one step, all sequences together", minimum=1, maximum=1 << 20)
     chunk_tokens: int = setting(512, "prompt tokens of one sequence in one step", minimum=1, maximum=1 << 20)
     waiting_max: int = setting(1024, "sequences that may wait; one more is refused", minimum=1, maximum=1 << 20)
+    tps_floor: float = setting(
+        70.0,
+        "tokens per second that every running answer keeps: prompts and new requests wait rather than break it; 0: off",
+        minimum=0,
+        maximum=100_000,
+    )
+    tps_fraction: float = setting(
+        0.5, "of what one answer alone runs at here: the floor in force is no higher", minimum=0.05, maximum=1
+    )
+    floor_wait_s: float = setting(
+        10.0, "seconds a request waits for the floor's sake, at most; 0: as long as it takes", minimum=0, maximum=86_400
+    )
     threads: int | None = setting(
         None, "CPU threads of a step; default: one per core, or one alone for a small model", minimum=1
     )

@@ -112,6 +112,20 @@ class Metrics:
             page.add(f"worker_{name}_total", "counter", help_text, {"": total(name)})
         seconds = total("step_time_us") / 1e6
         page.add("worker_step_seconds_total", "counter", "time spent in engine steps", {"": seconds})
+        self._add_floor(page, {target: state[1].tps_floor for target, state in workers.items()})
+
+    def _add_floor(self, page: _Page, floors: Mapping[str, worker_pb2.TpsFloor]) -> None:
+        for name, kind, help_text in (
+            ("configured", "gauge", "tokens per second that each user shall keep, as asked for; 0: no floor"),
+            ("in_force", "gauge", "the smaller of that and a fraction of batch 1; 0: not known yet"),
+            ("batch_1", "gauge", "tokens per second that one user alone would get now; 0: not known yet"),
+            ("users_below", "gauge", "users behind the floor in the last step"),
+            ("tokens", "counter", "tokens that were due under the floor"),
+            ("tokens_late", "counter", "of those, late by more than one token's time: the floor was not held"),
+            ("overrides", "counter", "requests admitted for their age although the floor would have kept them back"),
+        ):
+            values = {f'worker="{_escape(target)}"': getattr(floor, name) for target, floor in floors.items()}
+            page.add(f"tps_floor_{name}{'_total' if kind == 'counter' else ''}", kind, help_text, values)
 
 
 class _Page:

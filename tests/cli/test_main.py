@@ -68,7 +68,14 @@ def test_help_is_fast_and_light() -> None:
 
 def test_help_gives_examples_and_defaults() -> None:
     serve = run("serve", "--help").stdout
-    for text in ("Examples", "tokenrelay serve --config relay.toml --print-config", "Default: 8000", "[router]", "429"):
+    for text in (
+        "Examples",
+        "tokenrelay serve --config relay.toml --print-config",
+        "Default: 8000",
+        "[router]",
+        "429",
+        "--tps-floor",
+    ):
         assert text in serve, text
     chat = run("chat", "--help").stdout
     assert 'tokenrelay chat "What is 17 * 23?"' in chat

@@ -55,6 +55,21 @@ async def test_a_killed_worker_ends_every_request_and_comes_back(
         assert (await settled_pool(session, server.url)).active == 0
 
 
+async def test_the_tps_floor_is_served_and_measured(start: Callable[..., Server]) -> None:
+    """`--tps-floor` reaches the scheduler, and what it measured comes back on /metrics."""
+    server = start("--tps-floor", "33", "--floor-wait-s", "3")
+    async with aiohttp.ClientSession() as session:
+        answer = await send(session, server.url, "/v1/chat/completions", body(server, max_tokens=24, ignore_eos=True))
+        assert answer.kind == "completed", answer.error
+        page = await metrics(session, server.url)
+    floor = {name.split("{")[0]: value for name, value in page.items() if name.startswith("tokenrelay_tps_floor_")}
+    assert floor["tokenrelay_tps_floor_configured"] == 33
+    assert floor["tokenrelay_tps_floor_batch_1"] > 1
+    half = floor["tokenrelay_tps_floor_batch_1"] / 2
+    assert floor["tokenrelay_tps_floor_in_force"] == pytest.approx(min(33, half), rel=1e-3)
+    assert floor["tokenrelay_tps_floor_tokens_total"] > 0
+
+
 async def until_running(session: aiohttp.ClientSession, server: Server, count: int) -> None:
     """Until so many sequences hold blocks."""
     for _ in range(400):

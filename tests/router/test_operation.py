@@ -11,7 +11,7 @@ from router_stack import Stack, StartStack, until
 from tokenrelay.base.errors import ConfigError
 from tokenrelay.proto import worker_pb2
 from tokenrelay.services.router.config import parse_arguments, resolve_options
-from tokenrelay.services.router.metrics import Histogram
+from tokenrelay.services.router.metrics import Histogram, Metrics
 
 
 async def get(stack: Stack, path: str) -> tuple[int, str]:
@@ -98,6 +98,15 @@ async def test_the_kv_gauge_is_fresh_and_sums_to_the_pool(stack: Stack) -> None:
     writer.close()
     await stack.worker.stop()
     assert "tokenrelay_kv_blocks" in (await get(stack, "/metrics"))[1], "the last known ones"
+
+
+def test_the_tps_floor_of_each_worker_is_on_the_page() -> None:
+    floor = worker_pb2.TpsFloor(configured=70, in_force=12.5, batch_1=25, tokens=9, tokens_late=2, overrides=1)
+    page = samples(Metrics().render({"unix:a": (True, worker_pb2.Stats(tps_floor=floor))}))
+    expected = {"configured": 70, "in_force": 12.5, "batch_1": 25, "users_below": 0}
+    expected |= {"tokens_total": 9, "tokens_late_total": 2, "overrides_total": 1}
+    for name, value in expected.items():
+        assert page[f'tokenrelay_tps_floor_{name}{{worker="unix:a"}}'] == value
 
 
 def test_histograms_are_cumulative() -> None:

@@ -26,9 +26,12 @@ def test_what_is_no_size_names_the_setting(text: str) -> None:
 def test_flags_win_and_origins_are_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENRELAY_WORKER_SLOTS", "9")
     monkeypatch.setenv("TOKENRELAY_WORKER_BLOCKS", "77")
+    monkeypatch.setenv("TOKENRELAY_WORKER_TPS_FLOOR", "120")
     monkeypatch.setenv("TOKENRELAY_PREFILL_HANDLE_DEADLINE_S", "5")
     assert worker.main(["--slots", "3", "--print-config"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert lines["worker.slots"].split()[1] == "3" and "flag --slots" in lines["worker.slots"]
     assert lines["worker.blocks"].split()[1] == "77" and "TOKENRELAY_WORKER_BLOCKS" in lines["worker.blocks"]
+    assert lines["worker.tps_floor"].split()[1] == "120.0"
+    assert lines["worker.floor_wait_s"].split()[1] == "10.0"
     assert lines["prefill.handle_deadline_s"].split()[1] == "5.0"

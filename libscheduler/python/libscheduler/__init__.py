@@ -3,9 +3,11 @@
 from tokenrelay.libscheduler._native import (
     AbortAnswer,
     Config,
+    CostModel,
     Counts,
     EventFacts,
     Finish,
+    FloorCounts,
     Outcome,
     Plan,
     RejectReason,
@@ -13,16 +15,20 @@ from tokenrelay.libscheduler._native import (
     Scheduler,
     StateFacts,
     Table,
+    Why,
     block_hashes,
     fsm_tables,
+    words_of,
 )
 
 __all__ = [
     "AbortAnswer",
     "Config",
+    "CostModel",
     "Counts",
     "EventFacts",
     "Finish",
+    "FloorCounts",
     "Outcome",
     "Plan",
     "RejectReason",
@@ -30,6 +36,8 @@ __all__ = [
     "Scheduler",
     "StateFacts",
     "Table",
+    "Why",
     "block_hashes",
     "fsm_tables",
+    "words_of",
 ]

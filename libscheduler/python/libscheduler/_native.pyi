@@ -33,6 +33,79 @@ class Finish(enum.IntEnum):
     STOP = 1
     LENGTH = 2
 
+class Why(enum.IntEnum):
+    """What was decided about a sequence last. `words_of` says it for a person."""
+
+    NONE = 0
+    WAITS_BLOCKS = 1
+    WAITS_PREFIX = 2
+    WAITS_STEP = 3
+    WAITS_FLOOR = 4
+    WAITS_TIME = 5
+    WAITS_LEARNING = 6
+    STAYS_STEP = 7
+    STAYS_FLOOR = 8
+    CHUNK_REST = 9
+    CHUNK_LIMIT = 10
+    CHUNK_STEP = 11
+    CHUNK_FLOOR = 12
+    CHUNK_SHARE = 13
+    CHUNK_LEARNING = 14
+    DECODES = 15
+    WAITS_OWN_END = 16
+    WAITS_ROOM = 17
+    PREEMPTED = 18
+    PREEMPTED_SELF = 19
+
+def words_of(why: Why) -> str:
+    """A decision in words."""
+
+class CostModel:
+    """What a step costs: linear in what it computes, fitted online. A shape is given as sums over the step's rows.
+
+    `prefill_pairs` counts (query, key) pairs of prefill rows, `decode_context` tokens that decode rows read.
+    """
+
+    def __init__(self) -> None: ...
+    def observe(
+        self,
+        us: float,
+        *,
+        prefill_rows: float = 0.0,
+        prefill_tokens: float = 0.0,
+        prefill_pairs: float = 0.0,
+        decode_rows: float = 0.0,
+        decode_context: float = 0.0,
+    ) -> None:
+        """A step of this shape took so long."""
+
+    def predict_us(
+        self,
+        *,
+        prefill_rows: float = 0.0,
+        prefill_tokens: float = 0.0,
+        prefill_pairs: float = 0.0,
+        decode_rows: float = 0.0,
+        decode_context: float = 0.0,
+    ) -> float:
+        """How long such a step will take; 0 while nothing is known."""
+
+    def prefill_us(self, start: int, length: int) -> float:
+        """What a prefill row of tokens [start, start + length) adds to a step."""
+
+    def prefill_tokens_within(self, start: int, us: float, most: int) -> int:
+        """The most tokens from `start` on, up to `most`, whose row adds no more than `us`."""
+
+    def coefficients(self) -> dict[str, float]:
+        """Microseconds per step, prefill_row, prefill_token, prefill_pair, decode_row, decode_context_token."""
+
+    @property
+    def speed(self) -> float:
+        """How much slower the device is at this moment than the fit says."""
+
+    @property
+    def observations(self) -> int: ...
+
 class Config:
     """Sizes and bounds, in the units of their names. ValueError names the field that is out of its bounds."""
 
@@ -51,6 +124,10 @@ class Config:
         steps_in_flight: int = 2,
         overtakes_max: int = 16,
         class_overtakes_max: int = 256,
+        tps_floor: float = 0.0,
+        tps_fraction: float = 0.5,
+        prefill_share: float = 0.125,
+        floor_wait_us: int = 10_000_000,
     ) -> None: ...
     @property
     def block_tokens(self) -> int: ...
@@ -72,6 +149,14 @@ class Config:
     def overtakes_max(self) -> int: ...
     @property
     def class_overtakes_max(self) -> int: ...
+    @property
+    def tps_floor(self) -> float: ...
+    @property
+    def tps_fraction(self) -> float: ...
+    @property
+    def prefill_share(self) -> float: ...
+    @property
+    def floor_wait_us(self) -> int: ...
 
 class Plan:
     """One step: rows [0, decodes) decode one token each, the others prefill. Views live as long as the plan."""
@@ -80,6 +165,10 @@ class Plan:
     def step(self) -> int: ...
     @property
     def decodes(self) -> int: ...
+    @property
+    def predicted_us(self) -> float:
+        """How long the step will take, by the cost model; 0 while nothing is known."""
+
     @property
     def sequence_ids(self) -> NDArray[np.uint64]: ...
     @property
@@ -119,6 +208,33 @@ class Outcome:
     @property
     def cached_tokens(self) -> NDArray[np.int32]: ...
 
+class FloorCounts:
+    """How the TPS floor fares. A user's token is late when it came more than one token's time after it was due."""
+
+    @property
+    def tps_in_force(self) -> float:
+        """The smaller of the configured floor and a fraction of `tps_batch_1`; 0: none, or not known yet."""
+
+    @property
+    def tps_batch_1(self) -> float:
+        """What one user alone would get now; 0: not known yet."""
+
+    @property
+    def users_below(self) -> int:
+        """Users whose token was late in the last step that had any."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were due."""
+
+    @property
+    def tokens_late(self) -> int:
+        """Of those."""
+
+    @property
+    def overrides(self) -> int:
+        """Admissions past `floor_wait_us` that the floor would have kept back."""
+
 class Counts:
     """A snapshot; blocks_free + blocks_cached + blocks_active is the pool."""
 
@@ -146,6 +262,8 @@ class Counts:
     def output_tokens(self) -> int: ...
     @property
     def hashed_blocks(self) -> int: ...
+    @property
+    def floor(self) -> FloorCounts: ...
 
 class Scheduler:
     """The state machine. Used from one thread; time comes in as `now_us`; the same calls give the same answers."""
@@ -174,9 +292,11 @@ class Scheduler:
     def plan(self, now_us: int) -> Plan | None:
         """The next step, which counts as launched; None when nothing can run now."""
 
-    def commit(self, step: int, token_ids: TokenIds, now_us: int) -> Outcome:
+    def commit(self, step: int, token_ids: TokenIds, now_us: int, run_us: int | None = None) -> Outcome:
         """Take what the oldest launched step sampled: uint32, one per row with `samples`, in row order.
 
+        `run_us`: how long the device ran it, for the cost model; 0 when that says nothing (the step failed), None for
+        the time since the commit before, or since it was planned.
         ValueError when `step` is not the oldest launched one, or when the number of tokens differs.
         """
 
@@ -198,6 +318,12 @@ class Scheduler:
 
     def check(self) -> None:
         """Check every invariant; AssertionError says which one is broken. O(everything)."""
+
+    def why(self, sequence_id: int) -> Why | None:
+        """What was decided about the sequence last; None when it is not live."""
+
+    def cost_model(self) -> CostModel:
+        """A copy of the model of what steps cost, as fitted until now."""
 
     def explain(self, sequence_id: int) -> str:
         """What the sequence is doing and what it waits for, for a person."""

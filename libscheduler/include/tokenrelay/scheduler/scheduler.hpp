@@ -15,6 +15,8 @@
 #include <string>
 #include <vector>
 
+#include "tokenrelay/scheduler/cost_model.hpp"
+#include "tokenrelay/scheduler/floor.hpp"
 #include "tokenrelay/scheduler/id_map.hpp"
 #include "tokenrelay/scheduler/request.hpp"
 #include "tokenrelay/scheduler/types.hpp"
@@ -40,8 +42,11 @@ class Scheduler {
     std::size_t tokens;
   };
   [[nodiscard]] std::optional<Expected> expected() const noexcept;
-  /// Takes what the oldest launched step sampled; `step` and the number of tokens must be the expected ones.
-  void commit(std::uint64_t step, std::span<const TokenId> token_ids, std::int64_t now_us, Outcome& out) noexcept;
+  static constexpr std::int64_t by_clock = -1;
+  /// Takes what the oldest launched step sampled; `step` and the number of tokens must be the expected ones. `run_us`:
+  /// how long the device ran it, 0 when that says nothing (it failed); `by_clock`: the time between commits.
+  void commit(std::uint64_t step, std::span<const TokenId> token_ids, std::int64_t now_us, Outcome& out,
+              std::int64_t run_us = by_clock) noexcept;
 
   // Views.
   [[nodiscard]] const Config& config() const noexcept { return config_; }
@@ -55,6 +60,9 @@ class Scheduler {
   /// Every invariant that can be checked from outside the types. What is broken, or nothing. O(everything).
   [[nodiscard]] std::optional<std::string> check() const;
   [[nodiscard]] std::string explain(std::uint64_t sequence_id) const;
+  /// What was decided about it last; nothing when the id is not live.
+  [[nodiscard]] std::optional<Why> why(std::uint64_t sequence_id) const noexcept;
+  [[nodiscard]] const CostModel& cost_model() const noexcept { return model_; }
 
  private:
   struct Sequence {
@@ -72,7 +80,10 @@ class Scheduler {
     std::int32_t overtaken = 0;       // requests of its class that went before it while it was blocked
     std::int32_t holds = 0;           // times it waited for a block of somebody else
     std::int32_t blocks_wanted = 0;   // blocked until so many are available: spares looking again each step
+    std::int32_t matched = -1;        // blocks found in the cache when it was looked at last; -1: it was not
     std::int64_t submitted_us = 0;
+    std::int64_t due_us = not_due;  // its next decode row's token, by the TPS floor's schedule
+    Why why = Why::none;
     bool emitted = false;
   };
   struct Row {
@@ -85,13 +96,16 @@ class Scheduler {
     std::uint64_t step = 0;
     std::size_t sampled = 0;
     std::vector<Row> rows;
+    StepShape shape;
+    double predicted_us = 0;
+    std::int64_t planned_us = 0;
   };
   struct Match {                  // what the prefix index knows of a prompt
     int blocks = 0;               // sealed ones at its beginning
     int unpinned = 0;             // of those, cached: they would no longer be available
     BlockId promised = no_block;  // the last of the blocks after them that are being computed
   };
-  enum class Admission : std::uint8_t { admitted, held, blocked };
+  enum class Admission : std::uint8_t { admitted, held, blocked, paced };  // paced: not now, for the floor's sake
 
   static constexpr int holds_max = 8;             // then a sequence computes its prefix itself
   static constexpr int lookahead = 4;             // blocked requests of a class that others may be tried behind
@@ -109,23 +123,34 @@ class Scheduler {
   [[nodiscard]] Hash128 root_of(std::span<const std::uint8_t> salt) const;
 
   // plan.cpp
-  void plan_rows(Plan& out, Flight& flight) noexcept;
+  void plan_rows(std::int64_t now_us, Plan& out, Flight& flight) noexcept;
+  [[nodiscard]] std::int64_t step_begins(std::int64_t now_us) const noexcept;
+  void launched(std::int64_t now_us, Plan& out, Flight& flight) noexcept;
   void plan_decodes(Plan& out, Flight& flight) noexcept;
   bool plan_decode(SequenceIndex index, Plan& out, Flight& flight) noexcept;
-  void plan_prefills(int& budget, Plan& out, Flight& flight) noexcept;
-  void plan_prefill(SequenceIndex index, int& budget, Plan& out, Flight& flight) noexcept;
+  void plan_prefills(Budget& budget, Plan& out, Flight& flight) noexcept;
+  void plan_prefill(SequenceIndex index, Budget& budget, Plan& out, Flight& flight) noexcept;
+  struct Chunk {
+    int length;
+    Why why;
+  };
+  [[nodiscard]] Chunk chunk_of(int start, int left, const Budget& budget) const noexcept;
   void add_row(SequenceIndex index, int length, bool feedback, bool samples, Plan& out, Flight& flight) noexcept;
-  void admit_waiting(int& budget, Plan& out, Flight& flight) noexcept;
-  bool admit_from(int priority_class, bool overdue, int& budget, Plan& out, Flight& flight) noexcept;
+  void admit_waiting(std::int64_t now_us, Budget& budget, Plan& out, Flight& flight) noexcept;
+  bool admit_from(int priority_class, bool overdue, std::int64_t now_us, Budget& budget, Plan& out,
+                  Flight& flight) noexcept;
   [[nodiscard]] int next_class(std::uint32_t mask, bool& overdue) const noexcept;
-  Admission admit(SequenceIndex index, Plan& out) noexcept;
+  Admission admit(SequenceIndex index, std::int64_t now_us, Budget& budget, Plan& out, Flight& flight) noexcept;
+  [[nodiscard]] Why floor_admits(const Sequence& sequence, const Flight& flight) const noexcept;
+  [[nodiscard]] bool fits(Sequence& sequence, const Budget& budget) const noexcept;
   [[nodiscard]] Match match(Sequence& sequence) noexcept;
   void reside(SequenceIndex index, const Match& match, int blocks, Plan& out) noexcept;
   bool make_room(SequenceIndex for_index) noexcept;
   void preempt(SequenceIndex index) noexcept;
 
   // commit.cpp
-  void take_token(Sequence& sequence, TokenId token, std::int32_t row, Outcome& out) noexcept;
+  void measure(const Flight& flight, std::int64_t now_us, std::int64_t run_us) noexcept;
+  void take_token(Sequence& sequence, TokenId token, std::int32_t row, std::int64_t now_us, Outcome& out) noexcept;
   void settle(SequenceIndex index) noexcept;
   void end(SequenceIndex index) noexcept;
   bool wake() noexcept;
@@ -163,6 +188,11 @@ class Scheduler {
   std::array<std::uint64_t, WaitingQueue::classes> class_served_{};  // `admissions_` when a class was last served
   int settling_ = 0;                                                 // sequences that will give blocks back at a commit
   bool stalled_ = false;  // a decode found no block in the step being planned
+
+  CostModel model_;
+  Floor floor_;
+  std::int64_t committed_us_ = 0;       // the last commit
+  std::int64_t prefilling_tokens_ = 0;  // of the sequences that prefill: what they will decode with
 
   Counts totals_;
 };

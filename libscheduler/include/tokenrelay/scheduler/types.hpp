@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "tokenrelay/scheduler/siphash.hpp"
+#include "tokenrelay/scheduler/why.hpp"
 
 namespace tokenrelay::scheduler {
 
@@ -24,6 +25,11 @@ struct Config {
   int steps_in_flight = 2;        // launched and not yet committed; 1: no planning ahead
   int overtakes_max = 16;         // requests of its class that may be admitted before a blocked one
   int class_overtakes_max = 256;  // admissions that a class may see before its first request goes before better classes
+  double tps_floor = 0;           // tokens a second that each running user keeps; 0: no floor
+  double tps_fraction = 0.5;      // of what batch 1 runs at on this device: the floor in force is no higher
+  double prefill_share = 0.125;   // of the device's time that prompts get though users are behind the floor; 0: none
+  std::int64_t floor_wait_us =
+      10'000'000;  // a request that waited longer is admitted though the floor breaks; 0: never
   std::array<std::uint8_t, 16> hash_key{};
   std::array<std::uint8_t, 16> model_identity{};
 
@@ -51,7 +57,8 @@ struct Submission {
 struct Plan {
   std::uint64_t step = 0;
   int decodes = 0;
-  int sampled = 0;  // rows with samples == 1
+  int sampled = 0;          // rows with samples == 1
+  double predicted_us = 0;  // how long it will take; 0: nothing is known
   std::vector<std::uint64_t> sequence_ids;
   std::vector<std::int32_t> slots;
   std::vector<std::int32_t> starts;
@@ -81,6 +88,16 @@ struct Outcome {
   void clear() noexcept;
 };
 
+/// How the TPS floor fares. A user's token is late when it came more than one token's time after it was due.
+struct FloorCounts {
+  double tps_in_force = 0;        // 0: no floor, or batch 1 is not known yet
+  double tps_batch_1 = 0;         // what one user alone would get now; 0: not known yet
+  int users_below = 0;            // in the last step: users whose token was late
+  std::uint64_t tokens = 0;       // that were due
+  std::uint64_t tokens_late = 0;  // of those
+  std::uint64_t overrides = 0;    // admissions past `floor_wait_us` that the floor would have kept back
+};
+
 struct Counts {
   int blocks_free = 0;
   int blocks_cached = 0;
@@ -94,6 +111,7 @@ struct Counts {
   std::uint64_t cached_tokens = 0;  // of those, found in the cache
   std::uint64_t output_tokens = 0;
   std::uint64_t hashed_blocks = 0;  // whose hash was computed, and not known from an earlier turn
+  FloorCounts floor;
 };
 
 }  // namespace tokenrelay::scheduler

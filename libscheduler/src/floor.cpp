@@ -1,0 +1,101 @@
+#include "tokenrelay/scheduler/floor.hpp"
+
+#include <algorithm>
+
+namespace tokenrelay::scheduler {
+namespace {
+
+constexpr double gap_follows = 1.0 / 16;
+constexpr double credit_periods = 4;  // prompts are owed this much at most; then they get a smallest chunk in any case
+constexpr int learning_tokens = 64;   // prefill tokens beside decoding users before any were measured
+constexpr int learning_rows = 2;      // users before so many were measured
+
+}  // namespace
+
+void Floor::begin(std::int64_t start_us) noexcept {
+  start_us_ = start_us;
+  due_us_ = not_due;
+}
+
+void Floor::decode(std::int64_t& due_us) noexcept {
+  if (period_us_ == 0) return;
+  if (due_us == not_due) {  // his first token is in flight: let it come just before this step
+    due_us_ = std::min(due_us_, start_us_ + period_us_);
+  } else {
+    due_us_ = std::min(due_us_, due_us);
+    due_us += period_us_;
+  }
+}
+
+Budget Floor::budget(const CostModel& model, const StepShape& decodes, int tokens) const noexcept {
+  Budget budget{.tokens = tokens};
+  if (!on() || decodes.decode_rows == 0) return budget;
+  const int known = learning_tokens + 2 * static_cast<int>(prefill_max_);  // a step that large is not far from one seen
+  budget.learning = known < tokens;
+  budget.tokens = std::min(tokens, known);
+  if (due_us_ == not_due) return budget;
+  budget.us = static_cast<double>(due_us_ - start_us_) - model.predict_us(decodes) - gap_us_;
+  // Users who are behind, or new ones without end, must not keep prompts out for ever.
+  const auto period = static_cast<double>(period_us_);
+  if (budget.us <= 0) {
+    budget.us = std::min(credit_us_, period);
+    budget.shared = true;
+  }
+  budget.at_least = credit_us_ >= credit_periods * period && share_ > 0;
+  return budget;
+}
+
+Why Floor::admits(const CostModel& model, int rows, double context) const noexcept {
+  if (!on() || rows <= 1) return Why::none;
+  // No more than twice what was measured: a cost that does not show at two users does at four.
+  if (rows > std::max(learning_rows, 2 * static_cast<int>(decodes_max_))) return Why::waits_learning;
+  if (period_us_ == 0) return Why::none;
+  const auto period = static_cast<double>(period_us_);
+  const double step = gap_us_ + model.predict_us({.decode_rows = static_cast<double>(rows), .decode_context = context});
+  // Prompts need time too, or nobody admitted now would ever get his first token.
+  const bool holds = step <= (1 - share_) * period && step + model.prefill_us(0, chunk_min) <= period;
+  return holds ? Why::none : Why::waits_floor;
+}
+
+void Floor::planned(double step_us, double prefill_us, bool decodes, bool pending) noexcept {
+  if (!decodes || !pending) {
+    credit_us_ = 0;
+    return;
+  }
+  const double most = credit_periods * static_cast<double>(period_us_);
+  credit_us_ = std::clamp(credit_us_ + share_ * step_us - prefill_us, 0.0, most);
+}
+
+void Floor::token(std::int64_t& due_us, int in_flight, std::int64_t now_us) noexcept {
+  if (period_us_ == 0) return;
+  if (due_us == not_due) {
+    due_us = now_us + period_us_ * (in_flight + 1);
+    return;
+  }
+  const std::int64_t slack = due_us - period_us_ * (in_flight + 1) - now_us;
+  ++counts_.tokens;
+  late_in_step_ += slack < -period_us_ ? 1 : 0;  // a whole token is missing, not a fraction of its time
+  due_us += std::clamp(slack, -slack_tokens * period_us_, slack_tokens * period_us_) - slack;
+}
+
+void Floor::gap(double gap_us) noexcept {
+  gap_us = std::clamp(gap_us, 0.0, 4 * gap_us_ + 1000);  // a pause is not a gap
+  gap_us_ += gap_follows * (gap_us - gap_us_);
+}
+
+void Floor::committed(const CostModel& model, const StepShape& shape) noexcept {
+  decodes_max_ = std::max(decodes_max_, shape.decode_rows);
+  prefill_max_ = std::max(prefill_max_, shape.prefill_tokens);
+  if (!on() || shape.decode_rows == 0) return;
+  counts_.tokens_late += late_in_step_;
+  counts_.users_below = static_cast<int>(late_in_step_);
+  late_in_step_ = 0;
+  context_ = shape.decode_context / shape.decode_rows;
+  const double alone_us = gap_us_ + model.predict_us({.decode_rows = 1, .decode_context = context_});
+  if (alone_us < 1) return;
+  counts_.tps_batch_1 = 1e6 / alone_us;
+  counts_.tps_in_force = std::min(configured_, fraction_ * counts_.tps_batch_1);
+  period_us_ = static_cast<std::int64_t>(1e6 / counts_.tps_in_force);
+}
+
+}  // namespace tokenrelay::scheduler
