@@ -55,7 +55,7 @@ class Ours:
         if case.kind == "admit":
             prompt = np.array([*self._prefix, *tokens(case.prompt - case.cached)], np.uint32)
             began = time.thread_time()
-            self._submit(prompt, 1)
+            self._submit(prompt, 2)
         elif case.kind == "turn":
             began = self._next_turn()
         submitted = time.thread_time()
@@ -70,25 +70,36 @@ class Ours:
         rows = case.sequences or 1
         assert len(plan.lengths) == rows and len(outcome.rows) == rows, "another number of rows than the case has"
         if case.kind != "decode":
+            self._scheduler.abort(self._ids, 0)
             assert plan.lengths.sum() < 4 * BLOCK_TOKENS + max(case.prompt - case.cached, case.appended)
         return submitted - began, planned - submitted, applied - applying
 
     def _next_turn(self) -> float:
-        """A session of `prompt` tokens ends; its next turn is submitted. When that began."""
-        session = tokens(self._case.prompt - 1)
-        self._submit(session, 1)
+        """A session of `prompt` tokens ends; its next turn names it, and brings what it appends. When that began."""
+        self._submit(tokens(self._case.prompt - 1), 1)
         self._settle()
-        prompt = np.array([*session, 11, *tokens(self._case.appended)], np.uint32)
+        appended = np.array(tokens(self._case.appended), np.uint32)
         began = time.thread_time()
-        self._submit(prompt, 1)
+        self._submit(appended, 2, parent=self._ids, output_start=self._case.prompt + self._case.appended)
         return began
 
-    def _submit(self, token_ids: list[int] | np.ndarray, output_max: int) -> None:
+    def _submit(
+        self,
+        token_ids: list[int] | np.ndarray,
+        output_max: int,
+        parent: int | None = None,
+        output_start: int | None = None,
+    ) -> None:
         if isinstance(token_ids, list):
             token_ids = np.array(token_ids, np.uint32)
         self._ids += 1
         refused = self._scheduler.submit(
-            self._ids, token_ids, output_start=len(token_ids), tokens_max=output_max, now_us=0
+            self._ids,
+            token_ids,
+            output_start=output_start or len(token_ids),
+            tokens_max=output_max,
+            parent=parent,
+            now_us=0,
         )
         assert refused is None, refused
 

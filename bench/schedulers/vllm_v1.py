@@ -115,7 +115,8 @@ class Vllm:
             prompt = [*session, 11, *tokens(case.appended)]
         began = time.thread_time()
         if prompt is not None:
-            self._scheduler.add_request(self._request(prompt, 1))
+            request = self._request(prompt, 2)
+            self._scheduler.add_request(request)
         submitted = time.thread_time()
         output = self._scheduler.schedule()
         planned = time.thread_time()
@@ -126,6 +127,7 @@ class Vllm:
         counts = output.num_scheduled_tokens
         assert len(counts) == (case.sequences or 1), "another number of rows than the case has"
         if prompt is not None:
+            self._scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
             assert sum(counts.values()) < 4 * BLOCK_TOKENS + max(case.prompt - case.cached, case.appended)
         return submitted - began, planned - submitted, applied - applying
 

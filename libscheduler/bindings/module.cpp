@@ -111,7 +111,9 @@ class PyScheduler {
 
   std::optional<ts::RejectReason> submit(std::uint64_t id, const py::object& token_ids, std::int64_t output_start,
                                          std::int64_t tokens_max, const std::vector<ts::TokenId>& stop_token_ids,
-                                         std::int64_t priority, const py::bytes& salt, std::int64_t now_us) {
+                                         std::int64_t priority, const py::bytes& salt,
+                                         std::optional<std::uint64_t> parent, std::optional<std::int64_t> parent_tokens,
+                                         std::int64_t now_us) {
     const TokenBuffer buffer(token_ids);
     ts::Submission submission;
     submission.sequence_id = id;
@@ -121,6 +123,10 @@ class PyScheduler {
     submission.stop_token_ids = stop_token_ids;
     submission.priority = static_cast<int>(std::clamp<std::int64_t>(priority, -1000, 1000));
     submission.salt = bytes_of(salt);
+    submission.parent = parent;
+    // A number below 0 must not read as all of them.
+    if (parent_tokens) submission.parent_tokens = std::clamp<std::int64_t>(*parent_tokens, -2, 1 << 30);
+    if (submission.parent_tokens == ts::Submission::all_tokens && parent_tokens) --submission.parent_tokens;
     if (submission.token_ids.size() <= gil_tokens) return scheduler.submit(submission, now_us);
     const py::gil_scoped_release released;
     return scheduler.submit(submission, now_us);
@@ -246,6 +252,7 @@ void bind_values(py::module_& m) {
       .value("PROMPT_TOO_LONG", ts::RejectReason::prompt_too_long)
       .value("DUPLICATE_ID", ts::RejectReason::duplicate_id)
       .value("INVALID", ts::RejectReason::invalid)
+      .value("PARENT_UNKNOWN", ts::RejectReason::parent_unknown)
       .finalize();
   py::native_enum<ts::AbortAnswer>(m, "AbortAnswer", "enum.IntEnum", "What an abort found.")
       .value("ABORTED", ts::AbortAnswer::aborted)
@@ -327,7 +334,8 @@ void bind_scheduler(py::module_& m) {
       .def(py::init<const ts::Config&>(), py::arg("config"))
       .def("submit", &PyScheduler::submit, py::arg("sequence_id"), py::arg("token_ids"), py::kw_only(),
            py::arg("output_start"), py::arg("tokens_max"), py::arg("stop_token_ids") = std::vector<ts::TokenId>(),
-           py::arg("priority") = 0, py::arg("salt") = py::bytes(), py::arg("now_us"))
+           py::arg("priority") = 0, py::arg("salt") = py::bytes(), py::arg("parent") = py::none(),
+           py::arg("parent_tokens") = py::none(), py::arg("now_us"))
       .def(
           "abort", [](PyScheduler& self, std::uint64_t id, std::int64_t now) { return self.scheduler.abort(id, now); },
           py::arg("sequence_id"), py::arg("now_us"))

@@ -95,6 +95,7 @@ void Scheduler::end(SequenceIndex index) noexcept {
   remembered = sequence.id;
   ended_.set(sequence.id, static_cast<std::int32_t>(ended_next_));
   ended_next_ = (ended_next_ + 1) % ended_max;
+  turns_.keep(sequence.id, ranks_[static_cast<std::size_t>(index)].ticket, std::move(sequence.text));
   sequence.text = HashedTokens();
   sequence.stop_token_ids = {};
   vacant_.push_back(index);

@@ -224,8 +224,10 @@ Scheduler::Match Scheduler::match(Sequence& sequence) noexcept {
   const int reusable =
       (sequence.text.size() - 1) / config_.block_tokens;  // the last token is computed anew: it is sampled from
   for (int i = 0; i < reusable; ++i) {
-    const BlockPool::Found found = pool_.find(sequence.text.hash(static_cast<std::size_t>(i)));
+    const auto at = static_cast<std::size_t>(i);
+    const BlockPool::Found found = pool_.find_after(i == 0 ? no_block : found_[at - 1], sequence.text.hash(at));
     if (found.id == no_block) break;
+    found_[at] = found.id;
     if (!found.sealed) {
       match.promised = found.id;
     } else if (match.promised == no_block) {
@@ -296,7 +298,7 @@ void Scheduler::reside(SequenceIndex index, const Match& match, int blocks, Plan
   sequence.slot = home.slot.slot();
   std::int32_t* row = &block_table_[static_cast<std::size_t>(sequence.slot) * static_cast<std::size_t>(table_width_)];
   for (int i = 0; i < match.blocks; ++i) {
-    SealedPin pin = pool_.pin(pool_.find(sequence.text.hash(static_cast<std::size_t>(i))).id);
+    SealedPin pin = pool_.pin(found_[static_cast<std::size_t>(i)]);
     row[i] = table_entry(pin);
     home.chain.append(std::move(pin));
   }

@@ -96,6 +96,13 @@ BlockPool::Found BlockPool::find(const Hash128& hash) const noexcept {
   return {id, kind == Kind::sealed || kind == Kind::cached, kind == Kind::sealed};
 }
 
+BlockPool::Found BlockPool::find_after(BlockId previous, const Hash128& hash) const noexcept {
+  const BlockId id = previous == no_block ? no_block : lineage_.next(previous);
+  if (id == no_block || !at(id).indexed || !(at(id).hash == hash)) return find(hash);
+  const Kind kind = at(id).kind;
+  return {id, kind == Kind::sealed || kind == Kind::cached, kind == Kind::sealed};
+}
+
 SealedPin BlockPool::pin(BlockId id) noexcept {
   if (at(id).kind == Kind::cached) {
     unlink(cached_, id);

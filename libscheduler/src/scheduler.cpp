@@ -34,7 +34,9 @@ Scheduler::Scheduler(const Config& config)
       ids_(sequences_max(config)),
       ended_(ended_max),
       ended_ids_(ended_max),
+      turns_(turns_max, 4 * static_cast<std::size_t>(config.blocks) * static_cast<std::size_t>(config.block_tokens)),
       flights_(static_cast<std::size_t>(config.steps_in_flight)),
+      found_(static_cast<std::size_t>(table_width_)),
       floor_(config) {
   TR_ASSERT(!config.check(), "the configuration was not checked");
   vacant_.reserve(sequences_.size());
@@ -54,8 +56,53 @@ Scheduler::~Scheduler() {
   }
 }
 
-std::optional<RejectReason> Scheduler::refuse(const Submission& s) const noexcept {
-  const auto size = static_cast<std::int64_t>(s.token_ids.size());
+/// Where the text of a submission's parent is: in a sequence that runs, in a turn that ended, or at the beginning of
+/// the turns that came after it. Nothing when it is gone, is shorter than what is asked for, or is another tenant's.
+std::optional<Scheduler::Parent> Scheduler::find_parent(const Submission& s) noexcept {
+  std::uint64_t id = *s.parent;
+  std::uint64_t ticket = 0;  // 0: any
+  auto length = static_cast<std::size_t>(config_.context_tokens);
+  Parent parent;
+  for (std::size_t hops = 0; parent.text == nullptr; ++hops) {
+    if (const SequenceIndex live = ids_.find(id);
+        live != IdMap::none && (ticket == 0 || ranks_[static_cast<std::size_t>(live)].ticket == ticket)) {
+      parent.text = &at(live).text;
+      break;
+    }
+    Turns::Turn* turn = turns_.find(id);
+    if (turn == nullptr || hops > turns_max || (ticket != 0 && turn->ticket != ticket)) return std::nullopt;
+    if (turn->heir_ticket == 0) {
+      parent.text = &turn->text;
+      parent.turn = turn;
+    } else {
+      length = std::min(length, turn->begins);
+      id = turn->heir;
+      ticket = turn->heir_ticket;
+    }
+  }
+  length = std::min(length, static_cast<std::size_t>(parent.text->size()));
+  parent.length = s.parent_tokens == Submission::all_tokens ? length : static_cast<std::size_t>(s.parent_tokens);
+  if (s.parent_tokens < Submission::all_tokens || parent.length == 0 || parent.length > length) return std::nullopt;
+  if (!(parent.text->root() == root_of(s.salt))) return std::nullopt;
+  return parent;
+}
+
+/// The whole text of a submission, with room for `limit` tokens. What can fail comes before a text is handed on.
+HashedTokens Scheduler::text_of(const Submission& s, const Parent& parent, std::size_t limit) {
+  if (parent.text == nullptr) return {key_, root_of(s.salt), config_.block_tokens, s.token_ids, limit};
+  HashedTokens text;
+  if (parent.turn != nullptr) {
+    parent.text->reserve(limit);
+    text = turns_.hand_on(*parent.turn, parent.length, s.sequence_id, tickets_ + 1);
+  } else {
+    text = parent.text->beginning(parent.length, limit);
+  }
+  text.extend(s.token_ids);
+  return text;
+}
+
+std::optional<RejectReason> Scheduler::refuse(const Submission& s, std::size_t inherited) const noexcept {
+  const auto size = static_cast<std::int64_t>(inherited + s.token_ids.size());
   if (size >= config_.context_tokens) return RejectReason::prompt_too_long;  // one token at least must fit behind it
   const bool start_is_wrong = s.output_start < 1 || s.output_start > size;
   if (start_is_wrong || s.tokens_max <= size - s.output_start || s.stop_token_ids.size() > stop_tokens_max) {
@@ -70,12 +117,13 @@ Hash128 Scheduler::root_of(std::span<const std::uint8_t> salt) const {
   return root_hash(key_, config_.model_identity, salt);
 }
 
-/// Every full block of the prompt gets its hash: from the block that holds the same tokens after the same parent if it
-/// is the one that followed last, else computed.
+/// Every full block of the prompt gets its hash: those that came with the parent have theirs; then from the block that
+/// holds the same tokens after the same parent if it is the one that followed last, else computed.
 void Scheduler::hash_prompt(HashedTokens& text) noexcept {
   const std::size_t full = static_cast<std::size_t>(text.size()) / static_cast<std::size_t>(config_.block_tokens);
-  BlockId parent = no_block;
-  for (std::size_t index = 0; index < full; ++index) {
+  const std::size_t known = text.hashes();
+  BlockId parent = known == 0 ? no_block : pool_.find(text.hash(known - 1)).id;
+  for (std::size_t index = known; index < full; ++index) {
     const BlockId child = parent == no_block ? no_block : pool_.find_child(parent, text.block(index));
     if (child != no_block) text.adopt(pool_.records()[static_cast<std::size_t>(child)].hash);
     parent = child != no_block ? child : pool_.find(text.hash(index)).id;
@@ -84,13 +132,19 @@ void Scheduler::hash_prompt(HashedTokens& text) noexcept {
 }
 
 std::optional<RejectReason> Scheduler::submit(const Submission& s, std::int64_t now_us) {
-  if (auto reason = refuse(s)) return reason;
-  // What can fail (memory) comes first; from `vacant_.pop_back` on nothing can.
+  Parent parent;
+  if (s.parent) {
+    const auto found = find_parent(s);
+    if (!found) return RejectReason::parent_unknown;
+    parent = *found;
+  }
+  if (auto reason = refuse(s, parent.length)) return reason;
+  // What can fail (memory) comes first; from the text on nothing can.
   const std::int64_t limit = std::min<std::int64_t>(s.output_start + s.tokens_max, config_.context_tokens);
-  HashedTokens text(key_, root_of(s.salt), config_.block_tokens, s.token_ids, static_cast<std::size_t>(limit));
-  hash_prompt(text);
   std::vector<TokenId> stops(s.stop_token_ids.begin(), s.stop_token_ids.end());
   std::sort(stops.begin(), stops.end());
+  HashedTokens text = text_of(s, parent, static_cast<std::size_t>(limit));
+  hash_prompt(text);
 
   const SequenceIndex index = vacant_.back();
   vacant_.pop_back();

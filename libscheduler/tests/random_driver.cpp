@@ -37,6 +37,26 @@ struct Driver {
     return out;
   }
 
+  /// The next turn of some sequence, seldom one that does not fit it; nothing when that one never was.
+  std::optional<Request> next_turn(Simulator& world) {
+    const std::uint64_t parent = 1 + random() % next_id;
+    const Simulator::Text* text = world.text_of(parent);
+    if (text == nullptr) return std::nullopt;
+    Request turn = request();
+    turn.parent = parent;
+    turn.salt = pick(10) == 0 ? turn.salt : text->salt;
+    turn.inherited =
+        pick(3) == 0 ? static_cast<std::size_t>(pick(static_cast<int>(text->tokens.size()) + 2)) : text->tokens.size();
+    const std::vector<TokenId> own = tokens(pick(30));
+    turn.tokens.assign(text->tokens.begin(), text->tokens.begin() + static_cast<std::ptrdiff_t>(
+                                                                        std::min(turn.inherited, text->tokens.size())));
+    turn.tokens.resize(turn.inherited);
+    turn.tokens.insert(turn.tokens.end(), own.begin(), own.end());
+    turn.output_start = static_cast<int>(turn.tokens.size());
+    turn.tokens_max = pick(60);
+    return turn;
+  }
+
   Request request() {
     Request request;
     request.id = pick(20) == 0 ? 1 + random() % next_id : next_id++;
@@ -61,6 +81,8 @@ struct Coverage {
   std::uint64_t cached_tokens = 0;
   std::uint64_t output_tokens = 0;
   std::uint64_t evicted = 0;
+  std::uint64_t parents_known = 0;
+  std::uint64_t parents_unknown = 0;
   std::set<std::string> states;
 } coverage;
 
@@ -70,7 +92,13 @@ std::uint64_t run(std::uint64_t seed, int events) {
   const bool late = driver.pick(2) == 0;
   for (int i = 0; i < events && check::failures() == 0; ++i) {
     const int what = driver.pick(100);
-    if (what < 20) {
+    if (what < 8) {
+      if (auto turn = driver.next_turn(world); turn && world.submit(*turn) == RejectReason::parent_unknown) {
+        turn->parent.reset();  // as a router does: again, in full
+        turn->inherited = 0;
+        CHECK(world.submit(*turn) != RejectReason::parent_unknown);
+      }
+    } else if (what < 20) {
       (void)world.submit(driver.request());
     } else if (what < 25 && world.live() > 0) {
       world.abort(world.some_live(driver.random()));
@@ -95,6 +123,8 @@ std::uint64_t run(std::uint64_t seed, int events) {
   coverage.aborts += counts.aborts;
   coverage.cached_tokens += counts.cached_tokens;
   coverage.output_tokens += counts.output_tokens;
+  coverage.parents_known += world.parents_known;
+  coverage.parents_unknown += world.parents_unknown;
   for (const CacheEvent& event : world.scheduler.take_cache_events()) {
     coverage.evicted += event.kind == CacheEvent::Kind::evicted;
   }
@@ -117,8 +147,10 @@ int main(int argc, char** argv) {
   }
   std::cout << count << " seeds from " << first << ", " << events << " events each: ok; preemptions "
             << coverage.preemptions << ", aborts " << coverage.aborts << ", cached tokens " << coverage.cached_tokens
-            << ", output tokens " << coverage.output_tokens << ", evicted blocks " << coverage.evicted << "\n";
+            << ", output tokens " << coverage.output_tokens << ", evicted blocks " << coverage.evicted
+            << ", parents known " << coverage.parents_known << ", gone " << coverage.parents_unknown << "\n";
   if (count >= 100) {
+    CHECK(coverage.parents_known > 1000 && coverage.parents_unknown > 100);
     CHECK(coverage.preemptions > 100 && coverage.aborts > 100 && coverage.evicted > 100);
     for (const char* state : {"Waiting", "Held", "Prefilling", "Decoding", "Preempting"}) {
       if (coverage.states.count(state) == 0) check::fail(__FILE__, __LINE__, std::string(state) + " was never seen");

@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <deque>
 #include <map>
+#include <optional>
 #include <set>
+#include <span>
 #include <vector>
 
 #include "check.hpp"
@@ -31,6 +33,8 @@ struct Request {
   std::vector<TokenId> stops;
   int priority = 0;
   std::vector<std::uint8_t> salt;
+  std::optional<std::uint64_t> parent;  // then the first `inherited` of `tokens` are that sequence's, and are not sent
+  std::size_t inherited = 0;
 
   std::vector<std::uint64_t> kv;  // expected, by position
   std::vector<TokenId> outputs;   // expected, after those submitted
@@ -71,13 +75,23 @@ class Simulator {
 
   std::optional<RejectReason> submit(Request request) {
     const auto reason = scheduler.submit({.sequence_id = request.id,
-                                          .token_ids = request.tokens,
+                                          .token_ids = std::span(request.tokens).subspan(request.inherited),
+                                          .parent = request.parent,
+                                          .parent_tokens = static_cast<std::int64_t>(request.inherited),
                                           .output_start = request.output_start,
                                           .tokens_max = request.tokens_max,
                                           .stop_token_ids = request.stops,
                                           .priority = request.priority,
                                           .salt = request.salt},
                                          now_us);
+    const auto* text = request.parent ? text_of(*request.parent) : nullptr;
+    const bool exists = text != nullptr && text->salt == request.salt && request.inherited > 0 &&
+                        request.inherited <= text->tokens.size();
+    const bool unknown = reason == RejectReason::parent_unknown;
+    if (!request.parent || (exists && live_.count(*request.parent) == 1)) CHECK(!unknown);
+    if (request.parent && !exists) CHECK(unknown);  // a text that ended may be gone, but is never made up
+    parents_known += request.parent && !reason;
+    parents_unknown += unknown && exists;
     if (!reason) {
       request.roll_out(config_.context_tokens);
       live_[request.id] = {std::move(request), 0, 0, 0, step_};
@@ -89,7 +103,7 @@ class Simulator {
   AbortAnswer abort(std::uint64_t id) {
     const AbortAnswer answer = scheduler.abort(id, now_us);
     CHECK_EQUAL(answer == AbortAnswer::aborted, live_.count(id) == 1);
-    if (answer == AbortAnswer::aborted) over_.insert(id), live_.erase(id);
+    if (answer == AbortAnswer::aborted) end(id);
     verify();
     return answer;
   }
@@ -154,10 +168,35 @@ class Simulator {
   /// Steps between submission and end, at most, so far.
   [[nodiscard]] std::uint64_t longest() const { return longest_; }
 
+  /// What the last sequence of this id held when it ended, or holds; nullptr when there was none.
+  struct Text {
+    std::vector<std::uint8_t> salt;
+    std::vector<TokenId> tokens;
+  };
+  [[nodiscard]] const Text* text_of(std::uint64_t id) {
+    if (live_.count(id) == 1) remember(id);
+    const auto found = texts_.find(id);
+    return found == texts_.end() ? nullptr : &found->second;
+  }
+
   Scheduler scheduler;
   std::int64_t now_us = 0;
+  std::uint64_t parents_known = 0;    // submissions that were accepted with a parent
+  std::uint64_t parents_unknown = 0;  // whose text was gone
 
  private:
+  void remember(std::uint64_t id) {
+    const Live& live = live_.at(id);
+    Text& text = texts_[id] = {live.request.salt, live.request.tokens};
+    const auto& outputs = live.request.outputs;
+    text.tokens.insert(text.tokens.end(), outputs.begin(), outputs.begin() + static_cast<std::ptrdiff_t>(live.emitted));
+  }
+  void end(std::uint64_t id) {
+    remember(id);
+    over_.insert(id);
+    live_.erase(id);
+  }
+
   struct Live {
     Request request;
     std::size_t emitted;  // outputs that were committed
@@ -266,8 +305,7 @@ class Simulator {
       digest_ = mix(mix(digest_, id), outcome.token_ids[i]);
       if (last) {
         longest_ = std::max(longest_, step_ - live.submitted_step);
-        over_.insert(id);
-        live_.erase(found);
+        end(id);
       }
     }
   }
@@ -277,6 +315,7 @@ class Simulator {
   std::vector<TokenId> sampled_;  // by slot: what it sampled last
   std::map<std::uint64_t, Live> live_;
   std::set<std::uint64_t> over_;
+  std::map<std::uint64_t, Text> texts_;
   std::deque<Launched> launched_;
   std::uint64_t step_ = 0;
   std::uint64_t digest_ = 0;

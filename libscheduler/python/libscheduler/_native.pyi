@@ -18,6 +18,7 @@ class RejectReason(enum.IntEnum):
     PROMPT_TOO_LONG = 2
     DUPLICATE_ID = 3
     INVALID = 5
+    PARENT_UNKNOWN = 6
 
 class AbortAnswer(enum.IntEnum):
     """What an abort found."""
@@ -279,11 +280,17 @@ class Scheduler:
         stop_token_ids: Sequence[int] = (),
         priority: int = 0,
         salt: bytes = b"",
+        parent: int | None = None,
+        parent_tokens: int | None = None,
         now_us: int,
     ) -> RejectReason | None:
         """Queue a sequence: `token_ids` (uint32, copied) is the prompt up to `output_start`, then earlier output.
 
         `tokens_max` counts output tokens, those in `token_ids` included. None: accepted.
+
+        With `parent` the prompt begins with the first `parent_tokens` tokens (None: all) of that sequence, live or
+        ended, and `token_ids` is only what comes behind; `output_start` counts from the beginning all the same.
+        PARENT_UNKNOWN: its text is gone or shorter, or it has another salt; submit again with all tokens.
         """
 
     def abort(self, sequence_id: int, now_us: int) -> AbortAnswer:

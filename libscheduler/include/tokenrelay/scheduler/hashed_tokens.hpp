@@ -1,6 +1,8 @@
 // The tokens of one sequence and the hashes of its full blocks. Each block is hashed once, when it is first asked for.
 #pragma once
 
+#include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <span>
 #include <utility>
@@ -15,14 +17,53 @@ namespace tokenrelay::scheduler {
 class HashedTokens {
  public:
   HashedTokens() = default;
-  /// Copies `tokens`; room for `tokens_max` is reserved, so that appending allocates nothing.
+  /// Copies `tokens`; room for `tokens_max` is reserved, so that appending allocates nothing. It is rounded up, so that
+  /// next turns find room too: what nobody writes costs addresses, not memory.
   HashedTokens(const HashKey& key, const Hash128& root, int block_tokens, std::span<const TokenId> tokens,
                std::size_t tokens_max)
       : key_(key), root_(root), width_(static_cast<std::size_t>(block_tokens)) {
-    tokens_.reserve(tokens_max);
+    reserve(tokens_max);
     tokens_.assign(tokens.begin(), tokens.end());
-    hashes_.reserve(tokens_max / width_);
   }
+
+  /// Room for `tokens_max` tokens and their hashes. Everything else here allocates nothing.
+  void reserve(std::size_t tokens_max) {
+    if (tokens_max <= tokens_.capacity() && tokens_max / width_ <= hashes_.capacity()) return;
+    const std::size_t room = std::bit_ceil(tokens_max);
+    hashes_.reserve(room / width_);
+    tokens_.reserve(room);
+  }
+  /// A copy of the first `length` tokens, with room for `tokens_max`.
+  [[nodiscard]] HashedTokens beginning(std::size_t length, std::size_t tokens_max) const {
+    HashedTokens copy;
+    copy.key_ = key_;
+    copy.root_ = root_;
+    copy.width_ = width_;
+    copy.reserve(tokens_max);
+    copy.tokens_.assign(tokens_.begin(), tokens_.begin() + static_cast<std::ptrdiff_t>(length));
+    const std::size_t hashed = std::min(hashes_.size(), length / width_);
+    copy.hashes_.assign(hashes_.begin(), hashes_.begin() + static_cast<std::ptrdiff_t>(hashed));
+    return copy;
+  }
+  /// Keeps the first `length` tokens, and the hashes of their full blocks.
+  void truncate(std::size_t length) noexcept {
+    TR_ASSERT(length <= tokens_.size(), "a text is not shorter than what it keeps");
+    tokens_.resize(length);
+    hashes_.resize(std::min(hashes_.size(), length / width_));
+  }
+  void extend(std::span<const TokenId> tokens) noexcept {
+    TR_ASSERT(tokens_.size() + tokens.size() <= tokens_.capacity(), "a sequence is longer than its limit");
+    tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
+  }
+  /// Gives back room that is many times what the text needs (one that was to be long and ended early).
+  void trim() noexcept {
+    if (tokens_.capacity() <= 4 * tokens_.size() + trim_min) return;
+    tokens_.shrink_to_fit();  // does not throw (libstdc++ and libc++ keep the vector as it is)
+    hashes_.shrink_to_fit();
+  }
+  /// Tokens that there is room for.
+  [[nodiscard]] std::size_t capacity() const noexcept { return tokens_.capacity(); }
+  [[nodiscard]] const Hash128& root() const noexcept { return root_; }
 
   [[nodiscard]] std::span<const TokenId> tokens() const noexcept { return tokens_; }
   [[nodiscard]] int size() const noexcept { return static_cast<int>(tokens_.size()); }
@@ -58,6 +99,8 @@ class HashedTokens {
   }
 
  private:
+  static constexpr std::size_t trim_min = 1024;  // not worth the copy
+
   HashKey key_;
   Hash128 root_;
   std::size_t width_ = 1;

@@ -33,6 +33,8 @@ class Lineage {
   }
   void follow(BlockId parent, BlockId child) noexcept { entry(parent).child = child; }
 
+  /// The block that followed last after this one, or no_block; what it holds now may be something else.
+  [[nodiscard]] BlockId next(BlockId id) const noexcept { return entries_[static_cast<std::size_t>(id)].child; }
   /// The block that followed last after one with hash `parent`, if it holds just these tokens.
   [[nodiscard]] BlockId child(BlockId id, const Hash128& parent, std::span<const TokenId> tokens,
                               const block::Records& records) const noexcept {

@@ -51,6 +51,8 @@ class BlockPool {
     bool pinned = false;
   };
   [[nodiscard]] Found find(const Hash128& hash) const noexcept;
+  /// The same, for one that comes after `previous`: the one that followed last is tried first, which spares the index.
+  [[nodiscard]] Found find_after(BlockId previous, const Hash128& hash) const noexcept;
   /// The block after `parent` (one that was found) that holds these tokens, if it is the one that followed last.
   [[nodiscard]] BlockId find_child(BlockId parent, std::span<const TokenId> tokens) const noexcept {
     return lineage_.child(parent, at(parent).hash, tokens, records_);

@@ -19,6 +19,7 @@
 #include "tokenrelay/scheduler/floor.hpp"
 #include "tokenrelay/scheduler/id_map.hpp"
 #include "tokenrelay/scheduler/request.hpp"
+#include "tokenrelay/scheduler/turns.hpp"
 #include "tokenrelay/scheduler/types.hpp"
 
 namespace tokenrelay::scheduler {
@@ -110,6 +111,7 @@ class Scheduler {
   static constexpr int holds_max = 8;             // then a sequence computes its prefix itself
   static constexpr int lookahead = 4;             // blocked requests of a class that others may be tried behind
   static constexpr std::size_t ended_max = 4096;  // ended ids that are remembered
+  static constexpr std::size_t turns_max = 1024;  // ended texts that are kept for next turns
 
   [[nodiscard]] Sequence& at(SequenceIndex index) noexcept { return sequences_[static_cast<std::size_t>(index)]; }
   [[nodiscard]] const Sequence& at(SequenceIndex index) const noexcept {
@@ -117,7 +119,14 @@ class Scheduler {
   }
   template <class Event>
   void send(Sequence& sequence, Event&& event) noexcept;
-  [[nodiscard]] std::optional<RejectReason> refuse(const Submission& submission) const noexcept;
+  struct Parent {  // where a submission's beginning is
+    HashedTokens* text = nullptr;
+    Turns::Turn* turn = nullptr;  // it ended, and the text is its own: it can be handed on
+    std::size_t length = 0;
+  };
+  [[nodiscard]] std::optional<Parent> find_parent(const Submission& submission) noexcept;
+  [[nodiscard]] HashedTokens text_of(const Submission& submission, const Parent& parent, std::size_t limit);
+  [[nodiscard]] std::optional<RejectReason> refuse(const Submission& submission, std::size_t inherited) const noexcept;
   [[nodiscard]] std::optional<std::string> check_table(const Sequence& s, const BlockChain& chain) const;
   void hash_prompt(HashedTokens& text) noexcept;
   [[nodiscard]] Hash128 root_of(std::span<const std::uint8_t> salt) const;
@@ -178,6 +187,7 @@ class Scheduler {
   std::vector<std::uint64_t> ended_ids_;  // a ring
   std::size_t ended_next_ = 0;
   std::size_t ended_size_ = 0;
+  Turns turns_;
 
   std::vector<Flight> flights_;  // a ring of steps_in_flight
   std::size_t flights_first_ = 0;
@@ -187,6 +197,7 @@ class Scheduler {
   std::uint64_t admissions_ = 0;
   std::array<std::uint64_t, WaitingQueue::classes> class_served_{};  // `admissions_` when a class was last served
   int settling_ = 0;                                                 // sequences that will give blocks back at a commit
+  std::vector<BlockId> found_;                                       // what `match` found, block by block
   bool stalled_ = false;  // a decode found no block in the step being planned
 
   CostModel model_;

@@ -38,16 +38,25 @@ struct Config {
 };
 
 /// Values are those of the wire's RejectReason.
-enum class RejectReason : std::uint8_t { queue_full = 1, prompt_too_long = 2, duplicate_id = 3, invalid = 5 };
+enum class RejectReason : std::uint8_t {
+  queue_full = 1,
+  prompt_too_long = 2,
+  duplicate_id = 3,
+  invalid = 5,
+  parent_unknown = 6,  // submit it again with all its tokens
+};
 enum class AbortAnswer : std::uint8_t { aborted = 0, unknown = 1, already_ended = 2 };
 enum class Finish : std::uint8_t { none = 0, stop = 1, length = 2 };
 
 /// A request as it comes in. The spans live as long as the call.
 struct Submission {
+  static constexpr std::int64_t all_tokens = -1;
   std::uint64_t sequence_id = 0;
-  std::span<const TokenId> token_ids;  // prompt, then output that was emitted elsewhere
-  int output_start = 0;                // where the prompt ends
-  std::int64_t tokens_max = 0;         // output tokens at most, those in token_ids included
+  std::span<const TokenId> token_ids;   // prompt, then output that was emitted elsewhere; behind what the parent gives
+  std::optional<std::uint64_t> parent;  // the sequence whose first `parent_tokens` tokens the prompt begins with
+  std::int64_t parent_tokens = all_tokens;
+  int output_start = 0;         // where the prompt ends
+  std::int64_t tokens_max = 0;  // output tokens at most, those in token_ids included
   std::span<const TokenId> stop_token_ids;
   int priority = 0;  // lower goes first; clamped to [-16, 15]
   std::span<const std::uint8_t> salt;
