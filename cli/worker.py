@@ -258,6 +258,7 @@ def handshake_of(model: Model, options: WorkerSettings, pool: Pool) -> worker_pb
     config, model_config = options.worker, model.config
     folder = Path(config.model) if config.model else BUNDLED_MODEL
     return worker_pb2.HandshakeReply(
+        next_turns=True,
         incarnation=options.incarnation,
         role="colocated",
         version=version(),

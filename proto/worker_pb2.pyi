@@ -24,6 +24,7 @@ class RejectReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REJECT_DUPLICATE_ID: _ClassVar[RejectReason]
     REJECT_DRAINING: _ClassVar[RejectReason]
     REJECT_INVALID: _ClassVar[RejectReason]
+    REJECT_PARENT_UNKNOWN: _ClassVar[RejectReason]
 FINISH_NONE: FinishReason
 FINISH_STOP: FinishReason
 FINISH_LENGTH: FinishReason
@@ -36,6 +37,7 @@ REJECT_PROMPT_TOO_LONG: RejectReason
 REJECT_DUPLICATE_ID: RejectReason
 REJECT_DRAINING: RejectReason
 REJECT_INVALID: RejectReason
+REJECT_PARENT_UNKNOWN: RejectReason
 
 class HandshakeRequest(_message.Message):
     __slots__ = ("router_incarnation", "version")
@@ -46,7 +48,7 @@ class HandshakeRequest(_message.Message):
     def __init__(self, router_incarnation: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class HandshakeReply(_message.Message):
-    __slots__ = ("incarnation", "role", "version", "model_name", "model_path", "model_identity", "context_tokens", "block_tokens", "blocks", "slots", "waiting_max", "dtype", "device", "vocab_size", "eos_token_ids", "numerics")
+    __slots__ = ("incarnation", "role", "version", "model_name", "model_path", "model_identity", "context_tokens", "block_tokens", "blocks", "slots", "waiting_max", "dtype", "device", "vocab_size", "eos_token_ids", "numerics", "next_turns")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +65,7 @@ class HandshakeReply(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUMERICS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_TURNS_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     role: str
     version: str
@@ -79,7 +82,8 @@ class HandshakeReply(_message.Message):
     vocab_size: int
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     numerics: str
-    def __init__(self, incarnation: _Optional[str] = ..., role: _Optional[str] = ..., version: _Optional[str] = ..., model_name: _Optional[str] = ..., model_path: _Optional[str] = ..., model_identity: _Optional[bytes] = ..., context_tokens: _Optional[int] = ..., block_tokens: _Optional[int] = ..., blocks: _Optional[int] = ..., slots: _Optional[int] = ..., waiting_max: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., numerics: _Optional[str] = ...) -> None: ...
+    next_turns: bool
+    def __init__(self, incarnation: _Optional[str] = ..., role: _Optional[str] = ..., version: _Optional[str] = ..., model_name: _Optional[str] = ..., model_path: _Optional[str] = ..., model_identity: _Optional[bytes] = ..., context_tokens: _Optional[int] = ..., block_tokens: _Optional[int] = ..., blocks: _Optional[int] = ..., slots: _Optional[int] = ..., waiting_max: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., numerics: _Optional[str] = ..., next_turns: _Optional[bool] = ...) -> None: ...
 
 class Command(_message.Message):
     __slots__ = ("submit", "abort")
@@ -90,7 +94,7 @@ class Command(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("id", "request_id", "token_ids", "output_start", "tokens_max", "sampling", "choice", "seed", "priority", "salt", "parent", "deadline_left_ms")
+    __slots__ = ("id", "request_id", "token_ids", "output_start", "tokens_max", "sampling", "choice", "seed", "priority", "salt", "parent", "deadline_left_ms", "parent_tokens")
     ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +107,7 @@ class Submit(_message.Message):
     SALT_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_LEFT_MS_FIELD_NUMBER: _ClassVar[int]
+    PARENT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     id: int
     request_id: str
     token_ids: bytes
@@ -115,7 +120,8 @@ class Submit(_message.Message):
     salt: bytes
     parent: int
     deadline_left_ms: int
-    def __init__(self, id: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., output_start: _Optional[int] = ..., tokens_max: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., choice: _Optional[int] = ..., seed: _Optional[int] = ..., priority: _Optional[int] = ..., salt: _Optional[bytes] = ..., parent: _Optional[int] = ..., deadline_left_ms: _Optional[int] = ...) -> None: ...
+    parent_tokens: int
+    def __init__(self, id: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., output_start: _Optional[int] = ..., tokens_max: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., choice: _Optional[int] = ..., seed: _Optional[int] = ..., priority: _Optional[int] = ..., salt: _Optional[bytes] = ..., parent: _Optional[int] = ..., deadline_left_ms: _Optional[int] = ..., parent_tokens: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stop_token_ids", "ignore_eos", "logprobs", "tokens_min")

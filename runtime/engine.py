@@ -261,6 +261,8 @@ class Engine:
             stop_token_ids=request.stop_token_ids,
             priority=request.priority,
             salt=request.salt,
+            parent=request.parent,
+            parent_tokens=None if request.parent is None else request.parent_tokens,
             now_us=_now_us(),
         )
         if answer is not None:
@@ -435,6 +437,7 @@ _REFUSALS: dict[RejectReason, tuple[Reject, type[TokenRelayError], str]] = {
     RejectReason.PROMPT_TOO_LONG: (Reject.PROMPT_TOO_LONG, InvalidRequest, "the prompt does not fit in the context"),
     RejectReason.DUPLICATE_ID: (Reject.DUPLICATE_ID, InvalidRequest, "the sequence id is open"),
     RejectReason.INVALID: (Reject.INVALID, InvalidRequest, "the scheduler refused the request as invalid"),
+    RejectReason.PARENT_UNKNOWN: (Reject.PARENT_UNKNOWN, Unavailable, "the parent's text is gone; submit all tokens"),
 }
 
 

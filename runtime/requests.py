@@ -44,6 +44,7 @@ class Reject(IntEnum):
     DUPLICATE_ID = 3
     DRAINING = 4
     INVALID = 5
+    PARENT_UNKNOWN = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ class EngineRequest:
     """One sequence to run. `token_ids` belongs to the engine from here on."""
 
     sequence_id: int  # unique while it is open
-    token_ids: TokenIds  # prompt, then output emitted elsewhere already (migration)
+    token_ids: TokenIds  # prompt, then output emitted elsewhere already (migration); behind what the parent gives
     output_start: int  # where the prompt ends
     tokens_max: int  # output tokens at most, those already in token_ids included
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -106,16 +107,21 @@ class EngineRequest:
     salt: bytes = b""  # the tenant's
     deadline: Deadline = field(default_factory=Deadline.never)
     request_id: str = ""  # for logs
+    parent: int | None = None  # the sequence whose first `parent_tokens` tokens the prompt begins with
+    parent_tokens: int = 0
 
     def problem(self, vocab_size: int) -> str | None:
         """Why this cannot be run, or None. The scheduler checks lengths against its context."""
+        size = self.token_ids.size + self.parent_tokens
         if self.token_ids.size == 0:
             return "the prompt is empty"
+        if self.parent is not None and self.parent_tokens <= 0:
+            return f"parent_tokens is {self.parent_tokens}: nothing comes from the parent"
         if int(self.token_ids.max()) >= vocab_size:
             return f"token id {int(self.token_ids.max())} is outside the vocabulary of {vocab_size}"
-        if not 0 < self.output_start <= self.token_ids.size:
-            return f"the output begins at {self.output_start}, outside the {self.token_ids.size} tokens"
-        if self.tokens_max <= self.token_ids.size - self.output_start:
+        if not 0 < self.output_start <= size:
+            return f"the output begins at {self.output_start}, outside the {size} tokens"
+        if self.tokens_max <= size - self.output_start:
             return f"tokens_max is {self.tokens_max}: nothing is left to generate"
         if len(self.stop_token_ids) > STOP_TOKEN_IDS_MAX:
             return f"more than {STOP_TOKEN_IDS_MAX} stop token ids"

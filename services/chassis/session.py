@@ -25,6 +25,8 @@ log = get_logger("session")
 
 # A reader that lags this many tokens behind is cut: about 4 s of a worker that makes 64k tokens/s.
 OUTBOX_TOKENS_MAX = 1 << 18
+# Ended sequences of one router that a next turn can name; the scheduler keeps the texts of as many.
+ENDED_MAX = 1024
 
 
 class WorkerHost(Protocol):
@@ -50,6 +52,7 @@ class _Session:
     router: str
     outbox: Outbox
     open: dict[int, int] = field(default_factory=dict)  # the router's id -> the host's id
+    ended: dict[int, int] = field(default_factory=dict)  # the same of the last ENDED_MAX that ended, in that order
     ending: bool = False  # flush, then end the stream from this side
     cut: asyncio.Event = field(default_factory=asyncio.Event)  # end it without flushing: the reader is too slow
 
@@ -91,6 +94,9 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
     def _forget(self, host_id: int) -> None:
         session, router_id = self._routes.pop(host_id)
         del session.open[router_id]
+        if len(session.ended) >= ENDED_MAX:
+            del session.ended[next(iter(session.ended))]
+        session.ended[router_id] = host_id
         if not self._routes:
             self._quiet.set()
 
@@ -184,6 +190,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
                 reject_reason=worker_pb2.REJECT_DRAINING,
                 error=encode_error(Unavailable("the worker drains")),
             )
+        elif not self._find_parent(session, submit):
+            refusal = worker_pb2.SequenceOutput(
+                finish=worker_pb2.FINISH_REJECTED,
+                reject_reason=worker_pb2.REJECT_PARENT_UNKNOWN,
+                error=encode_error(Unavailable("the parent is no sequence of this session, or ended long ago")),
+            )
         else:
             host_id, self._next_id = self._next_id, self._next_id + 1
             session.open[submit.id] = host_id
@@ -196,6 +208,15 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             refusal.id = submit.id
             if not session.outbox.add(refusal):
                 self._cut(session)
+
+    def _find_parent(self, session: _Session, submit: worker_pb2.Submit) -> bool:
+        """Put the host's id of the parent in the place of the router's. False: this session has no such sequence."""
+        if not submit.parent_tokens:
+            submit.parent = 0
+            return True
+        host_id = session.open.get(submit.parent) or session.ended.get(submit.parent)
+        submit.parent = host_id or 0
+        return host_id is not None
 
     async def _write(self, session: _Session, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """One message at a time; while it waits for the reader, the outbox coalesces."""

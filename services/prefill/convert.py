@@ -43,4 +43,6 @@ def engine_request(
         salt=submit.salt,
         deadline=deadline,
         request_id=submit.request_id,
+        parent=submit.parent if submit.parent_tokens else None,
+        parent_tokens=submit.parent_tokens,
     )

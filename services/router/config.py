@@ -39,6 +39,9 @@ class RouterConfig:
         8192, "more text than this to tokenize goes to a thread (8 k characters take about 2 ms)", minimum=0
     )
     tokenizer_cache_bytes: int = setting(64 * MIB, "tokenized text kept for next turns, bytes", minimum=0)
+    turn_memory_bytes: int = setting(
+        64 * MIB, "token ids of past turns, so that a next turn sends only what it appends, bytes; 0: off", minimum=0
+    )
     send_buffer_bytes: int = setting(
         256 << 10, "above this a slow reader's deltas wait and are merged, bytes", minimum=1024
     )

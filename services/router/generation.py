@@ -22,12 +22,14 @@ from tokenrelay.base.errors import DeadlineExceeded, InvalidRequest, Overloaded,
 from tokenrelay.base.logging import get_logger
 from tokenrelay.proto import worker_pb2
 from tokenrelay.services.chassis.channel import decode_error
+from tokenrelay.services.chassis.client import WorkerClient
 from tokenrelay.services.router.metrics import Metrics
 from tokenrelay.services.router.model import ServedModel, context_exceeded
 from tokenrelay.services.router.relocate import Relocation
 from tokenrelay.services.router.stops import StopMatcher
 from tokenrelay.services.router.text import Delta, TextSink
 from tokenrelay.services.router.tokenize import unpack_ids
+from tokenrelay.services.router.turns import Inherited, Turn
 from tokenrelay.services.router.validate import Wanted
 from tokenrelay.services.router.workers import Handle, WorkerPool
 
@@ -77,6 +79,7 @@ class Choice:
         "sent_end",
         "stop_reason",
         "text",
+        "whole",
     )
 
     def __init__(self, run: Run, index: int, prompt_index: int, text: TextSink) -> None:
@@ -94,6 +97,7 @@ class Choice:
         self.emitted = bytearray()  # every token so far, packed: another worker may have to go on from here
         self.moves = 0
         self.refused_by: set[str] = set()
+        self.whole = False
         self.sent = False  # a chunk of it has left
         self.sent_end = False  # the one with its finish_reason, too
         self._last_s = 0.0
@@ -266,6 +270,8 @@ class Run:
         self.done: asyncio.Future[None] = loop.create_future()
         self.on_step: OnStep | None = None
         self._places: Relocation[Choice] = Relocation(pool, metrics)
+        self._turns = pool.turns
+        self._inherited: list[Inherited | None] = [None] * len(prompts)
         self.choices = [
             Choice(self, prompt_index * wanted.n + choice, prompt_index, make_text())
             for prompt_index in range(len(prompts))
@@ -276,16 +282,17 @@ class Run:
         """Submit everything to one worker, so that the choices share their prompt's KV. Raises what refuses it."""
         self._deadline = asyncio.get_running_loop().call_later(timeout_s, self._expire, timeout_s)
         self._ends_s = time.monotonic() + timeout_s
+        self._inherited = [self._turns.find(prompt.packed, self.wanted.salt) for prompt in self.prompts]
         for choice in self.choices:
             self._places.place(self, choice)
             self._open += 1
 
-    def submission(self, choice: Choice) -> worker_pb2.Submit:
-        """What a worker must know to go on with a choice from where it stands."""
+    def submission(self, choice: Choice, client: WorkerClient) -> worker_pb2.Submit:
+        """What this worker must know to go on with a choice from where it stands."""
         wanted, prompt = self.wanted, self.prompts[choice.prompt_index]
         room = self.model.tokens_left(prompt.tokens, prompt.param)
         left_ms = 1000 * (self._ends_s - time.monotonic())
-        return worker_pb2.Submit(
+        submit = worker_pb2.Submit(
             request_id=self.request_id,
             token_ids=prompt.packed + choice.emitted if choice.emitted else prompt.packed,
             output_start=prompt.tokens,
@@ -297,6 +304,12 @@ class Run:
             salt=wanted.salt,
             deadline_left_ms=max(1, min(int(left_ms), 0xFFFFFFFF)),
         )
+        inherited = self._inherited[choice.prompt_index]
+        if inherited is not None and not choice.whole and inherited.turn.at(client):
+            submit.parent, submit.parent_tokens = inherited.turn.sequence, inherited.tokens
+            submit.token_ids = submit.token_ids[4 * inherited.tokens :]
+            self.metrics.turns["sent"] += 1
+        return submit
 
     def taken_up(self, choice: Choice, output: worker_pb2.SequenceOutput) -> bool:
         """Whether another worker goes on where one ended a sequence without being asked."""
@@ -317,12 +330,23 @@ class Run:
     def stepped(self, choice: Choice) -> None:
         """A choice got something new, or ended. What the last end leaves is for who waits for `done`."""
         if choice.finish_reason is not None:
+            self._remember(choice)
             self._open -= 1
             if self._open == 0:
                 self._settle()
                 return
         if self.on_step is not None:
             self.on_step(choice)
+
+    def _remember(self, choice: Choice) -> None:
+        """A next turn may begin with what this choice was."""
+        handle, prompt = choice.handle, self.prompts[choice.prompt_index]
+        if handle is None or handle.client.handshake is None or not handle.client.handshake.next_turns:
+            return
+        inherited = self._inherited[choice.prompt_index]
+        text, salt = prompt.packed + choice.emitted, self.wanted.salt
+        turn = Turn(handle.client, handle.client.connections, handle.sequence, text, len(prompt.packed), salt)
+        self._turns.remember(turn, inherited.turn if inherited is not None else None)
 
     def fail(self, error: TokenRelayError, reason: str) -> None:
         """End everything with this error; the first one counts."""

@@ -56,6 +56,7 @@ class Metrics:
         self.requests: Counter[tuple[str, int]] = Counter()  # (endpoint, status)
         self.aborts: Counter[str] = Counter()  # why sequences were aborted
         self.moves: Counter[str] = Counter()  # why sequences went on at another worker
+        self.turns: Counter[str] = Counter()  # sequences that named a parent: "sent", and of those "unknown"
         self.requests_open = 0
         self.streams_open = 0
         self.prompt_tokens = 0
@@ -78,6 +79,8 @@ class Metrics:
         page.add("aborts_total", "counter", "sequences aborted by the router, by reason", aborts)
         moves = {f'cause="{cause}"': count for cause, count in self.moves.items()}
         page.add("moves_total", "counter", "sequences taken up at another worker, by cause", moves)
+        turns = {f'parent="{kind}"': count for kind, count in self.turns.items()}
+        page.add("turns_total", "counter", "sequences sent as (parent, appended tokens), and those refused", turns)
         page.add("prompt_tokens_total", "counter", "prompt tokens of admitted requests", {"": self.prompt_tokens})
         page.add("cached_tokens_total", "counter", "of those, found in a worker's cache", {"": self.cached_tokens})
         page.add("output_tokens_total", "counter", "tokens that reached this router", {"": self.output_tokens})

@@ -30,6 +30,7 @@ class Movable(Protocol):
     output_tokens: int
     refused_by: set[str]  # targets that had no room for it
     moves: int
+    whole: bool  # submit all its tokens: its worker does not have its parent's text
 
     def on_output(self, output: worker_pb2.SequenceOutput) -> None:
         """Where its outputs go."""
@@ -44,8 +45,8 @@ class Owner(Protocol[ContraT]):
 
     request_id: str
 
-    def submission(self, choice: ContraT) -> worker_pb2.Submit:
-        """What to submit for a sequence as it stands now."""
+    def submission(self, choice: ContraT, client: WorkerClient) -> worker_pb2.Submit:
+        """What to submit to this worker for a sequence as it stands now."""
 
     def fail(self, error: TokenRelayError, reason: str) -> None:
         """End the whole request."""
@@ -67,10 +68,15 @@ class Relocation(Generic[SequenceT]):
         client = self._client
         if client is None or client.target in refused or client not in self._pool.usable:
             client = self._client = self._pool.choose(without=refused)
-        sequence.handle = self._pool.submit(client, owner.submission(sequence), sequence.on_output)
+        sequence.handle = self._pool.submit(client, owner.submission(sequence, client), sequence.on_output)
 
     def move(self, owner: Owner[SequenceT], sequence: SequenceT, output: worker_pb2.SequenceOutput) -> bool:
         """Take up a sequence whose worker ended it without being asked. False: this is its end."""
+        if output.reject_reason == worker_pb2.REJECT_PARENT_UNKNOWN and not sequence.whole:
+            sequence.whole = True
+            self._metrics.turns["unknown"] += 1
+            self._place_or_park(owner, sequence)
+            return True
         cause, target = _cause(output), sequence.handle.client.target if sequence.handle is not None else ""
         if cause is None or len(self._pool.clients) < 2:
             return False

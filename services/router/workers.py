@@ -17,6 +17,7 @@ from tokenrelay.proto import worker_pb2
 from tokenrelay.services.chassis.client import OnOutput, WorkerClient
 from tokenrelay.services.router.config import RouterConfig
 from tokenrelay.services.router.model import ServedModel, load_model
+from tokenrelay.services.router.turns import TurnMemory
 
 log = get_logger("router")
 
@@ -48,6 +49,7 @@ class WorkerPool:
         self._avoided: set[str] = set()  # they drain: used again when they come back
         self._waiting: dict[Callable[[], None], None] = {}  # called when a worker becomes usable, in order
         self.model: ServedModel | None = None
+        self.turns = TurnMemory(config.turn_memory_bytes)
 
     def _client(self, target: str) -> WorkerClient:
         return WorkerClient(target, on_ready=lambda ready: self._changed(target, ready))

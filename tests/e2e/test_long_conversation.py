@@ -8,6 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from serving import BLOCK_TOKENS, Server
 
@@ -44,6 +45,10 @@ def test_each_turn_computes_only_what_it_appended(
         known = prompt + reply.choices[0].token_ids[:-1]
         dialogue.append({"role": "assistant", "content": reply.choices[0].message.content})
     assert len(known) >= tokens * 0.95
+    page = httpx.get(f"{server.url}/metrics").text
+    sent = next(line for line in page.splitlines() if line.startswith('tokenrelay_turns_total{parent="sent"}'))
+    assert float(sent.split()[-1]) >= turns - 2, "next turns were sent in full"
+    assert 'parent="unknown"' not in page
 
 
 def text_of(server: Server, rng: random.Random, tokens: int) -> str:

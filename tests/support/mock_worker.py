@@ -126,6 +126,7 @@ class MockHost:
 
     def __post_init__(self) -> None:
         self.running: dict[int, _Sequence] = {}
+        self.texts: dict[int, bytes] = {}  # of every sequence so far, if it says that it takes next turns
         self.servicer: WorkerServicer | None = None
         self._work = asyncio.Event()
         self._stats = worker_pb2.Stats(blocks_free=BLOCKS)
@@ -136,6 +137,12 @@ class MockHost:
     def submit(self, sequence_id: int, submit: worker_pb2.Submit) -> worker_pb2.SequenceOutput | None:
         if self.keep_submits:
             self.submits.append(submit)
+        if submit.parent_tokens and len(self.texts.get(submit.parent, b"")) < 4 * submit.parent_tokens:
+            return worker_pb2.SequenceOutput(
+                finish=worker_pb2.FINISH_REJECTED, reject_reason=worker_pb2.REJECT_PARENT_UNKNOWN
+            )
+        if self.reply.next_turns:
+            self.texts[sequence_id] = self.whole(submit)
         script = self.answer(submit)
         if script.refuse:
             return worker_pb2.SequenceOutput(
@@ -146,6 +153,10 @@ class MockHost:
         self._stats.cached_tokens += script.cached_tokens
         self._work.set()
         return None
+
+    def whole(self, submit: worker_pb2.Submit) -> bytes:
+        """All token ids of a submission, those of its parent included."""
+        return self.texts.get(submit.parent, b"")[: 4 * submit.parent_tokens] + submit.token_ids
 
     def abort(self, sequence_id: int) -> None:
         if self.running.pop(sequence_id, None) is not None:
@@ -182,7 +193,8 @@ class MockHost:
         if not sampling.ignore_eos:
             stop_ids.update(self.reply.eos_token_ids)
         output = worker_pb2.SequenceOutput(id=sequence_id)
-        room = submit.tokens_max - (len(submit.token_ids) // 4 - submit.output_start)  # less what others emitted
+        known = submit.parent_tokens + len(submit.token_ids) // 4
+        room = submit.tokens_max - (known - submit.output_start)  # less what others emitted
         end = min(start + script.per_step, len(script.token_ids), room)
         token_ids = list(script.token_ids[start:end])
         finish = worker_pb2.FINISH_NONE
@@ -207,6 +219,8 @@ class MockHost:
         self, output: worker_pb2.SequenceOutput, sequence: _Sequence, token_ids: list[int], start: int, finish: int
     ) -> None:
         output.token_ids = b"".join(token_id.to_bytes(4, "little") for token_id in token_ids)
+        if self.reply.next_turns:
+            self.texts[output.id] += output.token_ids
         output.finish = finish
         output.error = sequence.script.error if finish == worker_pb2.FINISH_ERROR else ""
         output.cached_tokens = sequence.script.cached_tokens if start == 0 else 0

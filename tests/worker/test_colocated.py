@@ -112,6 +112,27 @@ async def test_a_sequence_is_handed_over_with_its_first_token(bench: Bench) -> N
     assert bench.handles() == {State.RELEASED: 1}
 
 
+async def test_a_next_turn_that_names_its_parent_answers_as_the_whole_prompt_does(bench: Bench) -> None:
+    bench.host.submit(1, submit_message([5, 6, 7] * 20, 10))
+    await bench.end(1)
+    said = b"".join(output.token_ids for output in bench.outputs[1])
+    whole = submit_message([5, 6, 7] * 20, 12)
+    whole.token_ids = whole.token_ids + said + b"\x09\0\0\0" * 3
+    turn = submit_message([9, 9, 9], 12, parent=1, parent_tokens=70)
+    whole.output_start = turn.output_start = 73
+    assert bench.host.submit(2, turn) is None and bench.host.submit(3, whole) is None
+    await bench.end(2, 3)
+    second, third = (b"".join(output.token_ids for output in bench.outputs[i]) for i in (2, 3))
+    assert second == third and len(second) == 4 * 12
+    assert bench.outputs[2][0].cached_tokens == 64  # blocks of 16 tokens
+    gone = submit_message([9], 4, parent=77, parent_tokens=70)
+    gone.output_start = 71
+    bench.host.submit(4, gone)
+    (terminal,) = await bench.end(4)
+    assert terminal.reject_reason == worker_pb2.REJECT_PARENT_UNKNOWN
+    assert bench.handles() == {State.RELEASED: 3, State.RECLAIMED: 1}
+
+
 async def test_no_handover_when_the_first_token_is_the_last_or_never_comes(bench: Bench) -> None:
     assert bench.host.submit(1, submit_message([5, 6, 7], 1)) is None
     await bench.end(1)

@@ -158,6 +158,27 @@ async def test_a_refusal_is_the_terminal_output(stage: Stage) -> None:
     assert seen.finishes == [worker_pb2.FINISH_REJECTED] and stage.servicer.open_count == 0
 
 
+async def test_a_parent_is_named_by_the_routers_id_and_belongs_to_the_session(stage: Stage) -> None:
+    parent, child, stranger = Seen(), Seen(), Seen()
+    first = stage.client.submit(worker_pb2.Submit(token_ids=packed(1)), parent)
+    await until(lambda: len(stage.host.submitted) == 1, "the parent")
+    stage.step((1, (5,), worker_pb2.FINISH_STOP))
+    await parent.until_finished()
+    stage.client.submit(worker_pb2.Submit(token_ids=packed(2), parent=first, parent_tokens=2), child)
+    await until(lambda: len(stage.host.submitted) == 2, "the child")
+    assert stage.host.submitted[2].parent == 1 and stage.host.submitted[2].parent_tokens == 2
+    stage.client.submit(worker_pb2.Submit(token_ids=packed(2), parent=first), Seen())
+    await until(lambda: len(stage.host.submitted) == 3, "one without parent_tokens")
+    assert not stage.host.submitted[3].parent
+    other = WorkerClient(stage.server.address, options=FAST)  # it has no such sequence, whatever the host has
+    await other.start()
+    await other.wait_ready(10)
+    other.submit(worker_pb2.Submit(token_ids=packed(2), parent=first, parent_tokens=2), stranger)
+    await stranger.until_finished()
+    assert stranger.finishes == [worker_pb2.FINISH_REJECTED] and len(stage.host.submitted) == 3
+    await other.close()
+
+
 async def test_a_raising_callback_harms_nobody_else(stage: Stage) -> None:
     def broken(_: worker_pb2.SequenceOutput) -> None:
         raise RuntimeError("a bug of the caller")
