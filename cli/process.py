@@ -36,11 +36,16 @@ class ChildFailed(TokenRelayError):
 
 @dataclass(frozen=True)
 class ChildSpec:
-    """How to start a child: its name, its command (see STATUS_FD), and a stale socket to unlink before each start."""
+    """How to start a child: its name, its command (see STATUS_FD), a stale socket to unlink before each start, and
+    descriptors that it inherits. `light`: it does no tensor work. `overlaps`: its next life may begin before the last
+    one has ended."""
 
     name: str
     argv: Sequence[str]
     socket: str | None = None
+    pass_fds: tuple[int, ...] = ()
+    light: bool = False
+    overlaps: bool = False
 
 
 class ChildProcess:
@@ -67,7 +72,7 @@ class ChildProcess:
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # a library that prints must not mix with what our stdout is for
-                pass_fds=(writing,),
+                pass_fds=(writing, *spec.pass_fds),
                 start_new_session=True,
                 preexec_fn=die_with_parent(),
             )

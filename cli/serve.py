@@ -7,6 +7,7 @@ so that what `--print-config` shows is what runs.
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -60,7 +61,8 @@ def _serve(options: ServeOptions) -> int:
     router, worker = settings.router.values, settings.worker.values
     setup_logging("supervisor", level=router.log_level, style=router.log_style)
     model = check_model_folder(Path(worker.model) if worker.model else BUNDLED_MODEL)
-    port = claim_port(router.host, router.port)
+    listening = claim_port(router.host, router.port)
+    port = listening.getsockname()[1]
     url = f"http://{_in_url(router.host)}:{port}"
     display = sys.stderr.isatty() and not options.quiet
     observers = _observers(url, options.status_fd, display)
@@ -70,20 +72,30 @@ def _serve(options: ServeOptions) -> int:
         quieter = all(part.origins["log_level"] == "default" for part in (settings.router, settings.worker))
         levels = {"log_level": "warning"} if quieter else {}  # the display says what a person at a terminal asks first
     with private_folder() as folder:
-        socket = str(folder / "worker.sock")
-        flags = {**levels, **_given(options.worker), "model": model, "socket": socket}
-        worker_spec = ChildSpec("worker", _command("tokenrelay.cli.worker", flags, options.file), socket=socket)
-        flags = {**levels, **_given(options.router), "port": port, "worker": f"unix:{socket}"}
-        router_spec = ChildSpec("router", _command("tokenrelay.services.router", flags, options.file))
+        path = str(folder / "worker.sock")
+        flags = {**levels, **_given(options.worker), "model": model, "socket": path}
+        worker_spec = ChildSpec("worker", _command("tokenrelay.cli.worker", flags, options.file), socket=path)
+        flags = {**levels, **_given(options.router), "port": port, "worker": f"unix:{path}"}
+        router_spec = router_child(flags, options.file, listening)
         limits = settings.supervisor.values
 
         async def supervise() -> int:
-            return await Supervisor(worker_spec, router_spec, limits, observers, joined=lambda: _joined(url)).run()
+            return await Supervisor(
+                [[worker_spec], [router_spec]], limits, observers, joined=lambda: _joined(url)
+            ).run()
 
-        code = asyncio.run(supervise())
+        with listening:
+            code = asyncio.run(supervise())
     if observers.failure is not None:
         raise ChildFailed(observers.failure)
     return code
+
+
+def router_child(flags: Mapping[str, Any], file: Path | None, listening: socket.socket) -> ChildSpec:
+    """A router that accepts from our socket, so that its next life can take over without a gap."""
+    fd = listening.fileno()
+    command = [*_command("tokenrelay.services.router", flags, file), "--listen-fd", str(fd)]
+    return ChildSpec("router", command, pass_fds=(fd,), light=True, overlaps=True)
 
 
 def print_settings(options: ServeOptions) -> None:

@@ -15,6 +15,7 @@ from tokenrelay.assets.training.tokenizer import id_of
 
 CHUNK_DIALOGUES = 768  # sorted by length within a chunk, so that a batch is padded little
 CONTEXT_WEIGHT = 0.08  # what the model reads is easy to predict in part, and no aim by itself
+DECISION_TOKENS, DECISION_WEIGHT = 4, 6.0  # a thought's first words settle which tool it is, or that there is none
 REASONING_SHOWN = 0.7  # in a tool loop a client may or may not send the reasoning back
 ASSISTANT, NO_THOUGHT = "<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
 QUIET = 0.08  # dialogues whose last turn was asked for with enable_thinking=false
@@ -45,7 +46,7 @@ class Encoder:
         self.no_thought = tokenizer.encode(NO_THOUGHT, add_special_tokens=False).ids
 
     def sample(self, dialogue: world.Dialogue, rng: random.Random) -> Sample:
-        """Assistant tokens weigh 1, the rest little. Where the template dropped a turn's reasoning, its first token
+        """Assistant tokens weigh 1, a thought's first ones more, the rest little. Where the template dropped a turn's reasoning, its first token
         weighs nothing: the model should think there."""
         messages = [dict(message) for message in dialogue.messages]
         thought = ["reasoning_content" in message for message in messages if message["role"] == "assistant"]
@@ -71,6 +72,9 @@ class Encoder:
             first = index
             index = ids.index(self.end, first) + 1
             weights[first:index] = [1.0] * (index - first)
+            if ids[first] == self.think:
+                decided = min(first + 1 + DECISION_TOKENS, index)
+                weights[first + 1 : decided] = [DECISION_WEIGHT] * (decided - first - 1)
             if dropped:
                 weights[first] = 0.0
         return Sample(ids, weights)

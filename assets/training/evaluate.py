@@ -1,6 +1,6 @@
 """The bundled model's exam: held-out dialogues, greedy generation, tool calls and answers graded.
 
-    python -m tokenrelay.assets.training.evaluate [--model DIR] [--count N] [--json FILE]
+    python -m tokenrelay.assets.training.evaluate [--model DIR] [--url URL] [--count N] [--json FILE]
 
 Each assistant turn of a dialogue is generated from the right history before it, so that one mistake counts once. The
 dialogues come from seeds and combinations of wording that training never draws (see world.py). A tool call is right
@@ -10,6 +10,7 @@ when it is well-formed JSON with the right tool and exactly the right arguments.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import sys
 from collections import defaultdict
@@ -76,6 +77,27 @@ def with_transformers(folder: Path) -> Generate:
     return generate
 
 
+def with_server(url: str) -> Generate:
+    """Greedy generation by a running server, all prompts of a call at once: minutes where transformers' class, whose
+    loop over experts is slow on a CPU, takes most of an hour."""
+    import aiohttp
+
+    async def one(http: aiohttp.ClientSession, prompt: list[int]) -> list[int]:
+        body = {"prompt": prompt, "max_tokens": NEW_TOKENS_MAX, "temperature": 0, "return_token_ids": True}
+        async with http.post(f"{url}/v1/completions", json=body) as response:
+            answer = await response.json()
+            if response.status != 200:
+                raise SystemExit(f"{url} answered {response.status}: {answer}")
+            ids: list[int] = answer["choices"][0]["token_ids"]
+            return ids
+
+    async def every(prompts: list[list[int]]) -> list[list[int]]:
+        async with aiohttp.ClientSession() as http:
+            return await asyncio.gather(*(one(http, prompt) for prompt in prompts))
+
+    return lambda prompts: asyncio.run(every(prompts))
+
+
 def examine(
     asked: list[Question], generate: Generate, folder: Path, mistake: Callable[[Question, str], None] | None = None
 ) -> dict[str, Tally]:
@@ -125,6 +147,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=tokenizer.FOLDER)
+    parser.add_argument("--url", help="let this server, which serves --model, generate, not transformers")
     parser.add_argument("--count", type=int, default=200, help="dialogues")
     parser.add_argument("--seed", type=int, default=0, help="the first dialogue's seed")
     parser.add_argument("--missing", type=float, default=0.0, help="how often a tool that is asked for is not on offer")
@@ -140,7 +163,8 @@ def main() -> None:
             shown.append(f"--- {question.skill}\nwanted {wanted}got    {text}\n")
 
     asked = list(questions(options.count, options.seed, options.model, options.missing))
-    tallies = examine(asked, with_transformers(options.model), options.model, mistake)
+    generate = with_server(options.url) if options.url else with_transformers(options.model)
+    tallies = examine(asked, generate, options.model, mistake)
     seeds = f"{options.count} held-out dialogues, seeds {options.seed} to {options.seed + options.count - 1}"
     console.print(table(tallies, f"{seeds}, {len(asked)} turns"))
     console.print("\n".join(shown), markup=False, highlight=False)

@@ -196,7 +196,7 @@ class Trainer:
             ids, weights = corpus.collate(part, self.encoder.pad, max(len(sample.ids) for sample in part))
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 right = self.model.head(self.model(ids)).argmax(-1)[:, :-1] == ids[:, 1:]
-            spoken = weights[:, 1:] == 1
+            spoken = weights[:, 1:] >= 1
             for row in range(len(part)):
                 edges = torch.diff(spoken[row].int(), prepend=torch.tensor([0]), append=torch.tensor([0]))
                 for low, high in zip(*((edges == sign).nonzero().flatten().tolist() for sign in (1, -1)), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 
 import uvloop
@@ -26,7 +27,8 @@ def main(arguments: list[str]) -> int:
             return 0
         config = resolved.values
         setup_logging("router", level=config.log_level, incarnation=incarnation(), style=config.log_style)
-        uvloop.run(run(config, status))
+        listening = None if options.listen_fd is None else socket.socket(fileno=options.listen_fd)
+        uvloop.run(run(config, status, listening))
     except ConfigError as error:
         status.failed(error)
         if options.status_fd is None:  # else the supervisor says it, once

@@ -65,6 +65,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="TOML file with a table [router]")
     parser.add_argument("--print-config", action="store_true", help="show each setting and where it came from, and end")
     parser.add_argument("--status-fd", type=int, help="file descriptor for status lines to a supervisor")
+    parser.add_argument("--listen-fd", type=int, help="accept from this inherited socket instead of binding one")
     for field in dataclasses.fields(RouterConfig):
         parser.add_argument(f"--{field.name.replace('_', '-')}", help=f"{field.metadata['help']} [{field.default}]")
     return parser.parse_args(arguments)

@@ -12,7 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
+import socket
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from aiohttp import web
 
@@ -42,6 +46,7 @@ class RouterService:
         self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="router")
         self.pool = WorkerPool(config, self._executor)
         self.state = RouterState(config, self.pool, self._executor)
+        self._site: web.BaseSite | None = None
         self._runner = web.AppRunner(
             create_app(self.state),
             handler_cancellation=True,
@@ -50,18 +55,34 @@ class RouterService:
             shutdown_timeout=STOP_GRACE_S,
         )
 
-    async def start(self) -> int:
-        """Bind and begin to connect to the workers; the port in use. Raises ConfigError that names the address."""
+    async def start(self, listening: socket.socket | None = None) -> int:
+        """Bind (or accept from a socket that somebody else bound) and begin to connect to the workers; the port in use.
+        Raises ConfigError that names the address.
+        """
         await self._runner.setup()
         config = self._config
         try:
-            await web.TCPSite(self._runner, config.host, config.port, backlog=BACKLOG).start()
+            if listening is not None:
+                self._site = web.SockSite(self._runner, listening, backlog=BACKLOG)
+            else:
+                self._site = web.TCPSite(self._runner, config.host, config.port, backlog=BACKLOG)
+            await self._site.start()
         except OSError as error:
             await self._runner.cleanup()
             reason = error.strerror or str(error)
             raise ConfigError(f"cannot listen on {config.host} port {config.port}: {reason}") from error
         await self.pool.start()
         return int(self._runner.addresses[0][1])
+
+    async def hand_over(self) -> None:
+        """Another router accepts from the same socket: leave new connections to it, end those that are idle, finish
+        what runs and what still comes on the others, `drain_s` at most.
+        """
+        assert self._site is not None, "started"
+        await self._site.stop()
+        assert self._runner.server is not None
+        self._runner.server.pre_shutdown()  # each connection ends after the request it carries
+        await self.state.quiet(Deadline.after(self._config.drain_s))
 
     async def drain(self) -> None:
         """Answer /ready and new requests with 503, and wait for the open ones, `drain_s` at most."""
@@ -77,19 +98,34 @@ class RouterService:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
-async def run(config: RouterConfig, status: StatusPipe) -> None:
-    """The life of the process: ready when the port accepts, ended by signals."""
+async def run(config: RouterConfig, status: StatusPipe, listening: socket.socket | None = None) -> None:
+    """The life of the process: ready when the port accepts, ended by signals. SIGUSR1 hands over to the next router."""
     lifecycle = Lifecycle()
     lifecycle.install_signals()
+    handing_over = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, handing_over.set)
     service = RouterService(config)
-    port = await service.start()
+    port = await service.start(listening)
     lifecycle.ready()
     log.info("listening", host=config.host, port=port, workers=",".join(config.worker))
     gc.collect()
     gc.freeze()  # modules and classes stay: no collection need look at them again
     status.ready(port=port)
     try:
-        await lifecycle.wait_drain()
-        await lifecycle.unless_stopped(service.drain())
+        await first_of(lifecycle.wait_drain(), handing_over.wait())
+        if handing_over.is_set():
+            await lifecycle.unless_stopped(service.hand_over())
+        else:
+            await lifecycle.unless_stopped(service.drain())
     finally:
         await service.stop()
+
+
+async def first_of(*waits: Coroutine[Any, Any, object]) -> None:
+    """Return when the first of them has; the others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -59,6 +59,10 @@ class RouterState:
     async def drain(self, deadline: Deadline) -> None:
         """Refuse what is new and wait for what is open; at the deadline the rest gets an error."""
         self.draining = True
+        await self.quiet(deadline)
+
+    async def quiet(self, deadline: Deadline) -> None:
+        """Wait for what is open; at the deadline the rest gets an error."""
         try:
             await asyncio.wait_for(self._quiet.wait(), deadline.left_s())
         except TimeoutError:

@@ -43,6 +43,7 @@ def main() -> None:
         os._exit(0)
 
     signal.signal(signal.SIGTERM, on_term)
+    signal.signal(signal.SIGUSR1, on_term)
     status = StatusPipe(int(fd))
     if verb == "fail":
         status.failed(CheckpointError(argument))

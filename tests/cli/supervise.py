@@ -37,6 +37,9 @@ class Printer(Observer):
     def failed(self, message: str) -> None:
         self._say("failed", message)
 
+    def replacing(self, child: str) -> None:
+        self._say("replacing", child)
+
     def draining(self) -> None:
         self._say("draining")
 
@@ -52,7 +55,8 @@ async def main() -> int:
     child = str(Path(__file__).with_name("fake_child.py"))
 
     def spec(name: str, behaviours: str) -> ChildSpec:
-        return ChildSpec(name, [sys.executable, child, STATUS_FD, folder, name, *json.loads(behaviours)])
+        command = [sys.executable, child, STATUS_FD, folder, name, *json.loads(behaviours)]
+        return ChildSpec(name, command, overlaps=name == "router")
 
     bounds = json.loads(limits)
     fate = bounds.pop("joined", "")
@@ -62,8 +66,8 @@ async def main() -> int:
             raise ChildFailed("they do not fit")
         await asyncio.sleep(60 if fate == "hang" else 0)
 
-    specs = spec("worker", worker), spec("router", router)
-    return await Supervisor(*specs, SupervisorConfig(**bounds), Printer(), joined=joined).run()
+    stages = [[spec("worker", worker)], [spec("router", router)]]
+    return await Supervisor(stages, SupervisorConfig(**bounds), Printer(), joined=joined).run()
 
 
 sys.exit(asyncio.run(main()))

@@ -264,6 +264,47 @@ def test_nothing_runs_when_idle(runs: Any) -> None:
     assert process.num_ctx_switches().voluntary - before <= 3
 
 
+def test_a_rolling_restart_replaces_each_child_once(runs: Any) -> None:
+    run = runs(["ready"], ["drain:0.3"])
+    run.until("serving")
+    run.process.send_signal(signal.SIGUSR2)
+    run.until("started", "router", 2)
+    until(lambda: len(run.alive()) == 2)
+    worker, router = run.pids("worker"), run.pids("router")
+    assert (len(worker), len(router)) == (2, 2)
+    assert sorted(run.alive()) == sorted([worker[-1], router[-1]])
+    said = [words for words in run.heard if words[0] not in ("progress", "serving")][2:]
+    assert said == [
+        ["replacing", "worker"],
+        ["started", "worker", 2],
+        ["replacing", "router"],
+        ["started", "router", 2],
+    ]
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 0
+
+
+def test_a_router_that_cannot_be_replaced_goes_on(runs: Any) -> None:
+    run = runs(["ready"], ["ready", "exit:3", "ready"])
+    run.until("serving")
+    run.process.send_signal(signal.SIGUSR2)
+    run.until("died", "router")
+    assert psutil.pid_exists(run.pids("router")[0]), "its former life serves on"
+    run.process.send_signal(signal.SIGUSR2)
+    run.until("started", "router", 3)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 0
+
+
+def test_a_worker_that_does_not_come_back_is_kept_trying(runs: Any) -> None:
+    run = runs(["ready", "exit:3", "ready"], ["ready"])
+    run.until("serving")
+    run.process.send_signal(signal.SIGUSR2)
+    run.until("started", "worker", 3)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 0
+
+
 def test_backoff_forgets_after_a_healthy_life() -> None:
     backoff = Backoff(SupervisorConfig(backoff_first_s=1.0, backoff_max_s=8.0, healthy_s=60.0, restarts_max=5))
     assert [backoff.next_s(1.0) for _ in range(5)] == [1.0, 2.0, 4.0, 8.0, 8.0]
@@ -276,8 +317,12 @@ def test_a_port_in_use_is_named() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"port {port} on 127\.0\.0\.1 is in use .* --port"):
             claim_port("127.0.0.1", port)
-    assert claim_port("127.0.0.1", port) == port
-    assert claim_port("127.0.0.1", 0) > 0
+    with claim_port("127.0.0.1", port) as claimed:
+        assert claimed.getsockname()[1] == port
+        with socket.create_connection(("127.0.0.1", port)):  # waits for a router, and is not refused
+            pass
+    with claim_port("127.0.0.1", 0) as claimed:
+        assert claimed.getsockname()[1] > 0
 
 
 def test_a_host_that_is_not_ours_is_named() -> None:
@@ -288,11 +333,11 @@ def test_a_host_that_is_not_ours_is_named() -> None:
 
 
 def test_environment_sizes_thread_pools_and_leaves_the_users_choice() -> None:
-    assert child_environment("worker", {"PATH": "/bin"}, 2)["OMP_NUM_THREADS"] == "2"
-    assert child_environment("worker", {}, 16)["OMP_NUM_THREADS"] == "15"
-    assert child_environment("worker", {}, 2)["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"
-    assert child_environment("router", {}, 16)["OMP_NUM_THREADS"] == "1"
-    kept = child_environment("worker", {"OMP_NUM_THREADS": "7", "PATH": "/bin"}, 2)
+    assert child_environment({"PATH": "/bin"}, 2, light=False)["OMP_NUM_THREADS"] == "2"
+    assert child_environment({}, 16, light=False)["OMP_NUM_THREADS"] == "15"
+    assert child_environment({}, 2, light=False)["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"
+    assert child_environment({}, 16, light=True)["OMP_NUM_THREADS"] == "1"
+    kept = child_environment({"OMP_NUM_THREADS": "7", "PATH": "/bin"}, 2, light=False)
     assert kept["OMP_NUM_THREADS"] == "7"
     assert kept["PATH"] == "/bin"
 
