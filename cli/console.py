@@ -59,7 +59,7 @@ class TerminalObserver(Observer):
     def serving(self, facts: Mapping[str, Mapping[str, Any]]) -> None:
         """The panel."""
         self._served = True
-        worker = facts.get("worker", {})
+        worker = next((its for name, its in facts.items() if name.startswith("worker")), {})
         self._console.print(panel(self._url, worker, time.monotonic() - self._began_s))
         self._console.print("Try it, or talk to it in another terminal:", style="dim")
         # Outside of any frame and unwrapped, so that it can be copied.
@@ -70,6 +70,10 @@ class TerminalObserver(Observer):
         """Say why and when it is tried again."""
         self._stop_bars()
         self._console.print(f"{reason}; starting it again in {retry_s:.1f} s", style="yellow", markup=False)
+
+    def replacing(self, child: str) -> None:
+        """Say so."""
+        self._console.print(f"replacing the {child}", style="dim")
 
     def draining(self) -> None:
         """Say what happens and how to hurry it."""
@@ -105,6 +109,10 @@ class LogObserver(Observer):
         """A child died."""
         self._log.warning("child died", child=child, reason=reason, retry_s=retry_s)
 
+    def replacing(self, child: str) -> None:
+        """A rolling restart reached it."""
+        self._log.info("replacing", child=child)
+
     def draining(self) -> None:
         """A signal came."""
         self._log.info("draining")
@@ -128,7 +136,8 @@ class StatusObserver(Observer):
     def serving(self, facts: Mapping[str, Mapping[str, Any]]) -> None:
         """`ready` with the URL and the worker's facts. Failures are told by the command, which knows all of them."""
         pids = {f"{child}_pid": its["pid"] for child, its in facts.items()}
-        self._pipe.ready(**{**facts.get("worker", {}), **pids, "url": self._url})
+        worker = next((its for name, its in facts.items() if name.startswith("worker")), {})
+        self._pipe.ready(**{**worker, **pids, "url": self._url})
 
 
 class Observers(Observer):
@@ -168,6 +177,11 @@ class Observers(Observer):
         self.failure = message
         for observer in self._observers:
             observer.failed(message)
+
+    def replacing(self, child: str) -> None:
+        """To each."""
+        for observer in self._observers:
+            observer.replacing(child)
 
     def draining(self) -> None:
         """To each."""

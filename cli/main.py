@@ -256,6 +256,46 @@ def serve(
 
 
 @app.command(rich_help_panel="Serving")
+def up(
+    model: ModelArgument = None,
+    workers: Annotated[
+        int,
+        typer.Option("--workers", "-w", min=1, max=64, metavar="N", help="Workers that prefill and decode."),
+    ] = 2,
+    dtype: Annotated[Dtype | None, _option("--dtype", panel=MODEL, help="Default: auto.")] = None,
+    host: Annotated[str | None, _option("--host", panel=NETWORK, metavar="ADDRESS", help="Default: 127.0.0.1.")] = None,
+    port: Annotated[int | None, _option("--port", "-p", panel=NETWORK, metavar="PORT", help="Default: 8000.")] = None,
+    config: ConfigOption = None,
+    quiet: Annotated[bool, _option("--quiet", panel=OTHER, help="No table, even on a terminal.")] = False,
+    status_fd: Annotated[int | None, _option("--status-fd", help="Report the start-up here.", hidden=True)] = None,
+) -> None:
+    """Start the whole mesh on this machine: several workers behind one router, with a live table.
+
+    When a worker dies, what ran on it goes on at another one, and its clients notice nothing but a pause. SIGUSR2
+    replaces every service in turn without losing a request. What `serve` sets by flags is set here by `--config` or
+    the environment.
+
+    [bold]Examples[/bold]
+
+    [cyan]tokenrelay up[/cyan]
+
+    [cyan]tokenrelay up /models/Qwen3-8B --workers 4 --config relay.toml[/cyan]
+    """
+    from tokenrelay.cli.serve import ServeOptions, run_serve
+
+    options = ServeOptions(
+        file=config,
+        router={"host": host, "port": port},
+        worker={"model": None if model is None else str(model), "dtype": dtype},
+        status_fd=status_fd,
+        quiet=quiet,
+        workers=workers,
+        table=True,
+    )
+    raise typer.Exit(run_serve(options))
+
+
+@app.command(rich_help_panel="Serving")
 def chat(
     message: Annotated[
         str | None,

@@ -26,17 +26,19 @@ DRAIN_S = 30.0
 
 
 class OwnServer:
-    """`tokenrelay serve ARGUMENTS --port 0` for the time of a `with` block."""
+    """`tokenrelay serve ARGUMENTS --port 0` (or another command) for the time of a `with` block."""
 
     def __init__(
         self,
         arguments: Sequence[str] = (),
         *,
+        command: str = "serve",
         on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
         stderr: IO[Any] | int | None = None,
         quiet: bool = False,
     ) -> None:
         """`stderr`: where the logs go, by default to ours. `quiet`: no start-up display even on a terminal."""
+        self._command = command
         self._arguments = [str(argument) for argument in arguments]
         self._on_progress = on_progress
         self._stderr = stderr
@@ -47,7 +49,7 @@ class OwnServer:
 
     def __enter__(self) -> OwnServer:
         reading, writing = os.pipe()
-        command = [sys.executable, "-m", "tokenrelay.cli.main", "serve", *self._arguments]
+        command = [sys.executable, "-m", "tokenrelay.cli.main", self._command, *self._arguments]
         if "--port" not in self._arguments:
             command += ["--port", "0"]
         if self._quiet:

@@ -7,11 +7,13 @@ so that what `--print-config` shows is what runs.
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,6 +28,7 @@ from tokenrelay.base.status import StatusPipe
 from tokenrelay.cli.config import SupervisorConfig
 from tokenrelay.cli.console import LogObserver, Observers, StatusObserver, TerminalObserver
 from tokenrelay.cli.machine import look
+from tokenrelay.cli.mesh import MeshObserver
 from tokenrelay.cli.process import STATUS_FD, ChildFailed, ChildSpec
 from tokenrelay.cli.supervisor import Observer, Supervisor, claim_port, private_folder
 from tokenrelay.services.decode.config import WorkerConfig
@@ -45,6 +48,8 @@ class ServeOptions:
     worker: Mapping[str, Any] = field(default_factory=dict)  # settings of [worker] by name
     status_fd: int | None = None
     quiet: bool = False  # no display even on a terminal
+    workers: int = 1
+    table: bool = False  # a live table of the workers, on a terminal
 
 
 def run_serve(options: ServeOptions) -> int:
@@ -65,30 +70,39 @@ def _serve(options: ServeOptions) -> int:
     port = listening.getsockname()[1]
     url = f"http://{_in_url(router.host)}:{port}"
     display = sys.stderr.isatty() and not options.quiet
-    observers = _observers(url, options.status_fd, display)
+    observers = _observers(url, options, display)
     levels: dict[str, Any] = {}
     if display:
         _say_machine()
         quieter = all(part.origins["log_level"] == "default" for part in (settings.router, settings.worker))
         levels = {"log_level": "warning"} if quieter else {}  # the display says what a person at a terminal asks first
     with private_folder() as folder:
-        path = str(folder / "worker.sock")
-        flags = {**levels, **_given(options.worker), "model": model, "socket": path}
-        worker_spec = ChildSpec("worker", _command("tokenrelay.cli.worker", flags, options.file), socket=path)
-        flags = {**levels, **_given(options.router), "port": port, "worker": f"unix:{path}"}
-        router_spec = router_child(flags, options.file, listening)
+        workers = worker_children({**levels, **_given(options.worker), "model": model}, options, folder)
+        targets = ",".join(f"unix:{spec.socket}" for spec in workers)
+        flags = {**levels, **_given(options.router), "port": port, "worker": targets}
+        stages = [workers, [router_child(flags, options.file, listening)]]
         limits = settings.supervisor.values
 
         async def supervise() -> int:
-            return await Supervisor(
-                [[worker_spec], [router_spec]], limits, observers, joined=lambda: _joined(url)
-            ).run()
+            joined = partial(_joined, url, len(workers))
+            return await Supervisor(stages, limits, observers, joined=joined).run()
 
         with listening:
             code = asyncio.run(supervise())
     if observers.failure is not None:
         raise ChildFailed(observers.failure)
     return code
+
+
+def worker_children(flags: Mapping[str, Any], options: ServeOptions, folder: Path) -> list[ChildSpec]:
+    """`options.workers` of them, each with both roles; they divide this machine's cores and its default KV memory."""
+    names = ["worker"] if options.workers == 1 else [f"worker-{number}" for number in range(1, options.workers + 1)]
+    specs = []
+    for name in names:
+        path = str(folder / f"{name}.sock")
+        its = {**flags, "socket": path, "kv_sharers": options.workers}
+        specs.append(ChildSpec(name, _command("tokenrelay.cli.worker", its, options.file), socket=path))
+    return specs
 
 
 def router_child(flags: Mapping[str, Any], file: Path | None, listening: socket.socket) -> ChildSpec:
@@ -148,8 +162,8 @@ def _resolve(options: ServeOptions) -> _Settings:
     return settings
 
 
-async def _joined(url: str) -> None:
-    """Until the router has shaken hands with the worker: then `ready` means that a request will work."""
+async def _joined(url: str, workers: int) -> None:
+    """Until the router has shaken hands with every worker: then `ready` means that a request will work."""
     host, port = urlsplit(url).hostname, urlsplit(url).port
     end_s = time.monotonic() + JOIN_S
     while True:
@@ -157,22 +171,24 @@ async def _joined(url: str) -> None:
             async with asyncio.timeout(JOIN_S):
                 reader, writer = await asyncio.open_connection(host, port)
                 writer.write(b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-                status = (await reader.readline()).split()[1:2]
+                status, _, body = (await reader.read()).partition(b"\r\n\r\n")
                 writer.close()
         except (OSError, TimeoutError) as error:
             raise ChildFailed(f"the router does not answer at {url}") from error
-        if status == [b"200"]:
+        if status.split()[1:2] == [b"200"] and json.loads(body)["workers"] == workers:
             return
         if time.monotonic() > end_s:
-            raise ChildFailed(f"the router did not accept the worker within {JOIN_S:.0f} s; its log says why")
+            raise ChildFailed(f"the router did not accept every worker within {JOIN_S:.0f} s; its log says why")
         await asyncio.sleep(0.02)
 
 
-def _observers(url: str, status_fd: int | None, display: bool) -> Observers:
+def _observers(url: str, options: ServeOptions, display: bool) -> Observers:
     observers: list[Observer] = []
-    if status_fd is not None:
-        observers.append(StatusObserver(status_fd, url))
-    if display:
+    if options.status_fd is not None:
+        observers.append(StatusObserver(options.status_fd, url))
+    if display and options.table:
+        observers.append(MeshObserver(Console(stderr=True, highlight=False), url))
+    elif display:
         observers.append(TerminalObserver(Console(stderr=True, highlight=False), url))
     else:
         observers.append(LogObserver())

@@ -244,6 +244,8 @@ class Supervisor:
                 self._replacing[spec.name] = replaced = asyncio.Event()
                 try:
                     await self._replace_one(spec)
+                    if self._joined is not None:
+                        await self._joined()  # else the next one might drain before this one is used
                 except ChildFailed as error:  # its keeper goes on trying
                     self._observer.died(spec.name, error.message, 0.0)
                 finally:

@@ -229,6 +229,7 @@ def mount(model: Model, options: WorkerSettings, on_fatal: Any) -> tuple[Colocat
         waiting_max=config.waiting_max,
         context_tokens=config.context_tokens,
         kv_memory_bytes=config.kv_memory_bytes,
+        kv_sharers=config.kv_sharers,
         blocks=config.blocks,
         threads=config.threads,
         tps_floor=config.tps_floor,

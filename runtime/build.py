@@ -32,6 +32,7 @@ class EngineSizes:
     waiting_max: int = 1024  # queue bound
     context_tokens: int | None = None  # prompt + output of one sequence
     kv_memory_bytes: int | None = None
+    kv_sharers: int = 1  # workers on this machine that divide the default KV memory
     blocks: int | None = None
     steps_in_flight: int = 2
     threads: int | None = None  # of torch in a step
@@ -69,6 +70,7 @@ def build_engine(
         context_tokens=min(sizes.context_tokens or config.context_tokens, config.context_tokens),
         context_asked=sizes.context_tokens is not None,
         kv_memory_bytes=sizes.kv_memory_bytes,
+        kv_sharers=sizes.kv_sharers,
         blocks=sizes.blocks,
         device=device,
     )

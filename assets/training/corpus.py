@@ -46,8 +46,8 @@ class Encoder:
         self.no_thought = tokenizer.encode(NO_THOUGHT, add_special_tokens=False).ids
 
     def sample(self, dialogue: world.Dialogue, rng: random.Random) -> Sample:
-        """Assistant tokens weigh 1, a thought's first ones more, the rest little. Where the template dropped a turn's reasoning, its first token
-        weighs nothing: the model should think there."""
+        """Assistant tokens weigh 1, a thought's first ones more, the rest little. Where the template dropped a
+        turn's reasoning, its first token weighs nothing: the model should think there."""
         messages = [dict(message) for message in dialogue.messages]
         thought = ["reasoning_content" in message for message in messages if message["role"] == "assistant"]
         shown, quiet = rng.random() < REASONING_SHOWN, rng.random() < QUIET

@@ -56,10 +56,11 @@ def plan_pool(
     context_tokens: int,
     context_asked: bool,
     kv_memory_bytes: int | None = None,
+    kv_sharers: int = 1,
     blocks: int | None = None,
     device: torch.device | None = None,
 ) -> Pool:
-    """Size the pool. `blocks` decides if given, else `kv_memory_bytes`, else what is free.
+    """Size the pool. `blocks` decides if given, else `kv_memory_bytes`, else what is free, by `kv_sharers`.
 
     Where one whole context does not fit, the context is lowered, or refused if it was asked for (`context_asked`).
     Raises ConfigError that says how much is needed and how much there is.
@@ -68,7 +69,7 @@ def plan_pool(
     block_bytes = layers * layout.bytes_per_block(dtype)
     if blocks is None:
         if kv_memory_bytes is None:
-            budget, origin = default_budget(device or torch.device("cpu")), "of the memory that is free"
+            budget, origin = default_budget(device or torch.device("cpu")) // kv_sharers, "of the memory that is free"
         else:
             budget, origin = kv_memory_bytes, "of --kv-memory"
         blocks = min(budget // block_bytes, BLOCKS_MAX)

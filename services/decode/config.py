@@ -34,6 +34,7 @@ class WorkerConfig:
     )
     block_tokens: int = setting(64, "tokens per KV block: 16, 32, 64 or 128; one value in a fleet")
     kv_memory: str | None = setting(None, "memory of the KV pool, such as 4GiB; default: a quarter of what is free")
+    kv_sharers: int = setting(1, "workers on this machine between which that default is divided", minimum=1)
     blocks: int | None = setting(None, "KV pool in blocks, instead of kv_memory", minimum=2)
     slots: int = setting(64, "sequences resident at once; others wait", minimum=1, maximum=4096)
     step_tokens: int = setting(2048, "tokens of one step, all sequences together", minimum=1, maximum=1 << 20)

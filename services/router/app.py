@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
+from google.protobuf.message import Message
 
 from tokenrelay.base.errors import InvalidRequest, NotFound, TokenRelayError, Unavailable
 from tokenrelay.base.logging import get_logger
@@ -24,6 +25,7 @@ from tokenrelay.services.router.replies import error_response, json_response
 from tokenrelay.services.router.state import STATE, RouterState
 from tokenrelay.services.router.tokenize import unpack_ids
 from tokenrelay.services.router.validate import check_token_ids, decode
+from tokenrelay.services.router.workers import WorkerPool
 
 log = get_logger("router")
 
@@ -36,6 +38,7 @@ def create_app(state: RouterState) -> web.Application:
     """All endpoints on this state."""
     app = web.Application(middlewares=[_answer], client_max_size=state.config.body_bytes_max)
     app[STATE] = state
+    app.on_response_prepare.append(_last_on_its_connection)
     app.add_routes(
         [
             web.post("/v1/chat/completions", chat_completions),
@@ -48,9 +51,17 @@ def create_app(state: RouterState) -> web.Application:
             web.get("/ready", ready),
             web.get("/metrics", metrics_page),
             web.get("/version", version_of),
+            web.get("/workers", workers),
         ]
     )
     return app
+
+
+async def _last_on_its_connection(request: web.Request, response: web.StreamResponse) -> None:
+    """While another router takes over, each reply tells its client to connect anew."""
+    if request.app[STATE].handing_over:
+        response.force_close()
+        response.headers["Connection"] = "close"  # aiohttp has made its headers by now
 
 
 @web.middleware
@@ -189,6 +200,34 @@ async def _fresh_stats(client: WorkerClient) -> worker_pb2.Stats:
         return await client.get_stats(SCRAPE_TIMEOUT_S)
     except TokenRelayError:
         return client.stats
+
+
+async def workers(request: web.Request) -> web.Response:
+    """GET /workers: each worker, whether it is used and why not, and its counters."""
+    pool = request.app[STATE].pool
+    await asyncio.gather(*(_fresh_stats(client) for client in pool.clients))
+    return json_response({"workers": [_worker_object(pool, client) for client in pool.clients]})
+
+
+def _worker_object(pool: WorkerPool, client: WorkerClient) -> dict[str, object]:
+    hello, stats = client.handshake, client.stats
+    usable = client in pool.usable
+    return {
+        "target": client.target,
+        "role": hello.role if hello is not None else None,
+        "incarnation": hello.incarnation if hello is not None else None,
+        "ready": usable,
+        "reason": None if usable else pool.problem(client),
+        "open": client.open_count,
+        "connections": client.connections,
+        "stats": _plain(stats),
+    }
+
+
+def _plain(message: Message) -> dict[str, object]:
+    """A message as JSON has it, its numbers as numbers."""
+    values = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
+    return {name: _plain(value) if isinstance(value, Message) else value for name, value in values.items()}
 
 
 async def version_of(request: web.Request) -> web.Response:

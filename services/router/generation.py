@@ -284,7 +284,7 @@ class Run:
         self._ends_s = time.monotonic() + timeout_s
         self._inherited = [self._turns.find(prompt.packed, self.wanted.salt) for prompt in self.prompts]
         for choice in self.choices:
-            self._places.place(self, choice)
+            self._places.begin(self, choice)
             self._open += 1
 
     def submission(self, choice: Choice, client: WorkerClient) -> worker_pb2.Submit:

@@ -62,6 +62,17 @@ class Relocation(Generic[SequenceT]):
         self._parked: list[tuple[Owner[SequenceT], SequenceT]] = []  # no worker is usable, but one may come back
         self._timer: asyncio.TimerHandle | None = None
 
+    def begin(self, owner: Owner[SequenceT], sequence: SequenceT) -> None:
+        """Submit a sequence for the first time. In a fleet whose last worker went a moment ago (a rolling restart), it
+        waits for one to come back. Raises Unavailable or Overloaded.
+        """
+        try:
+            self.place(owner, sequence)
+        except Unavailable as error:
+            if len(self._pool.clients) < 2 or self._pool.without_s >= self._pool.config.move_wait_s:
+                raise
+            self._park(owner, sequence, error)
+
     def place(self, owner: Owner[SequenceT], sequence: SequenceT) -> None:
         """Submit a sequence, beside the others of its request where that can be. Raises Unavailable or Overloaded."""
         refused = sequence.refused_by

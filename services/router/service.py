@@ -34,6 +34,7 @@ log = get_logger("router")
 
 THREADS = 2  # long tokenizations at once; they let go of the interpreter's lock
 KEEPALIVE_TIMEOUT_S = 75.0
+CONNECTIONS_LOOK_S = 0.1
 STOP_GRACE_S = 1.0  # for handlers that were told to end
 BACKLOG = 1024
 
@@ -75,14 +76,18 @@ class RouterService:
         return int(self._runner.addresses[0][1])
 
     async def hand_over(self) -> None:
-        """Another router accepts from the same socket: leave new connections to it, end those that are idle, finish
-        what runs and what still comes on the others, `drain_s` at most.
+        """Another router accepts from the same socket: leave new connections to it, and serve what still comes on the
+        old ones, each reply the last of its connection, until they have all gone or `drain_s` is over. An idle one is
+        not closed before: its client might be sending its next request at this moment.
         """
         assert self._site is not None, "started"
         await self._site.stop()
+        self.state.handing_over = True
+        deadline = Deadline.after(self._config.drain_s)
         assert self._runner.server is not None
-        self._runner.server.pre_shutdown()  # each connection ends after the request it carries
-        await self.state.quiet(Deadline.after(self._config.drain_s))
+        while self._runner.server.connections and not deadline.passed:  # noqa: ASYNC110 - aiohttp has no event for it
+            await asyncio.sleep(CONNECTIONS_LOOK_S)
+        await self.state.quiet(deadline)
 
     async def drain(self) -> None:
         """Answer /ready and new requests with 503, and wait for the open ones, `drain_s` at most."""

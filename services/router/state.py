@@ -26,6 +26,7 @@ class RouterState:
         self.executor = executor
         self.metrics = Metrics()
         self.draining = False
+        self.handing_over = False  # new connections go to another router; what comes on the old ones is served
         self._open = 0  # generation requests, from admission to reply
         self._runs: set[Run] = set()
         self._quiet = asyncio.Event()

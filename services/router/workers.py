@@ -7,6 +7,8 @@ that answers says which, and one that runs another is not used (and says so in /
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -47,6 +49,7 @@ class WorkerPool:
         self._problems: dict[str, str] = {}  # target -> why it is not used although it is connected
         self._usable: set[str] = set()
         self._avoided: set[str] = set()  # they drain: used again when they come back
+        self._last_usable_s = -math.inf  # when there was one, if there is none
         self._waiting: dict[Callable[[], None], None] = {}  # called when a worker becomes usable, in order
         self.model: ServedModel | None = None
         self.turns = TurnMemory(config.turn_memory_bytes)
@@ -79,13 +82,14 @@ class WorkerPool:
 
     def why_not(self) -> str:
         """Why no worker is usable, for people."""
-        reasons = []
-        for client in self._clients:
-            problem = self._problems.get(client.target) or (client.last_error.message if client.last_error else None)
-            if client.ready and client.target in self._avoided:
-                problem = f"worker {client.target} drains"
-            reasons.append(problem or f"worker {client.target} is not connected yet")
-        return "; ".join(reasons)
+        return "; ".join(self.problem(client) for client in self._clients)
+
+    def problem(self, client: WorkerClient) -> str:
+        """Why this worker is not usable, for people."""
+        if client.ready and client.target in self._avoided:
+            return f"worker {client.target} drains"
+        problem = self._problems.get(client.target) or (client.last_error.message if client.last_error else None)
+        return problem or f"worker {client.target} is not connected yet"
 
     def require_model(self) -> ServedModel:
         """The model, even while its worker is restarting. Raises Unavailable before the first worker was there."""
@@ -104,9 +108,20 @@ class WorkerPool:
         """Send one sequence to a worker. Raises Unavailable or Overloaded."""
         return Handle(client, client.submit(submit, on_output))
 
+    @property
+    def without_s(self) -> float:
+        """For how long no worker has been usable, in seconds."""
+        return 0.0 if self.usable else time.monotonic() - self._last_usable_s
+
     def avoid(self, target: str) -> None:
         """It drains: nothing new goes there in this life of it."""
+        self._note_usable()
         self._avoided.add(target)
+
+    def _note_usable(self) -> None:
+        """To be called before one that is usable may cease to be."""
+        if self._usable - self._avoided:
+            self._last_usable_s = time.monotonic()
 
     def when_usable(self, call: Callable[[], None]) -> None:
         """Call once the next worker becomes usable."""
@@ -121,6 +136,7 @@ class WorkerPool:
         load = self._loads.pop(target, None)
         if load is not None:
             load.cancel()
+        self._note_usable()
         self._usable.discard(target)
         self._avoided.discard(target)
         self._problems.pop(target, None)

@@ -43,9 +43,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
     """Starts servers that live as long as the module's tests; logs go to a file that is shown when one fails."""
     with ExitStack() as stack:
 
-        def begin(*arguments: Any) -> Server:
+        def begin(*arguments: Any, command: str = "serve") -> Server:
             log = stack.enter_context((tmp_path_factory.mktemp("logs") / "server.log").open("w"))
-            own = OwnServer([str(a) for a in arguments], stderr=log, quiet=True)
+            own = OwnServer([str(a) for a in arguments], command=command, stderr=log, quiet=True)
             return Server(stack.enter_context(own))
 
         yield begin

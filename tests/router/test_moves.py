@@ -194,6 +194,23 @@ async def test_all_workers_die_and_one_comes_back(start_fleet: StartFleet) -> No
         assert spoken(events) == TEXT
 
 
+async def test_a_new_request_waits_out_a_moment_without_workers(start_fleet: StartFleet) -> None:
+    fleet = await start_fleet(move_wait_s=1.0)
+    await asyncio.gather(*(worker.stop() for worker in fleet.workers))
+    await until(lambda: not fleet.service.pool.usable)
+    early = asyncio.create_task(fleet.chat())
+    await asyncio.sleep(0.05)
+    assert not early.done()
+    await fleet.workers[0].start()
+    assert (await asyncio.wait_for(early, 10))["choices"][0]["message"]["content"] == TEXT
+    await fleet.workers[0].stop()
+    await until(lambda: not fleet.service.pool.usable)
+    await asyncio.sleep(1.1)
+    began_s = asyncio.get_running_loop().time()
+    assert (await fleet.post(CHAT, BODY))[0] == 503, "nobody came for long: said at once"
+    assert asyncio.get_running_loop().time() - began_s < 0.5
+
+
 async def test_the_wait_for_a_worker_is_bounded(start_fleet: StartFleet) -> None:
     fleet = await start_fleet(move_wait_s=0.2)
     for worker in fleet.workers:

@@ -128,3 +128,19 @@ def test_configuration() -> None:
     assert options.status_fd == 5
     with pytest.raises(ConfigError, match=r"router.port .*65535"):
         resolve_options(parse_arguments(["--port", "70000"]))
+
+
+async def test_workers_are_listed_with_their_counters_and_problems(stack: Stack) -> None:
+    await stack.chat()
+    async with stack.http.get(stack.url + "/workers") as response:
+        (worker,) = (await response.json())["workers"]
+    assert worker["ready"] is True
+    assert (worker["role"], worker["open"], worker["connections"]) == ("colocated", 0, 1)
+    assert worker["stats"]["blocks_free"] > 0
+    assert worker["stats"]["output_tokens"] > 0
+    await stack.worker.stop()
+    await until(lambda: not stack.service.pool.usable)
+    async with stack.http.get(stack.url + "/workers") as response:
+        (worker,) = (await response.json())["workers"]
+    assert worker["ready"] is False
+    assert worker["target"] in worker["reason"]
