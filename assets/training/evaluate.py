@@ -10,11 +10,12 @@ when it is well-formed JSON with the right tool and exactly the right arguments.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import sys
+import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from tokenrelay.assets.training.grading import Reply, Tally, parse
 
 NEW_TOKENS_MAX = 112
 BATCH = 32
+REPLY_S = 120.0
 TABLE_WIDTH = 110  # characters, where the output is no terminal
 Generate = Callable[[list[list[int]]], list[list[int]]]
 
@@ -80,22 +82,20 @@ def with_transformers(folder: Path) -> Generate:
 def with_server(url: str) -> Generate:
     """Greedy generation by a running server, all prompts of a call at once: minutes where transformers' class, whose
     loop over experts is slow on a CPU, takes most of an hour."""
-    import aiohttp
 
-    async def one(http: aiohttp.ClientSession, prompt: list[int]) -> list[int]:
+    def one(prompt: list[int]) -> list[int]:
         body = {"prompt": prompt, "max_tokens": NEW_TOKENS_MAX, "temperature": 0, "return_token_ids": True}
-        async with http.post(f"{url}/v1/completions", json=body) as response:
-            answer = await response.json()
-            if response.status != 200:
-                raise SystemExit(f"{url} answered {response.status}: {answer}")
-            ids: list[int] = answer["choices"][0]["token_ids"]
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=REPLY_S) as response:
+            ids: list[int] = json.load(response)["choices"][0]["token_ids"]
             return ids
 
-    async def every(prompts: list[list[int]]) -> list[list[int]]:
-        async with aiohttp.ClientSession() as http:
-            return await asyncio.gather(*(one(http, prompt) for prompt in prompts))
+    def generate(prompts: list[list[int]]) -> list[list[int]]:
+        with ThreadPoolExecutor(BATCH) as pool:
+            return list(pool.map(one, prompts))
 
-    return lambda prompts: asyncio.run(every(prompts))
+    return generate
 
 
 def examine(
