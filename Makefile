@@ -50,6 +50,7 @@ check: setup check-native  ## formatters, ruff, mypy --strict, clang-format, cla
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p tokenrelay
 	$(BIN)/python tools/proto.py --check
+	$(BIN)/python -m tokenrelay.libscheduler.diagram --check docs/*.md
 	$(BIN)/python -m pytest tests/tidy
 check-native: setup
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.hpp' '*.h')

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -70,55 +69,15 @@ def explain_kernel(op: str, features: Sequence[str]) -> None:
         raise ConfigError(f"no kernel of {op} can run this")
 
 
-@dataclass(frozen=True)
-class Machine:
-    """A state machine: every (state, event) pair is a transition, or a rejection with a reason."""
-
-    name: str
-    states: tuple[str, ...]  # it begins in the first
-    transitions: tuple[tuple[str, str, str], ...]  # state, event, next state
-    rejections: tuple[tuple[str, str, str], ...]  # state, event, reason
-
-
-def machines() -> dict[str, Machine]:
-    """All of them by name, from libscheduler's constexpr tables."""
-    from tokenrelay.libscheduler import fsm_tables
-
-    found = {}
-    for name, table in fsm_tables().items():
-        states = [table.initial, *(state for state in table.states if state != table.initial)]
-        rows = [(row.state, row.event, row.next, row.reason) for row in table.rows]
-        found[name] = Machine(
-            name,
-            tuple(states),
-            tuple((state, event, after) for state, event, after, _ in rows if after is not None),
-            tuple((state, event, reason) for state, event, after, reason in rows if after is None),
-        )
-    return found
-
-
 def print_fsm(name: str | None) -> None:
-    """Mermaid diagrams of the state machines, one or all."""
-    found = machines()
-    if name is not None and name not in found:
-        raise ConfigError(f"no state machine is called {name!r}; there are {', '.join(sorted(found))}")
-    print("\n".join(mermaid(found[each]) for each in sorted(found) if name in (None, each)), end="")
+    """Mermaid diagrams of the state machines, one or all, from the constexpr tables that the compiler checked."""
+    from tokenrelay.libscheduler import fsm_tables
+    from tokenrelay.libscheduler.diagram import document
 
-
-def mermaid(machine: Machine) -> str:
-    """A Mermaid state diagram (mermaid.js.org/syntax/stateDiagram.html): transitions as arrows, refusals as comments.
-
-    A state that nothing leaves is where the machine ends.
-    """
-    arrows: dict[tuple[str, str], list[str]] = {}
-    for state, event, after in machine.transitions:
-        arrows.setdefault((state, after), []).append(event)
-    left = {state for state, _, _ in machine.transitions}
-    lines = ["---", f"title: {machine.name}", "---", "stateDiagram-v2", f"    [*] --> {machine.states[0]}"]
-    lines += [f"    {state} --> {after}: {', '.join(events)}" for (state, after), events in arrows.items()]
-    lines += [f"    {state} --> [*]" for state in machine.states if state not in left]
-    lines += [f"    %% rejected: {event} in {state}: {reason}" for state, event, reason in machine.rejections]
-    return "\n".join(lines) + "\n"
+    tables = fsm_tables()
+    if name is not None and name not in tables:
+        raise ConfigError(f"no state machine is called {name!r}; there are {', '.join(sorted(tables))}")
+    print("\n".join(document(tables[each]) for each in sorted(tables) if name in (None, each)), end="")
 
 
 def print_version() -> None:

@@ -205,9 +205,11 @@ bool Scheduler::admit_from(int priority_class, bool overdue, std::int64_t now_us
     const Admission admission = admit(index, now_us, budget, out, flight);
     if (admission == Admission::paced) return false;
     if (admission == Admission::admitted) {
-      for (std::size_t i = 0; i < blocked_size; ++i) ++at(blocked[i]).overtaken;
+      bool enough = false;  // of being overtaken, for one of the blocked
+      for (std::size_t i = 0; i < blocked_size; ++i) enough |= ++at(blocked[i]).overtaken >= config_.overtakes_max;
       ++admissions_;
       class_served_[static_cast<std::size_t>(priority_class)] = admissions_;
+      if (enough) return false;
       if (overdue) return true;
     } else if (admission == Admission::blocked) {
       if (overdue || at(index).overtaken >= config_.overtakes_max) return false;
@@ -271,7 +273,10 @@ Scheduler::Admission Scheduler::admit(SequenceIndex index, std::int64_t now_us, 
   }
   const int blocks = (sequence.text.size() + config_.block_tokens - 1) / config_.block_tokens - found.blocks;
   sequence.blocks_wanted = blocks + found.unpinned;
-  if (sequence.blocks_wanted > available) return Admission::blocked;
+  if (sequence.blocks_wanted > available) {
+    sequence.why = Why::waits_blocks;
+    return Admission::blocked;
+  }
   sequence.matched = found.blocks;
   if (!fits(sequence, budget)) return Admission::paced;
   if (overrides) floor_.overridden();

@@ -13,9 +13,10 @@ import pytest
 
 from tokenrelay.base.errors import ConfigError
 from tokenrelay.base.version import version
-from tokenrelay.cli.introspect import explain_kernel, machines, mermaid, print_kernels
+from tokenrelay.cli.introspect import explain_kernel, print_kernels
 from tokenrelay.ledger.states import TERMINAL
 from tokenrelay.libscheduler import fsm_tables
+from tokenrelay.libscheduler.diagram import document, mermaid
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -148,14 +149,15 @@ def test_kernels_are_listed_and_explained(capsys: pytest.CaptureFixture[str], mo
 
 
 def test_state_machines_as_mermaid() -> None:
-    found = machines()
-    assert set(found) == set(fsm_tables()) >= {"block", "request", "kv_handle"}
+    tables = fsm_tables()
+    assert set(tables) >= {"block", "request", "kv_handle"}
     shown = run("fsm", "show")
     assert shown.returncode == 0, shown.stderr
-    assert shown.stdout == "\n".join(mermaid(found[name]) for name in sorted(found))
-    assert run("fsm", "show", "kv_handle").stdout == mermaid(found["kv_handle"])
-    for name, table in fsm_tables().items():
-        diagram = mermaid(found[name])
+    assert shown.stdout == "\n".join(document(tables[name]) for name in sorted(tables))
+    assert run("fsm", "show", "kv_handle").stdout == document(tables["kv_handle"])
+    for table in tables.values():
+        diagram = document(table)
+        assert mermaid(table) in diagram, "what docs/ shows"
         assert f"[*] --> {table.initial}\n" in diagram
         arrows = [line for line in diagram.splitlines() if re.match(r"    \w+ --> \w+: ", line)]
         pairs = sum(len(line.split(": ")[1].split(", ")) for line in arrows)
@@ -164,6 +166,6 @@ def test_state_machines_as_mermaid() -> None:
 
 
 def test_a_handles_life_as_mermaid() -> None:
-    diagram = mermaid(machines()["kv_handle"])
+    diagram = mermaid(fsm_tables()["kv_handle"])
     assert "[*] --> Unused\n    Unused --> Reserved: Reserve\n" in diagram
     assert {state.value.capitalize() for state in TERMINAL} == set(re.findall(r"(\w+) --> \[\*\]", diagram))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tokenrelay.libscheduler import fsm_tables
-from tokenrelay.libscheduler.diagram import fill, markdown, mermaid
+from tokenrelay.libscheduler.diagram import fill, main, markdown, mermaid
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -40,6 +40,16 @@ def test_the_pages_show_the_tables_as_they_are(name: str, parts: int) -> None:
     page = (DOCS / name).read_text(encoding="utf-8")
     assert page.count("<!-- generated: end -->") == parts
     assert fill(page) == page, f"stale: python -m tokenrelay.libscheduler.diagram docs/{name}"
+
+
+def test_a_stale_page_is_named_and_written_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- generated: diagram block -->\nold\n<!-- generated: end -->\nafter\n")
+    assert main(["--check", str(page)]) == 1
+    assert f"stale: python -m tokenrelay.libscheduler.diagram {page}" in capsys.readouterr().err
+    assert "old" in page.read_text(), "a check changes nothing"
+    assert main([str(page)]) == 0 and main(["--check", str(page)]) == 0
+    assert page.read_text().startswith("before\n") and page.read_text().endswith("<!-- generated: end -->\nafter\n")
 
 
 def test_handles_have_facts_and_the_other_machines_have_none() -> None:

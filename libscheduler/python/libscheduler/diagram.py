@@ -4,15 +4,16 @@
     print(mermaid(tables["request"]))
     print(markdown(tables["request"]))
 
-`python -m tokenrelay.libscheduler.diagram FILE` rewrites the generated parts of a page, between
-`<!-- generated: diagram|table|states|events NAME -->` and `<!-- generated: end -->`.
+`python -m tokenrelay.libscheduler.diagram FILE…` rewrites the generated parts of pages, between
+`<!-- generated: diagram|table|states|events NAME -->` and `<!-- generated: end -->`; with `--check` it names stale
+ones. `tokenrelay fsm show` prints `document`.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tokenrelay.libscheduler._native import Table, fsm_tables
@@ -29,6 +30,14 @@ def mermaid(table: Table) -> str:
     left = {state for state, _ in arrows}
     lines += [f"    {state} --> [*]" for state in table.states if state not in left]
     return "\n".join(lines) + "\n"
+
+
+def document(table: Table) -> str:
+    """The diagram as a file of its own: titled, and what is rejected as comments with the reasons."""
+    refusals = [
+        f"    %% rejected: {row.event} in {row.state}: {row.reason}\n" for row in table.rows if row.next is None
+    ]
+    return f"---\ntitle: {table.name}\n---\n{mermaid(table)}{''.join(refusals)}"
 
 
 def markdown(table: Table) -> str:
@@ -93,12 +102,22 @@ def fill(page: str) -> str:
     return re.sub(pattern, part, page, flags=re.DOTALL)
 
 
-def main() -> None:
-    """Rewrite the files named on the command line."""
-    for name in sys.argv[1:]:
-        path = Path(name)
-        path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite the pages named on the command line; with --check compare them, and 1 when one is stale."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    stale = []
+    for path in [Path(word) for word in words if word != "--check"]:
+        page = path.read_text(encoding="utf-8")
+        if (filled := fill(page)) == page:
+            continue
+        stale.append(str(path))
+        if "--check" not in words:
+            path.write_text(filled, encoding="utf-8")
+    if stale and "--check" in words:
+        print(f"stale: python -m tokenrelay.libscheduler.diagram {' '.join(stale)}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
