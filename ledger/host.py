@@ -10,7 +10,7 @@ import asyncio
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from tokenrelay.base.logging import get_logger
 from tokenrelay.ledger.api import (
@@ -102,6 +102,26 @@ class LedgerHost:
             for queue in queues:
                 queue.restart()
         self._arm(0.0)
+
+    def begin_anew(self, term: int, hash_key: bytes) -> None:
+        """Forget everything: what another reign decided since is read in next. Suspended until `resume`."""
+        self.suspend("taking over from another kvstore")
+        for actor in list(self._watchers):
+            for queue in self._watchers.pop(actor):
+                queue.end(Suspended("taking over from another kvstore"))
+        self.hash_key = hash_key
+        self.books = EmbeddedLedger(
+            handles_max=self._handles_max, clock=self._clock, term=term, on_change=self._on_change
+        )
+        self.roster = Roster(clock=self._clock)
+        self._announced.clear()
+        self.term = term
+
+    def end(self, actors: Iterable[Actor], reason: str) -> None:
+        """Lives that are over, without anybody having said so."""
+        for actor in actors:
+            if self.roster.alive(actor):
+                self._end(actor, reason, fenced=False)
 
     def set_term(self, term: int) -> None:
         """Names given from now on carry it."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -312,6 +312,25 @@ class EmbeddedLedger:
     def _changed(self, number: int, record: _Record) -> None:
         if self._on_change is not None:
             self._on_change(self._view(number, record))
+
+    def restore(self, views: Iterable[HandleView]) -> None:
+        """Open handles of a former term, as they were written down, into books that have none; their members joined.
+
+        Deadlines begin anew with what was left of them. Raises ValueError for a handle that cannot be.
+        """
+        assert not self._records, "the books are not empty"
+        for view in views:
+            number, generation, term = view.handle
+            if not 0 <= number < self._handles_max or generation < 1 or view.state in TERMINAL or view.owner is None:
+                raise ValueError(f"no open handle is written like this: {view}")
+            while len(self._records) <= number:
+                self._records.append(_Record())
+            claimant = view.claimant if view.state in _HAVE_CLAIMANT else None
+            record = _Record(generation, term, view.state, view.owner, claimant, view.extents, view.sealed)
+            self._records[number] = record
+            self.counts[view.state] += 1
+            self._set_deadline(number, record, max(0.0, view.deadline_left_s))
+        self._unused = [number for number, record in enumerate(self._records) if record.owner is None]
 
     # -- deadlines ----------------------------------------------------------------------------------------------------
     def next_deadline_s(self) -> float | None:

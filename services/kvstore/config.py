@@ -52,7 +52,6 @@ class KvstoreConfig:
     def check(self) -> None:
         """What bounds of single fields cannot say. Raises ConfigError."""
         if self.backend == "etcd":
-            raise ConfigError("kvstore.backend etcd: not in this build yet")
             if not self.etcd:
                 raise ConfigError("kvstore.etcd is empty, expected at least one endpoint such as 127.0.0.1:2379")
             for endpoint in self.etcd:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from tokenrelay.ledger.api import State
 from tokenrelay.ledger.states import TERMINAL
 from tokenrelay.services.chassis.metrics import Page
+from tokenrelay.services.kvstore.backend import EtcdBackend
 from tokenrelay.services.kvstore.servicer import KvstoreServicer
 from tokenrelay.services.kvstore.store import Store
 
 
-def render(store: Store, servicer: KvstoreServicer, unauthenticated: int) -> str:
+def render(store: Store, servicer: KvstoreServicer, backend: EtcdBackend | None, unauthenticated: int) -> str:
     """The page."""
     page, host, books = Page(), store.host, store.host.books
     status = servicer.status()
@@ -35,4 +36,8 @@ def render(store: Store, servicer: KvstoreServicer, unauthenticated: int) -> str
     page.add(
         "kvstore_directory_resyncs_total", "counter", "gaps that made a worker tell all", {"": store.directory.resyncs}
     )
+    if backend is not None:
+        page.add("kvstore_etcd_errors_total", "counter", "requests to etcd that failed", {"": backend.etcd.errors})
+        page.add("kvstore_journal_writes_total", "counter", "keys written to etcd", {"": backend.journal.writes})
+        page.add("kvstore_journal_waiting", "gauge", "keys not written to etcd yet", {"": len(backend.journal)})
     return page.text()

@@ -20,6 +20,7 @@ from tokenrelay.services.chassis.admin import AdminServer
 from tokenrelay.services.chassis.lifecycle import Lifecycle
 from tokenrelay.services.chassis.security import Security
 from tokenrelay.services.chassis.server import GrpcServer
+from tokenrelay.services.kvstore.backend import EtcdBackend
 from tokenrelay.services.kvstore.config import KvstoreConfig
 from tokenrelay.services.kvstore.metrics import render
 from tokenrelay.services.kvstore.servicer import KvstoreServicer
@@ -47,6 +48,9 @@ class KvstoreService:
         self._server = GrpcServer(self._register, config.address, security=security, calls_max=CALLS_MAX)
         self._admin = AdminServer(config.admin_host, config.admin_port, ready=self.ready, metrics=self.metrics)
         self.admin_port = 0
+        self.backend: EtcdBackend | None = None
+        if config.backend == "etcd":
+            self.backend = EtcdBackend(config, self.store, lambda: self.address, self.servicer.end_sessions)
 
     def _register(self, server: grpc.aio.Server) -> None:
         kvstore_pb2_grpc.add_KvstoreServicer_to_server(self.servicer, server)  # type: ignore[no-untyped-call]
@@ -64,6 +68,8 @@ class KvstoreService:
         """Bind and serve. Raises ConfigError that names the address."""
         await self._server.start()
         self.admin_port = await self._admin.start()
+        if self.backend is not None:
+            self.backend.start()
 
     def ready(self) -> tuple[bool, str]:
         """Whether this process does what it is for: decide, or stand by for who does."""
@@ -74,16 +80,19 @@ class KvstoreService:
 
     def metrics(self) -> str:
         """The Prometheus page."""
-        return render(self.store, self.servicer, self._security.refused)
+        return render(self.store, self.servicer, self.backend, self._security.refused)
 
     async def drain(self) -> None:
         """Send the clients elsewhere, with everything they were told written down."""
         self._draining = True
         self.servicer.drain("this kvstore drains")
-        await self.store.durable()
+        if self.backend is not None:
+            await self.backend.drain(self._config.drain_s)
 
     async def stop(self) -> None:
         """End everything now."""
+        if self.backend is not None:
+            await self.backend.stop()
         self.store.host.close()
         await self._server.stop(STOP_GRACE_S)
         await self._admin.stop()

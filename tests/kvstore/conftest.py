@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,19 +11,41 @@ import pytest_asyncio
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from etcd_server import EtcdServer
 from kv_fleet import Fleet
 
 from tokenrelay.ledger.host import LedgerHost
 from tokenrelay.ledger.local import LocalLedger
 
 
-@pytest_asyncio.fixture(params=["embedded", "kvstore"])
+@pytest.fixture(scope="session")
+def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
+    """One for tests that do it no harm; each uses a prefix of its own."""
+    server = EtcdServer(tmp_path_factory.mktemp("etcd"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def own_etcd(tmp_path: Path) -> Iterator[EtcdServer]:
+    """One to be stopped and paused."""
+    server = EtcdServer(tmp_path)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest_asyncio.fixture(params=["embedded", "kvstore", "etcd"])
 async def fleet(request: pytest.FixtureRequest) -> AsyncIterator[Fleet]:
     """A ledger on each backend."""
     fleet = Fleet()
     if request.param == "embedded":
         fleet.local = LocalLedger(LedgerHost(answer_s=0.2))
+    elif request.param == "kvstore":
+        await fleet.start_service()
     else:
+        fleet.use_etcd(request.getfixturevalue("etcd").endpoint)
         await fleet.start_service()
     yield fleet
     await fleet.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -34,6 +35,13 @@ class Fleet:
         self._clients: list[KvstoreClient] = []
         self.services: list[KvstoreService] = []
         self.local: LocalLedger | None = None
+        self._backend: dict[str, Any] = {}
+
+    def use_etcd(self, endpoint: str, lease_s: float = 1.0, timeout_s: float = 0.3) -> None:
+        """For every kvstore started from now on: one fleet's keys."""
+        prefix = f"/test-{secrets.token_hex(4)}/"
+        self._backend = {"backend": "etcd", "etcd": (endpoint,), "etcd_prefix": prefix}
+        self._backend |= {"lease_s": lease_s, "etcd_timeout_s": timeout_s}
 
     async def start_service(self, name: str = "kv", security: Security | None = None, **fields: Any) -> KvstoreService:
         """A kvstore in this process, on a socket of its own."""
