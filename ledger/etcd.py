@@ -122,7 +122,8 @@ class EtcdStore:
                     yield await self.get(key)
                 start = revision + 1 if revision else None
                 client = await self._connected()
-                watch = await asyncio.wait_for(client.watch(key, start_revision=start), self._timeout_s)
+                async with asyncio.timeout(self._timeout_s):
+                    watch = await client.watch(key, start_revision=start)
                 if not revision:
                     yield await self.get(key)  # what changed between the first look and the watch
                 async for event in watch:
@@ -163,8 +164,8 @@ class EtcdStore:
 
     async def _try(self, request: Callable[[Any], Awaitable[Answer]]) -> Any:
         try:
-            client = await self._connected()
-            return await asyncio.wait_for(request(client), self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                return await request(await self._connected())
         except (aetcd.exceptions.ClientError, grpc.aio.AioRpcError, TimeoutError, OSError) as error:
             self.errors += 1
             self._used += 1
@@ -176,6 +177,14 @@ class EtcdStore:
 async def _quietly(work: Awaitable[Any], timeout_s: float) -> None:
     """Clean up after something that broke: that it cannot be cleaned up is no news."""
     try:
-        await asyncio.wait_for(work, timeout_s)
+        async with asyncio.timeout(timeout_s):
+            await work
     except (aetcd.exceptions.ClientError, grpc.aio.AioRpcError, TimeoutError, OSError) as error:
         log.debug("closing", error=repr(error))
+
+
+async def end_task(task: asyncio.Task[None] | None) -> None:
+    """Cancel it until it is over: aetcd waits in ways that can swallow a cancellation (asyncio.wait_for of 3.11)."""
+    while task is not None and not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=0.1)

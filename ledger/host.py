@@ -40,6 +40,7 @@ EXTENTS_MAX = 1 << 24
 DEADLINE_MAX_S = 24 * 3600.0
 DUTY_AGAIN_FIRST_S, DUTY_AGAIN_MAX_S = 0.5, 30.0  # a duty nobody did is told again after this, doubled each time
 WATCHERS_MAX = 8192
+ENDED_MAX = 65536
 _TIMED = frozenset({Event.OFFER, Event.CLAIM, Event.TRANSFER, Event.ADOPT, Event.QUARANTINE})  # may set a deadline
 _PLAIN = frozenset({Event.DECLINE, Event.ACKNOWLEDGE, Event.RELEASE, Event.RECLAIM, Event.FENCE})
 _DEAD = Rejection(Code.STALE_INCARNATION, "this life of the member is over, or it never joined")
@@ -73,6 +74,7 @@ class LedgerHost:
         self._clock = clock
         self._suspended: Rejection | None = None
         self._watchers: dict[Actor, set[NoticeQueue]] = {}
+        self._ended: dict[Actor, None] = {}  # lives that are over; the oldest are forgotten
         self._mover: Actor | None = None
         self._announced: dict[Handle, tuple[float, float]] = {}  # duties told: (next time, pause after it)
         self._timer: asyncio.TimerHandle | None = None
@@ -136,7 +138,7 @@ class LedgerHost:
     # -- members ------------------------------------------------------------------------------------------------------
     def join(self, member: Member, lease_s: float) -> Joined | Rejection:
         """Begin a life, or go on with it: a repeated join of the same life changes nothing."""
-        refusal = self.refusal() or self.roster.refuse(member, lease_s)
+        refusal = self.refusal() or self.roster.refuse(member, lease_s) or (_DEAD if self.over(member.actor) else None)
         if refusal is not None:
             return self._count(refusal)
         granted_s = min(lease_s, self.lease_max_s)
@@ -153,6 +155,10 @@ class LedgerHost:
             self._tell_all(MemberJoined(member), except_for=member.actor)
         self._arm(granted_s)
         return Joined(self.term, granted_s, self.hash_key)
+
+    def over(self, actor: Actor) -> bool:
+        """Whether this life has ended here: it never comes back (law 6)."""
+        return actor in self._ended
 
     def keepalive(self, actor: Actor) -> Rejection | None:
         """The lease counts anew; also while suspended, so that nobody is taken for dead afterwards."""
@@ -172,6 +178,9 @@ class LedgerHost:
 
     def _end(self, actor: Actor, reason: str, *, fenced: bool) -> None:
         member = self.roster.remove(actor)
+        self._ended[actor] = None
+        if len(self._ended) > ENDED_MAX:
+            del self._ended[next(iter(self._ended))]
         if self.on_member is not None and member is not None:
             self.on_member(member, 0.0)
         log.info("member ended", member=actor.name, incarnation=actor.incarnation, reason=reason)

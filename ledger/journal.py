@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tokenrelay.base.logging import get_logger
-from tokenrelay.ledger.etcd import OPERATIONS_MAX, EtcdStore, StoreError
+from tokenrelay.ledger.etcd import OPERATIONS_MAX, EtcdStore, StoreError, end_task
 
 log = get_logger("journal")
 
@@ -63,9 +63,7 @@ class Journal:
     async def stop(self) -> None:
         """Write no more, and forget what is not written."""
         task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await end_task(task)
         self.clear()
 
     def clear(self) -> None:

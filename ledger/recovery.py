@@ -46,23 +46,23 @@ class Recovery:
         """`members` with their leases; `on_done` is called once with those that did not come back."""
         self._host = host
         self._on_done = on_done
-        self._waiting = dict.fromkeys(member.actor for member, _ in members)
+        now_s = asyncio.get_running_loop().time()
+        self._waiting = {member.actor: now_s + lease_s for member, lease_s in members}  # until when
         self._timer: asyncio.TimerHandle | None = None
         self.finished = False
-        longest_s = 0.0
         for member, lease_s in members:
             host.roster.add(member, lease_s)
             host.books.join(member.actor)
-            longest_s = max(longest_s, lease_s)
         host.books.restore(handles)
-        if self._waiting:
-            self._timer = asyncio.get_running_loop().call_later(longest_s, self._finish)
-        log.info("taking over", members=len(self._waiting), handles=host.books.open_count, wait_s=longest_s)
+        log.info("taking over", members=len(self._waiting), handles=host.books.open_count)
 
     def start(self) -> None:
-        """With nobody to wait for it is over at once."""
-        if not self._waiting:
-            self._finish()
+        """Wait for the members from now on; with none it is over at once."""
+        loop = asyncio.get_running_loop()
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self.finished:
+            self._timer = loop.call_at(max(self._waiting.values(), default=loop.time()), self._finish)
 
     def cancel(self) -> None:
         """The reign ended before it began."""
@@ -84,8 +84,7 @@ class Recovery:
                 if view.handle not in told:
                     self._settle(actor, view)
             del self._waiting[actor]
-            if not self._waiting:
-                asyncio.get_running_loop().call_soon(self._finish)
+            self.start()  # for those that are still missing
         return Joined(self._host.term, self._host.roster.lease_s(actor), self._host.hash_key)
 
     def _merge(self, actor: Actor, told: HandleView) -> None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from tokenrelay.base.logging import get_logger
 from tokenrelay.ledger.api import Code, Rejection
-from tokenrelay.ledger.etcd import EtcdStore, LeaseGone, StoreError
+from tokenrelay.ledger.etcd import EtcdStore, LeaseGone, StoreError, end_task
 
 log = get_logger("reign")
 
@@ -116,9 +116,7 @@ class Reign:
     async def stop(self, resign: bool) -> None:
         """No more; `resign` lets another one begin at once."""
         task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await end_task(task)
         self._until_s = 0.0
         lease, self._lease = self._lease, None
         if resign and lease is not None:

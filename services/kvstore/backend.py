@@ -105,8 +105,8 @@ class EtcdBackend:
 
     def _recovered(self, missing: list[Actor]) -> None:
         self._store.attach = None
-        self._resume()
         self._store.host.end(missing, "it did not come back to the kvstore that took over")
+        self._resume()
 
     def _resume(self) -> None:
         if self.reign.refusal() is None and (self._recovery is None or self._recovery.finished):

@@ -6,11 +6,9 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from tokenrelay.ledger.api import Actor, Code, HandleView, Joined, Member, Rejection
+from tokenrelay.ledger.api import Code, HandleView, Joined, Member, Rejection
 from tokenrelay.ledger.directory_host import DirectoryHost
 from tokenrelay.ledger.host import LedgerHost
-
-ENDED_MAX = 65536
 
 
 async def _at_once() -> bool:
@@ -31,7 +29,6 @@ class Store:
     durable: Callable[[], Awaitable[bool]] = _at_once  # until all that was decided so far is written down
     remembers: bool = False  # lives that are not in the ledger are over (a backend keeps them over restarts)
     attach: Callable[[Member, float, list[HandleView]], Joined | Rejection] | None = None  # while recovering
-    ended: dict[Actor, None] = field(default_factory=dict)  # lives that are over; the oldest are forgotten
 
     def __post_init__(self) -> None:
         self.host.on_member = self.member_changed
@@ -40,9 +37,6 @@ class Store:
         """A life began, or ended (lease 0)."""
         if lease_s == 0.0:
             self.directory.remove(member.name)
-            self.ended[member.actor] = None
-            if len(self.ended) > ENDED_MAX:
-                del self.ended[next(iter(self.ended))]
 
     def reattach(self, member: Member, lease_s: float, handles: list[HandleView]) -> Joined | Rejection:
         """A life goes on after a broken connection, or under a new kvstore."""
@@ -53,7 +47,7 @@ class Store:
             if rejection is not None:
                 return rejection
             return Joined(self.host.term, self.host.roster.lease_s(member.actor), self.host.hash_key)
-        if self.remembers or member.actor in self.ended:
+        if self.remembers or self.host.over(member.actor):
             return Rejection(Code.STALE_INCARNATION, "this life of the member is over")
         return self.host.join(member, lease_s)  # this kvstore was restarted and remembers nothing
 

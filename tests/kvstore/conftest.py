@@ -46,7 +46,8 @@ async def fleet(request: pytest.FixtureRequest) -> AsyncIterator[Fleet]:
         await fleet.start_service()
     else:
         fleet.use_etcd(request.getfixturevalue("etcd").endpoint)
-        await fleet.start_service()
+        service = await fleet.start_service()
+        assert service.store.backend == "etcd" and service.backend is not None
     yield fleet
     await fleet.close()
 

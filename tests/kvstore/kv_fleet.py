@@ -45,12 +45,8 @@ class Fleet:
 
     async def start_service(self, name: str = "kv", security: Security | None = None, **fields: Any) -> KvstoreService:
         """A kvstore in this process, on a socket of its own."""
-        given: dict[str, Any] = {
-            "address": f"unix:{self._folder.name}/{name}.sock",
-            "admin_port": 0,
-            "answer_s": 0.2,
-            **fields,
-        }
+        given: dict[str, Any] = {"address": f"unix:{self._folder.name}/{name}.sock", "admin_port": 0, "answer_s": 0.2}
+        given |= {**self._backend, **fields}
         config = KvstoreConfig(**given)
         service = KvstoreService(config, security or Security(), incarnation())
         await service.start()

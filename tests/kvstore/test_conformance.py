@@ -164,6 +164,7 @@ async def test_a_lease_that_is_over_ends_the_life_and_everything_it_held(fleet: 
     assert code(await decode.keepalive(brief.actor)) is Code.STALE_INCARNATION
     assert code(await decode.adopt(handle, brief.actor)) is Code.STALE_INCARNATION
     assert owned not in [view.handle for view in await prefill.views()]  # type: ignore[union-attr]
+    assert code(await decode.join(brief, lease_s=5)) is Code.STALE_INCARNATION, "a life that ended never comes back"
     assert isinstance(await decode.join(member("brief", "2"), lease_s=5), Joined)
 
 

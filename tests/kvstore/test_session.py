@@ -60,8 +60,8 @@ class RawSession:
         await self.channel.close()
 
 
-def join_call(number: int) -> pb.KvCall:
-    return pb.KvCall(number=number, join=pb.KvJoin(member=pack_member(PREFILL), lease_ms=30_000))
+def join_call(number: int, lease_ms: int = 30_000) -> pb.KvCall:
+    return pb.KvCall(number=number, join=pb.KvJoin(member=pack_member(PREFILL), lease_ms=lease_ms))
 
 
 def reserve_call(number: int) -> pb.KvCall:
