@@ -35,6 +35,7 @@ log = get_logger("router")
 THREADS = 2  # long tokenizations at once; they let go of the interpreter's lock
 KEEPALIVE_TIMEOUT_S = 75.0
 CONNECTIONS_LOOK_S = 0.1
+FIRST_WORKER_S = 5.0
 STOP_GRACE_S = 1.0  # for handlers that were told to end
 BACKLOG = 1024
 
@@ -57,13 +58,17 @@ class RouterService:
         )
 
     async def start(self, listening: socket.socket | None = None) -> int:
-        """Bind (or accept from a socket that somebody else bound) and begin to connect to the workers; the port in use.
-        Raises ConfigError that names the address.
+        """Bind and begin to connect to the workers; the port in use. Raises ConfigError that names the address.
+
+        `listening`: a socket that somebody else bound, and that another router may still accept from. There a
+        connection can wait, so that none is taken before a worker is there to serve it (or `FIRST_WORKER_S` are over).
         """
         await self._runner.setup()
         config = self._config
         try:
             if listening is not None:
+                await self.pool.start()
+                await self.pool.wait_usable(FIRST_WORKER_S)
                 self._site = web.SockSite(self._runner, listening, backlog=BACKLOG)
             else:
                 self._site = web.TCPSite(self._runner, config.host, config.port, backlog=BACKLOG)
@@ -72,7 +77,8 @@ class RouterService:
             await self._runner.cleanup()
             reason = error.strerror or str(error)
             raise ConfigError(f"cannot listen on {config.host} port {config.port}: {reason}") from error
-        await self.pool.start()
+        if listening is None:
+            await self.pool.start()
         return int(self._runner.addresses[0][1])
 
     async def hand_over(self) -> None:

@@ -127,6 +127,20 @@ class WorkerPool:
         """Call once the next worker becomes usable."""
         self._waiting[call] = None
 
+    async def wait_usable(self, timeout_s: float) -> bool:
+        """Whether a worker was usable within this time."""
+        usable = asyncio.Event()
+        self.when_usable(usable.set)
+        try:
+            async with asyncio.timeout(timeout_s):
+                if not self.usable:
+                    await usable.wait()
+        except TimeoutError:
+            return False
+        finally:
+            self.forget(usable.set)
+        return True
+
     def forget(self, call: Callable[[], None]) -> None:
         """Do not call any more; nothing happens when it is not waiting."""
         self._waiting.pop(call, None)
