@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
 
@@ -95,6 +95,7 @@ class KvstoreClient:
         self.connection.on_disconnect = self._on_disconnect
         self.connection.on_notice = self._on_notice
         self.connection.on_late = self._on_late
+        self.on_renewed: list[Callable[[], None]] = []  # called when a kvstore is found that may know nothing of before
         self._metadata = metadata
         self._lives: dict[Actor, _Life] = {}
         self._connected = asyncio.Event()
@@ -298,6 +299,9 @@ class KvstoreClient:
 
     def _on_connect(self, resumed: bool) -> list[pb.KvCall]:
         self._connected.set()
+        if not resumed:
+            for renewed in self.on_renewed:
+                renewed()
         calls = []
         for actor, life in self._lives.items():
             attach = pb.KvAttach(member=pack_member(life.member), lease_ms=to_ms(life.lease_s))

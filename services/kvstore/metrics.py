@@ -36,6 +36,13 @@ def render(store: Store, servicer: KvstoreServicer, backend: EtcdBackend | None,
     page.add(
         "kvstore_directory_resyncs_total", "counter", "gaps that made a worker tell all", {"": store.directory.resyncs}
     )
+    tier = store.tier
+    if tier is not None:
+        sizes = {'where="memory"': tier.memory, 'where="disk"': tier.disk}
+        page.add("kvstore_tier_blocks", "gauge", "blocks kept", {where: len(kept) for where, kept in sizes.items()})
+        page.add("kvstore_tier_bytes", "gauge", "bytes kept", {where: kept.bytes for where, kept in sizes.items()})
+        events = {f'event="{event}"': count for event, count in sorted(tier.counts.items())}
+        page.add("kvstore_tier_events_total", "counter", "what happened to blocks of the tier", events)
     if backend is not None:
         page.add("kvstore_etcd_errors_total", "counter", "requests to etcd that failed", {"": backend.etcd.errors})
         page.add("kvstore_journal_writes_total", "counter", "keys written to etcd", {"": backend.journal.writes})

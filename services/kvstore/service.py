@@ -8,6 +8,8 @@ await service.drain(); await service.stop()
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import grpc
 
 from tokenrelay.base.logging import get_logger
@@ -15,6 +17,7 @@ from tokenrelay.base.status import StatusPipe
 from tokenrelay.ledger.directory import PrefixDirectory
 from tokenrelay.ledger.directory_host import DirectoryHost
 from tokenrelay.ledger.host import LedgerHost
+from tokenrelay.ledger.tier import BlockTier
 from tokenrelay.proto import kvstore_pb2_grpc
 from tokenrelay.services.chassis.admin import AdminServer
 from tokenrelay.services.chassis.lifecycle import Lifecycle
@@ -43,7 +46,13 @@ class KvstoreService:
             handles_max=config.handles_max, lease_max_s=config.member_lease_max_s, answer_s=config.answer_s, term=1
         )
         directory = DirectoryHost(PrefixDirectory(entries_max=config.directory_entries_max))
-        self.store = Store(host, directory, incarnation, backend=config.backend)
+        tier = BlockTier(
+            memory_bytes=config.tier_memory_bytes,
+            disk=Path(config.tier_dir) if config.tier_dir else None,
+            disk_bytes=config.tier_disk_bytes,
+        )
+        self.tier = tier
+        self.store = Store(host, directory, incarnation, tier, backend=config.backend)
         self.servicer = KvstoreServicer(self.store)
         self._server = GrpcServer(self._register, config.address, security=security, calls_max=CALLS_MAX)
         self._admin = AdminServer(config.admin_host, config.admin_port, ready=self.ready, metrics=self.metrics)
@@ -65,7 +74,8 @@ class KvstoreService:
         return f"{self._config.address.rpartition(':')[0]}:{self._server.port}"
 
     async def start(self) -> None:
-        """Bind and serve. Raises ConfigError that names the address."""
+        """Bind and serve. Raises ConfigError that names the address or the folder."""
+        await self.tier.start()
         await self._server.start()
         self.admin_port = await self._admin.start()
         if self.backend is not None:
@@ -88,6 +98,7 @@ class KvstoreService:
         self.servicer.drain("this kvstore drains")
         if self.backend is not None:
             await self.backend.drain(self._config.drain_s)
+        await self.tier.flushed(self._config.drain_s)
 
     async def stop(self) -> None:
         """End everything now."""
@@ -96,6 +107,7 @@ class KvstoreService:
         self.store.host.close()
         await self._server.stop(STOP_GRACE_S)
         await self._admin.stop()
+        await self.tier.stop()
 
 
 async def run(config: KvstoreConfig, security: Security, incarnation: str, status: StatusPipe) -> None:

@@ -11,8 +11,8 @@ import grpc
 
 from tokenrelay.base.logging import get_logger
 from tokenrelay.base.version import version
-from tokenrelay.ledger.api import DirectoryNotice, Holding
-from tokenrelay.ledger.wire import pack_actor, pack_events
+from tokenrelay.ledger.api import Block, Code, DirectoryNotice, Holding, Rejection
+from tokenrelay.ledger.wire import Malformed, pack_actor, pack_events, pack_rejection, unpack_hashes
 from tokenrelay.proto import kvstore_pb2 as pb
 from tokenrelay.proto import kvstore_pb2_grpc
 from tokenrelay.services.kvstore.session import Client, Session
@@ -23,6 +23,8 @@ log = get_logger("kvstore")
 CLIENTS_KEPT = 2048
 HELLO_TIMEOUT_S = 5.0
 PAGES_MAX = 256  # of one message
+_NO_TIER = Rejection(Code.FULL, "this kvstore keeps no blocks")
+_CHANGED = Rejection(Code.INVALID, "the payload's checksum is another one than was sent")
 
 
 class KvstoreServicer(kvstore_pb2_grpc.KvstoreServicer):
@@ -123,6 +125,37 @@ class KvstoreServicer(kvstore_pb2_grpc.KvstoreServicer):
         async for notices in self._store.directory.follow_batches():
             for at in range(0, len(notices), PAGES_MAX):
                 yield pb.HoldingPages(pages=map(_pack_page, notices[at : at + PAGES_MAX]))
+
+    # -- the tier -----------------------------------------------------------------------------------------------------
+    async def PutBlock(self, request: pb.PutBlockRequest, context: Any) -> pb.PutBlockReply:
+        """Keep a block, if its bytes are those that were sent and there is room."""
+        tier = self._store.tier
+        if tier is None:
+            return pb.PutBlockReply(rejection=pack_rejection(_NO_TIER))
+        digest = await tier.digest(request.payload)
+        if digest != request.checksum:
+            self._store.malformed["put_block"] += 1
+            return pb.PutBlockReply(rejection=pack_rejection(_CHANGED))
+        rejection = tier.keep(Block(request.block_hash, request.layout, request.payload), digest)
+        return pb.PutBlockReply(rejection=None if rejection is None else pack_rejection(rejection))
+
+    async def GetBlock(self, request: pb.GetBlockRequest, context: Any) -> pb.GetBlockReply:
+        """A block with its checksum, for the reader to compare."""
+        tier = self._store.tier
+        found = None if tier is None else await tier.fetch(request.block_hash, request.layout)
+        if found is None:
+            return pb.GetBlockReply(found=False)
+        return pb.GetBlockReply(found=True, payload=found[0].payload, checksum=found[1])
+
+    async def CountBlocks(self, request: pb.CountBlocksRequest, context: Any) -> pb.CountBlocksReply:
+        """How many blocks of a prompt are here, from its start on."""
+        tier = self._store.tier
+        try:
+            hashes = unpack_hashes(request.block_hashes)
+        except Malformed:
+            self._store.malformed["count_blocks"] += 1
+            hashes = []
+        return pb.CountBlocksReply(count=0 if tier is None else await tier.contains(hashes, request.layout))
 
     # -- status -------------------------------------------------------------------------------------------------------
     async def GetStatus(self, request: pb.KvStatusRequest, context: Any) -> pb.KvStatus:

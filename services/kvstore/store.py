@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from tokenrelay.ledger.api import Code, HandleView, Joined, Member, Rejection
 from tokenrelay.ledger.directory_host import DirectoryHost
 from tokenrelay.ledger.host import LedgerHost
+from tokenrelay.ledger.tier import BlockTier
 
 
 async def _at_once() -> bool:
@@ -22,6 +23,7 @@ class Store:
     host: LedgerHost
     directory: DirectoryHost
     incarnation: str
+    tier: BlockTier | None = None
     backend: str = "embedded"
     active: bool = True
     active_address: str = ""  # of the active one, as far as is known
