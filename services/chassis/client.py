@@ -32,10 +32,10 @@ from tokenrelay.proto import worker_pb2, worker_pb2_grpc
 from tokenrelay.services.chassis.channel import (
     ROUTER_INCARNATION_KEY,
     WORKER_INCARNATION_KEY,
-    channel_options,
     encode_error,
 )
 from tokenrelay.services.chassis.handshake import Expectation
+from tokenrelay.services.chassis.security import Security
 
 log = get_logger("worker-client")
 
@@ -65,6 +65,7 @@ class WorkerClient:
         expect: Expectation | None = None,
         options: ClientOptions | None = None,
         on_ready: Callable[[bool], None] | None = None,
+        security: Security | None = None,
     ) -> None:
         self.target = target
         self.ready = False
@@ -76,6 +77,7 @@ class WorkerClient:
         self._expect = expect or Expectation()
         self._options = options or ClientOptions()
         self._on_ready = on_ready
+        self._security = security or Security()
         self._changed = asyncio.Event()
         self._open: dict[int, OnOutput] = {}  # every id here is owed exactly one terminal output
         self._next_id = 1  # never reused, not even across incarnations: a late answer cannot meet a new request
@@ -142,7 +144,9 @@ class WorkerClient:
         if self._stub is None:
             raise Unavailable(f"worker {self.target} is not connected{_because(self.last_error)}")
         try:
-            self.stats = await self._stub.GetStats(worker_pb2.StatsRequest(), timeout=timeout_s)
+            self.stats = await self._stub.GetStats(
+                worker_pb2.StatsRequest(), timeout=timeout_s, metadata=self._security.metadata
+            )
         except grpc.aio.AioRpcError as error:
             raise Unavailable(f"worker {self.target} gave no stats: {error.details()}") from error
         return self.stats
@@ -179,13 +183,14 @@ class WorkerClient:
 
     async def _connect_and_serve(self) -> None:
         """One connection: handshake, session, dispatch until the stream ends. Raises why it ended."""
-        async with grpc.aio.insecure_channel(self.target, options=channel_options()) as channel:
+        async with self._security.open_channel(self.target) as channel:
             stub = worker_pb2_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]
             timeout_s = self._options.connect_timeout_s
             request = worker_pb2.HandshakeRequest(router_incarnation=self._router_incarnation, version=version())
-            reply = await stub.Handshake(request, timeout=timeout_s)
+            metadata = self._security.metadata
+            reply = await stub.Handshake(request, timeout=timeout_s, metadata=metadata)
             self._expect.check(reply, self.target)
-            call = stub.Session(metadata=((ROUTER_INCARNATION_KEY, self._router_incarnation),))
+            call = stub.Session(metadata=(*metadata, (ROUTER_INCARNATION_KEY, self._router_incarnation)))
             writer: asyncio.Task[None] | None = None
             try:
                 await self._check_session(call, reply.incarnation, timeout_s)

@@ -7,10 +7,12 @@ import sys
 
 import uvloop
 
+from tokenrelay.base.config import resolve
 from tokenrelay.base.errors import ConfigError
 from tokenrelay.base.ids import incarnation
 from tokenrelay.base.logging import setup_logging
 from tokenrelay.base.status import StatusPipe
+from tokenrelay.services.chassis.security import Security, SecurityConfig
 from tokenrelay.services.router.config import parse_arguments, resolve_options
 from tokenrelay.services.router.service import run
 
@@ -21,14 +23,17 @@ def main(arguments: list[str]) -> int:
     status = StatusPipe(options.status_fd)
     try:
         resolved = resolve_options(options)
+        fleet = resolve(SecurityConfig, "security", file=options.config)
         if options.print_config:
-            for field, value, origin in resolved.rows():
-                print(f"{field} = {value}  # {origin}")
+            for field, value, origin in [*resolved.rows(), *fleet.rows()]:
+                shown = "(set)" if field == "security.token" and value != "''" else value
+                print(f"{field} = {shown}  # {origin}")
             return 0
+        security = Security.of(fleet.values)
         config = resolved.values
         setup_logging("router", level=config.log_level, incarnation=incarnation(), style=config.log_style)
         listening = None if options.listen_fd is None else socket.socket(fileno=options.listen_fd)
-        uvloop.run(run(config, status, listening))
+        uvloop.run(run(config, status, listening, security))
     except ConfigError as error:
         status.failed(error)
         if options.status_fd is None:  # else the supervisor says it, once

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from tokenrelay.base.config import Resolved, resolve, setting
 
 MIB = 1 << 20
+LOCAL_WORKER = "unix:/tmp/tokenrelay-worker.sock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,11 @@ class RouterConfig:
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "TCP port to listen on; 0 lets the system choose", minimum=0, maximum=65535)
     worker: tuple[str, ...] = setting(
-        ("unix:/tmp/tokenrelay-worker.sock",), "gRPC targets of the workers, comma-separated; all serve one model"
+        (), "gRPC targets of the workers, comma-separated; all serve one model [unix:/tmp/tokenrelay-worker.sock]"
+    )
+    kvstore: tuple[str, ...] = setting(
+        (),
+        "kvstores (the active one and its standbys), comma-separated: workers are found there, `worker` may be empty",
     )
     model_dir: str = setting("", "folder with the tokenizer files; empty: the folder the worker names")
     model_alias: tuple[str, ...] = setting((), "further names under which the model is served, comma-separated")
@@ -55,6 +60,11 @@ class RouterConfig:
     ping_every_s: float = setting(15.0, "SSE comments while a stream waits for its first token, seconds", minimum=0.01)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "how much is logged")
     log_style: Literal["auto", "json", "terminal"] = setting("auto", "how it is logged")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Workers that are known from the start."""
+        return self.worker or (() if self.kvstore else (LOCAL_WORKER,))
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:

@@ -69,7 +69,7 @@ class Relocation(Generic[SequenceT]):
         try:
             self.place(owner, sequence)
         except Unavailable as error:
-            if len(self._pool.clients) < 2 or self._pool.without_s >= self._pool.config.move_wait_s:
+            if not self._pool.several or self._pool.without_s >= self._pool.config.move_wait_s:
                 raise
             self._park(owner, sequence, error)
 
@@ -89,7 +89,7 @@ class Relocation(Generic[SequenceT]):
             self._place_or_park(owner, sequence)
             return True
         cause, target = _cause(output), sequence.handle.client.target if sequence.handle is not None else ""
-        if cause is None or len(self._pool.clients) < 2:
+        if cause is None or not self._pool.several:
             return False
         if cause == "full":
             if len(sequence.refused_by) + 1 >= len(self._pool.clients):

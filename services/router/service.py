@@ -25,8 +25,10 @@ from tokenrelay.base.errors import ConfigError
 from tokenrelay.base.logging import get_logger
 from tokenrelay.base.status import StatusPipe
 from tokenrelay.services.chassis.lifecycle import Lifecycle
+from tokenrelay.services.chassis.security import Security
 from tokenrelay.services.router.app import create_app
 from tokenrelay.services.router.config import RouterConfig
+from tokenrelay.services.router.members import Members
 from tokenrelay.services.router.state import RouterState
 from tokenrelay.services.router.workers import WorkerPool
 
@@ -43,10 +45,13 @@ BACKLOG = 1024
 class RouterService:
     """One router, from start to stop."""
 
-    def __init__(self, config: RouterConfig) -> None:
+    def __init__(self, config: RouterConfig, security: Security | None = None) -> None:
+        """`security`: towards workers and kvstores."""
         self._config = config
+        security = security or Security()
         self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="router")
-        self.pool = WorkerPool(config, self._executor)
+        self.pool = WorkerPool(config, self._executor, security)
+        self.members = Members(self.pool, config, security) if config.kvstore else None
         self.state = RouterState(config, self.pool, self._executor)
         self._site: web.BaseSite | None = None
         self._runner = web.AppRunner(
@@ -67,7 +72,7 @@ class RouterService:
         config = self._config
         try:
             if listening is not None:
-                await self.pool.start()
+                await self._find_workers()
                 await self.pool.wait_usable(FIRST_WORKER_S)
                 self._site = web.SockSite(self._runner, listening, backlog=BACKLOG)
             else:
@@ -78,8 +83,13 @@ class RouterService:
             reason = error.strerror or str(error)
             raise ConfigError(f"cannot listen on {config.host} port {config.port}: {reason}") from error
         if listening is None:
-            await self.pool.start()
+            await self._find_workers()
         return int(self._runner.addresses[0][1])
+
+    async def _find_workers(self) -> None:
+        await self.pool.start()
+        if self.members is not None:
+            await self.members.start()
 
     async def hand_over(self) -> None:
         """Another router accepts from the same socket: leave new connections to it, and serve what still comes on the
@@ -105,20 +115,26 @@ class RouterService:
         self.state.fail_open("the server is shutting down")
         await asyncio.sleep(0)  # the handlers write it
         await self._runner.cleanup()
+        if self.members is not None:
+            await self.members.close()
         await self.pool.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
-async def run(config: RouterConfig, status: StatusPipe, listening: socket.socket | None = None) -> None:
+async def run(
+    config: RouterConfig, status: StatusPipe, listening: socket.socket | None = None, security: Security | None = None
+) -> None:
     """The life of the process: ready when the port accepts, ended by signals. SIGUSR1 hands over to the next router."""
     lifecycle = Lifecycle()
     lifecycle.install_signals()
     handing_over = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, handing_over.set)
-    service = RouterService(config)
+    service = RouterService(config, security)
     port = await service.start(listening)
     lifecycle.ready()
-    log.info("listening", host=config.host, port=port, workers=",".join(config.worker))
+    log.info(
+        "listening", host=config.host, port=port, workers=",".join(config.targets), kvstore=",".join(config.kvstore)
+    )
     gc.collect()
     gc.freeze()  # modules and classes stay: no collection need look at them again
     status.ready(port=port)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import Any
 
 from tokenrelay.base.errors import TokenRelayError, Unavailable
 from tokenrelay.base.logging import get_logger
 from tokenrelay.proto import worker_pb2
 from tokenrelay.services.chassis.client import OnOutput, WorkerClient
+from tokenrelay.services.chassis.security import Security
 from tokenrelay.services.router.config import RouterConfig
 from tokenrelay.services.router.model import ServedModel, load_model
 from tokenrelay.services.router.turns import TurnMemory
@@ -41,10 +43,14 @@ class Handle:
 class WorkerPool:
     """All workers. Event loop only."""
 
-    def __init__(self, config: RouterConfig, executor: Executor) -> None:
+    def __init__(self, config: RouterConfig, executor: Executor, security: Security | None = None) -> None:
         self.config = config
+        self._security = security or Security()
+        self._started = False
+        self._retired: set[str] = set()  # out of the fleet, and used as long as their connection holds
+        self._closing: set[asyncio.Task[None]] = set()
         self._executor = executor
-        self._clients = [self._client(target) for target in config.worker]
+        self._clients = [self._client(target) for target in config.targets]
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._problems: dict[str, str] = {}  # target -> why it is not used although it is connected
         self._usable: set[str] = set()
@@ -55,7 +61,12 @@ class WorkerPool:
         self.turns = TurnMemory(config.turn_memory_bytes)
 
     def _client(self, target: str) -> WorkerClient:
-        return WorkerClient(target, on_ready=lambda ready: self._changed(target, ready))
+        return WorkerClient(target, security=self._security, on_ready=lambda ready: self._changed(target, ready))
+
+    @property
+    def several(self) -> bool:
+        """Whether another worker may go on where one ends."""
+        return len(self._clients) > 1 or bool(self.config.kvstore)
 
     @property
     def clients(self) -> Sequence[WorkerClient]:
@@ -70,6 +81,7 @@ class WorkerPool:
 
     async def start(self) -> None:
         """Begin to connect, in the background."""
+        self._started = True
         for client in self._clients:
             await client.start()
 
@@ -78,11 +90,41 @@ class WorkerPool:
         for task in self._loads.values():
             task.cancel()
         await asyncio.gather(*self._loads.values(), return_exceptions=True)
-        await asyncio.gather(*(client.close() for client in self._clients))
+        await asyncio.gather(*self._closing, *(client.close() for client in self._clients))
+
+    def add(self, target: str) -> None:
+        """One more worker, or one that is back."""
+        self._retired.discard(target)
+        if all(client.target != target for client in self._clients):
+            client = self._client(target)
+            self._clients.append(client)
+            log.info("worker found", target=target)
+            if self._started:
+                self._later(client.start())
+
+    def retire(self, target: str) -> None:
+        """It has left the fleet: forgotten at once, or when the connection that it still serves ends."""
+        client = next((client for client in self._clients if client.target == target), None)
+        if client is None:
+            return
+        self._retired.add(target)
+        if not client.ready:
+            self._drop(client)
+
+    def _drop(self, client: WorkerClient) -> None:
+        self._retired.discard(client.target)
+        self._clients.remove(client)
+        log.info("worker gone", target=client.target)
+        self._later(client.close())
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     def why_not(self) -> str:
         """Why no worker is usable, for people."""
-        return "; ".join(self.problem(client) for client in self._clients)
+        return "; ".join(self.problem(client) for client in self._clients) or "none is known"
 
     def problem(self, client: WorkerClient) -> str:
         """Why this worker is not usable, for people."""
@@ -156,7 +198,10 @@ class WorkerPool:
         self._problems.pop(target, None)
         if ready:
             self._begin_load(next(client for client in self._clients if client.target == target))
-        elif not self.usable:
+            return
+        if target in self._retired:
+            self._drop(next(client for client in self._clients if client.target == target))
+        if not self.usable:
             for client in self._clients:  # those that run another model may have their turn now
                 if client.ready and client.target in self._problems:
                     self._begin_load(client)

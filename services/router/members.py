@@ -1,0 +1,117 @@
+"""Workers found through the kvstore: the router is a member of the fleet, and is told who joins and who is gone.
+
+    members = Members(pool, config, security)
+    await members.start()            # in the background, for ever
+    await members.close()
+
+What is known stays in use while no kvstore answers: requests go on. A member whose lease ran out keeps what its
+connection to this router still carries, and is forgotten when that ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+
+from tokenrelay.base.ids import incarnation as new_incarnation
+from tokenrelay.base.logging import get_logger
+from tokenrelay.ledger.api import Code, Member, MemberEnded, MemberJoined, Notice, Rejection, Snapshot, Suspended
+from tokenrelay.ledger.client import KvstoreClient
+from tokenrelay.services.chassis.security import Security
+from tokenrelay.services.router.config import RouterConfig
+from tokenrelay.services.router.workers import WorkerPool
+
+log = get_logger("router")
+
+WORKER_ROLES = frozenset({"colocated", "prefill", "decode"})
+LEASE_S = 10.0
+RETRY_S = 1.0
+LEAVE_S = 1.0
+
+
+class Members:
+    """Keeps the pool's workers equal to the fleet's. Event loop only."""
+
+    def __init__(self, pool: WorkerPool, config: RouterConfig, security: Security) -> None:
+        self._pool = pool
+        self._client = KvstoreClient(config.kvstore, open_channel=security.open_channel, metadata=security.metadata)
+        self._member: Member | None = None
+        self._addresses: dict[str, str] = {}  # of living members, by name
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin to look, in the background."""
+        self._client.start()
+        self._task = asyncio.create_task(self._run(), name="members")
+
+    async def close(self) -> None:
+        """Leave the fleet."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._member is not None:
+            with contextlib.suppress(TimeoutError):  # then its lease runs out
+                async with asyncio.timeout(LEAVE_S):
+                    await self._client.leave(self._member.actor)
+        await self._client.close()
+
+    async def _run(self) -> None:
+        """One life after the other: a router that was fenced (paused for longer than its lease) joins anew."""
+        while True:
+            life = new_incarnation()
+            self._member = Member(name=f"router-{life}", incarnation=life, role="router")
+            joined = await self._client.join(self._member, lease_s=LEASE_S)
+            if isinstance(joined, Rejection):
+                if joined.code is not Code.UNAVAILABLE:
+                    log.error("the fleet refuses this router", reason=joined.reason)
+                await asyncio.sleep(RETRY_S * (0.5 + random.random()))
+                continue
+            log.info("in the fleet", term=joined.term, lease_s=joined.lease_s)
+            alive = asyncio.create_task(self._keep_alive(joined.lease_s))
+            try:
+                async for notice in self._client.watch(self._member.actor):
+                    self._take(notice)
+            finally:
+                alive.cancel()
+                await asyncio.gather(alive, return_exceptions=True)
+            log.warning("this router's life in the fleet is over; joining anew")
+
+    async def _keep_alive(self, lease_s: float) -> None:
+        assert self._member is not None
+        while True:
+            await asyncio.sleep(lease_s / 3)
+            await self._client.keepalive(self._member.actor)
+
+    def _take(self, notice: Notice) -> None:
+        match notice:
+            case Snapshot(members=members):
+                living = {member.name: member.address for member in members if _is_worker(member)}
+                for name in [name for name in self._addresses if name not in living]:
+                    self._forget(name)
+                for name, address in living.items():
+                    self._learn(name, address)
+            case MemberJoined(member=member) if _is_worker(member):
+                self._learn(member.name, member.address)
+            case MemberEnded(actor=actor):
+                self._forget(actor.name)
+            case Suspended(reason=reason):
+                log.warning("no kvstore; going on with the workers that are known", reason=reason)
+            case _:
+                pass
+
+    def _learn(self, name: str, address: str) -> None:
+        known = self._addresses.get(name)
+        if known is not None and known != address:
+            self._forget(name)
+        self._addresses[name] = address
+        self._pool.add(address)
+
+    def _forget(self, name: str) -> None:
+        address = self._addresses.pop(name, None)
+        if address is not None and address not in self._addresses.values():
+            self._pool.retire(address)
+
+
+def _is_worker(member: Member) -> bool:
+    return member.role in WORKER_ROLES and bool(member.address)
