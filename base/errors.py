@@ -95,3 +95,22 @@ class HandshakeRefused(TokenRelayError):
     """Two processes do not fit together; the message names what differs and both values."""
 
     code = "handshake_refused"
+
+
+class TransferFailed(TokenRelayError):
+    """KV could not be moved: the peer is gone, fenced us, or answered nonsense; nothing of it may be adopted.
+
+    `reason` is one of `peer_gone`, `fenced`, `corrupt`, `transport`, `closed`; a deadline that passed is DeadlineExceeded.
+    """
+
+    code = "transfer_failed"
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class StaleGeneration(TokenRelayError):
+    """A block was given to somebody else while it was read: what was read is thrown away."""
+
+    code = "stale_generation"

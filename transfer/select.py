@@ -1,0 +1,47 @@
+"""Which transports this machine has, and opening one.
+
+kinds = available()                       # ("nixl", "shared", "stream"), best first
+transport = open_transport(kinds[0], identity, memory, listen="unix:/run/tokenrelay/prefill-0.kv")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tokenrelay.base.errors import ConfigError
+from tokenrelay.transfer.memory import Memory
+from tokenrelay.transfer.metrics import Metrics
+from tokenrelay.transfer.transport import Identity, Transport
+
+if TYPE_CHECKING:
+    from tokenrelay.transfer.security import Security
+
+KINDS = ("shared",)  # in the order of preference
+
+
+def available() -> tuple[str, ...]:
+    """Kinds that can be opened here. `shared` needs a SharedPool and both ends on one machine."""
+    return KINDS
+
+
+def open_transport(
+    kind: str,
+    identity: Identity,
+    memory: Memory,
+    *,
+    listen: str,
+    token: str = "",
+    security: Security | None = None,
+    metrics: Metrics | None = None,
+) -> Transport:
+    """A transport that does not listen yet. Raises ConfigError for a kind that is not there.
+
+    `listen`: `unix:PATH` or `HOST:PORT` (port 0: any), of the kind's own socket. `token` is shown to peers, `security`
+    checks theirs and opens gRPC channels.
+    """
+    options: dict[str, Any] = {"listen": listen, "token": token, "security": security, "metrics": metrics}
+    if kind not in KINDS:
+        raise ConfigError(f"transport {kind!r}: expected one of {', '.join(KINDS)}")
+    from tokenrelay.transfer.shared import SharedTransport
+
+    return SharedTransport(identity, memory, **options)
