@@ -100,7 +100,7 @@ class HandshakeRefused(TokenRelayError):
 class TransferFailed(TokenRelayError):
     """KV could not be moved: the peer is gone, fenced us, or answered nonsense; nothing of it may be adopted.
 
-    `reason` is one of `peer_gone`, `fenced`, `corrupt`, `transport`, `closed`; a deadline that passed is DeadlineExceeded.
+    `reason` is one of `peer_gone`, `fenced`, `corrupt`, `transport`, `closed`; a passed deadline is DeadlineExceeded.
     """
 
     code = "transfer_failed"

@@ -266,7 +266,7 @@ class Owner:
         return proofs[0]
 
     async def close(self) -> None:
-        """Stop listening and end every session, whether its reader lets go or not: the memory goes with this process."""
+        """Stop listening and end every session, whether its reader lets go or not: this process ends."""
         self._closing = True
         if self._server is not None:
             self._server.close()
