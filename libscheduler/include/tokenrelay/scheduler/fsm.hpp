@@ -64,25 +64,34 @@ using Next = decltype(on(std::declval<State&&>(), std::declval<Event&&>()));
 
 namespace detail {
 
-consteval int listed(std::span<const Row> table, std::string_view state, std::string_view event) {
+/// The last row of a pair, and how often the pair is listed.
+struct Listed {
   int times = 0;
-  for (const Row& row : table) times += row.state == state && row.event == event;
-  return times;
+  Row row;
+};
+
+consteval Listed find(std::span<const Row> table, std::string_view state, std::string_view event) {
+  Listed found;
+  const Row* const rows = table.data();
+  for (std::size_t i = 0; i < table.size(); ++i) {
+    if (rows[i].event.size() == event.size() && rows[i].state == state && rows[i].event == event) {
+      found.row = rows[i];
+      ++found.times;
+    }
+  }
+  return found;
 }
 
-consteval Row find(std::span<const Row> table, std::string_view state, std::string_view event) {
-  for (const Row& row : table) {
-    if (row.state == state && row.event == event) return row;
-  }
-  return {};
-}
+/// One evaluation for each pair: compilers limit the steps of a single one.
+template <class Fsm, class State, class Event>
+inline constexpr Listed listed = find(Fsm::table, State::name, Event::name);
 
 template <class Fsm, class State, class Event>
 consteval bool pair_verified() {
-  constexpr int times = listed(Fsm::table, State::name, Event::name);
+  constexpr int times = listed<Fsm, State, Event>.times;
   static_assert(times != 0, "fsm: a (state, event) pair is not listed in the table");
   static_assert(times <= 1, "fsm: a (state, event) pair is listed twice in the table");
-  constexpr Row row = find(Fsm::table, State::name, Event::name);
+  constexpr Row row = listed<Fsm, State, Event>.row;
   if constexpr (!row.next.empty()) {
     static_assert(Transition<State, Event>, "fsm: the table lists a transition that no overload of `on` implements");
     if constexpr (Transition<State, Event>) {
@@ -149,7 +158,7 @@ std::optional<Rejected> dispatch(Slot<Fsm>& slot, Event&& event) noexcept {
           }
           return std::nullopt;
         } else {
-          constexpr Row row = detail::find(Fsm::table, State::name, Event::name);
+          constexpr Row row = detail::listed<Fsm, State, Event>.row;
           static_assert(!row.reason.empty(), "fsm: a (state, event) pair is not listed in the table");
           return Rejected{row.reason};
         }

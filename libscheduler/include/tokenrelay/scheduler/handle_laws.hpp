@@ -99,64 +99,92 @@ consteval std::array<Named<Facts>, sizeof...(T)> facts_of(fsm::Types<T...>) {
   return {Named<Facts>{T::name, T::facts}...};
 }
 
-template <class Facts>
-constexpr Facts fact(std::span<const Named<Facts>> all, std::string_view name) {
-  for (const auto& one : all) {
-    if (one.name == name) return one.facts;
-  }
-  return {};
-}
+inline constexpr int rejected = -1;
 
-/// A machine as data, so that a law is one loop.
+/// A machine as data, so that a law is one loop: states and events by number, and where each pair leads.
+template <std::size_t state_count, std::size_t event_count>
 struct View {
-  std::span<const Named<StateFacts>> states;
-  std::span<const Named<EventFacts>> events;
-  std::span<const fsm::Row> table;
-  std::string_view initial;
+  std::array<Named<StateFacts>, state_count> states;
+  std::array<Named<EventFacts>, event_count> events;
+  std::array<std::array<int, event_count>, state_count> next{};  // or `rejected`
+  int initial = 0;
 
-  [[nodiscard]] constexpr StateFacts state(std::string_view name) const { return fact(states, name); }
-  [[nodiscard]] constexpr EventFacts event(std::string_view name) const { return fact(events, name); }
-  [[nodiscard]] constexpr std::string_view next(std::string_view state, std::string_view event) const {
+  constexpr View(const std::array<Named<StateFacts>, state_count>& all_states,
+                 const std::array<Named<EventFacts>, event_count>& all_events, std::span<const fsm::Row> table,
+                 std::string_view first)
+      : states(all_states), events(all_events), initial(number_of(states, first)) {
+    for (auto& row : next) row.fill(rejected);
     for (const fsm::Row& row : table) {
-      if (row.state == state && row.event == event) return row.next;
+      if (row.next.empty()) continue;
+      next[index(number_of(states, row.state))][index(number_of(events, row.event))] = number_of(states, row.next);
     }
-    return {};
   }
-  [[nodiscard]] constexpr bool leaves(std::string_view state) const {
-    for (const fsm::Row& row : table) {
-      if (row.state == state && !row.next.empty() && row.next != state) return true;
+
+  template <class All>
+  [[nodiscard]] static constexpr int number_of(const All& all, std::string_view name) {
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      if (all[i].name == name) return static_cast<int>(i);
+    }
+    return rejected;
+  }
+  [[nodiscard]] static constexpr std::size_t index(int number) { return static_cast<std::size_t>(number); }
+  [[nodiscard]] constexpr const StateFacts& state(int number) const { return states[index(number)].facts; }
+  [[nodiscard]] constexpr bool holds(int number) const { return state(number).blocks != Party::nobody; }
+  [[nodiscard]] constexpr bool leaves(int from) const {
+    for (const int to : next[index(from)]) {
+      if (to != rejected && to != from) return true;
     }
     return false;
   }
-  /// Whether a path leads from one state to another that `goal` is true of.
-  template <class Goal>
-  [[nodiscard]] constexpr bool reaches(std::string_view from, Goal goal) const {
-    std::array<std::string_view, 32> reached{from};
+  /// Where the state's duty leads; `rejected` when the table does not accept it.
+  [[nodiscard]] constexpr int after_duty(int from) const {
+    const int event = number_of(events, state(from).duty);
+    return event == rejected ? rejected : next[index(from)][index(event)];
+  }
+  /// The states that a path leads to, the first one included.
+  [[nodiscard]] constexpr std::array<bool, state_count> reached(int from) const {
+    std::array<bool, state_count> known{};
+    std::array<int, state_count> found{from};
+    known[index(from)] = true;
     std::size_t count = 1;
     for (std::size_t i = 0; i < count; ++i) {
-      if (goal(reached[i])) return true;
-      for (const fsm::Row& row : table) {
-        if (row.state != reached[i] || row.next.empty()) continue;
-        bool known = false;
-        for (std::size_t j = 0; j < count; ++j) known = known || reached[j] == row.next;
-        if (!known) reached[count++] = row.next;
+      for (const int to : next[index(found[i])]) {
+        if (to == rejected || known[index(to)]) continue;
+        known[index(to)] = true;
+        found[count++] = to;
       }
     }
-    return false;
+    return known;
+  }
+  /// Whether `law(from, to, event)` is true of every transition that changes the state.
+  template <class Law>
+  [[nodiscard]] constexpr bool every_change(Law law) const {
+    for (int from = 0; from < static_cast<int>(state_count); ++from) {
+      for (std::size_t event = 0; event < event_count; ++event) {
+        const int to = next[index(from)][event];
+        if (to != rejected && to != from && !law(from, to, events[event].facts)) return false;
+      }
+    }
+    return true;
+  }
+  template <class Law>
+  [[nodiscard]] constexpr bool every_state(Law law) const {
+    for (int number = 0; number < static_cast<int>(state_count); ++number) {
+      if (!law(number, state(number))) return false;
+    }
+    return true;
   }
 };
 
 /// Law 2: nobody may be reading after a transition, though somebody may have been before, only with a proof.
-constexpr bool reading_ends_by_proof(const View& fsm) {
-  for (const fsm::Row& row : fsm.table) {
-    if (row.next.empty() || !fsm.state(row.state).peer_may_touch || fsm.state(row.next).peer_may_touch) continue;
-    if (fsm.event(row.event).proof == Proof::none) return false;
-  }
-  return true;
+constexpr bool reading_ends_by_proof(const auto& fsm) {
+  return fsm.every_change([&](int from, int to, const EventFacts& event) {
+    return !fsm.state(from).peer_may_touch || fsm.state(to).peer_may_touch || event.proof != Proof::none;
+  });
 }
 
 /// Law 2: a clock proves nothing, the claimant speaks for itself only, and it is not the claimant that says it is dead.
-constexpr bool proofs_are_of_who_knows(const View& fsm) {
+constexpr bool proofs_are_of_who_knows(const auto& fsm) {
   for (const auto& [name, event] : fsm.events) {
     if (event.guard == Guard::overdue && event.proof != Proof::none) return false;
     if (event.proof == Proof::acknowledged && event.party != Party::claimant) return false;
@@ -167,94 +195,82 @@ constexpr bool proofs_are_of_who_knows(const View& fsm) {
 }
 
 /// Law 2: nobody reads what he did not claim.
-constexpr bool reading_begins_by_claim(const View& fsm) {
-  for (const fsm::Row& row : fsm.table) {
-    if (row.next.empty() || fsm.state(row.state).peer_may_touch || !fsm.state(row.next).peer_may_touch) continue;
-    if (fsm.event(row.event).party != Party::anyone) return false;
-  }
-  return !fsm.state(fsm.initial).peer_may_touch;
+constexpr bool reading_begins_by_claim(const auto& fsm) {
+  const bool claimed = fsm.every_change([&](int from, int to, const EventFacts& event) {
+    return fsm.state(from).peer_may_touch || !fsm.state(to).peer_may_touch || event.party == Party::anyone;
+  });
+  return claimed && !fsm.state(fsm.initial).peer_may_touch;
 }
 
 /// Law 3: whatever holds blocks has a deadline, an act that is due then, and somebody who may do it.
-constexpr bool deadlines_have_actors(const View& fsm) {
-  for (const auto& [name, state] : fsm.states) {
-    const bool holds = state.blocks != Party::nobody;
+constexpr bool deadlines_have_actors(const auto& fsm) {
+  return fsm.every_state([&](int number, const StateFacts& state) {
+    const bool holds = fsm.holds(number);
     if (holds != (state.deadline != Deadline::none) || holds != (state.actor != Party::nobody)) return false;
-    if (!holds) continue;
-    const std::string_view next = fsm.next(name, state.duty);
-    if (next.empty() || next == name) return false;
-    const Party party = fsm.event(state.duty).party;
-    if (party != state.actor && party != Party::ledger) return false;
-  }
-  return true;
+    if (!holds) return true;
+    const int next = fsm.after_duty(number);
+    if (next == rejected || next == number) return false;
+    const int event = fsm.number_of(fsm.events, state.duty);
+    const Party party = fsm.events[fsm.index(event)].facts.party;
+    return party == state.actor || party == Party::ledger;
+  });
 }
 
 /// Law 3: where a peer may touch the blocks, what a deadline sets off is the fencing: it ends the claim and keeps the
 /// blocks, or it has cut the peer off.
-constexpr bool deadlines_fence_readers(const View& fsm) {
-  for (const auto& [name, state] : fsm.states) {
-    if (!state.peer_may_touch) continue;
-    const bool keeps = fsm.state(fsm.next(name, state.duty)).peer_may_touch;
-    if (!keeps && fsm.event(state.duty).proof != Proof::fenced) return false;
-  }
-  return true;
+constexpr bool deadlines_fence_readers(const auto& fsm) {
+  return fsm.every_state([&](int number, const StateFacts& state) {
+    if (!state.peer_may_touch || fsm.state(fsm.after_duty(number)).peer_may_touch) return true;
+    return fsm.events[fsm.index(fsm.number_of(fsm.events, state.duty))].facts.proof == Proof::fenced;
+  });
 }
 
 /// Law 3: when everybody only does what is due, every handle comes to an end.
-constexpr bool duties_end_everything(const View& fsm) {
-  for (const auto& [name, facts] : fsm.states) {
-    std::string_view at = name;
-    for (std::size_t steps = 0; steps <= fsm.states.size() && fsm.state(at).blocks != Party::nobody; ++steps) {
-      at = fsm.next(at, fsm.state(at).duty);
+constexpr bool duties_end_everything(const auto& fsm) {
+  return fsm.every_state([&](int number, const StateFacts&) {
+    for (std::size_t steps = 0; steps <= fsm.states.size() && fsm.holds(number); ++steps) {
+      number = fsm.after_duty(number);
     }
-    if (fsm.state(at).blocks != Party::nobody) return false;
-  }
-  return true;
+    return !fsm.holds(number);
+  });
 }
 
 /// Law 5: an end can be reached from everywhere, and every state from the first one.
-constexpr bool ends_are_reachable(const View& fsm) {
-  for (const auto& [name, facts] : fsm.states) {
-    const std::string_view here = name;
-    if (!fsm.reaches(here, [&](std::string_view state) { return !fsm.leaves(state); })) return false;
-    if (!fsm.reaches(fsm.initial, [&](std::string_view state) { return state == here; })) return false;
-  }
-  return true;
+constexpr bool ends_are_reachable(const auto& fsm) {
+  const auto all = fsm.reached(fsm.initial);
+  return fsm.every_state([&](int number, const StateFacts&) {
+    bool ends = false;
+    const auto found = fsm.reached(number);
+    for (std::size_t i = 0; i < found.size(); ++i) ends = ends || (found[i] && !fsm.leaves(static_cast<int>(i)));
+    return ends && all[fsm.index(number)];
+  });
 }
 
 /// Law 5: what is over holds nothing, and what holds something is not over.
-constexpr bool ends_hold_nothing(const View& fsm) {
-  for (const auto& [name, state] : fsm.states) {
-    const bool holds = state.blocks != Party::nobody;
-    if (holds != (fsm.leaves(name) && name != fsm.initial)) return false;
-    if (!holds && state.peer_may_touch) return false;
-  }
-  return true;
+constexpr bool ends_hold_nothing(const auto& fsm) {
+  return fsm.every_state([&](int number, const StateFacts& state) {
+    const bool holds = fsm.holds(number);
+    return holds == (fsm.leaves(number) && number != fsm.initial) && (holds || !state.peer_may_touch);
+  });
 }
 
 /// Law 6: a dead owner ends whatever it held, and a dead claimant whatever it claimed.
-constexpr bool death_ends_everything(const View& fsm) {
-  for (const auto& [name, state] : fsm.states) {
+constexpr bool death_ends_everything(const auto& fsm) {
+  return fsm.every_state([&](int number, const StateFacts& state) {
     bool lost = false;
     bool fenced = false;
-    for (const auto& [event, facts] : fsm.events) {
-      if (fsm.next(name, event).empty()) continue;
-      lost = lost || facts.proof == Proof::gone;
-      fenced = fenced || facts.proof == Proof::fenced;
+    for (std::size_t event = 0; event < fsm.events.size(); ++event) {
+      if (fsm.next[fsm.index(number)][event] == rejected) continue;
+      lost = lost || fsm.events[event].facts.proof == Proof::gone;
+      fenced = fenced || fsm.events[event].facts.proof == Proof::fenced;
     }
-    if (state.blocks != Party::nobody && !lost) return false;
-    if (state.peer_may_touch && !fenced) return false;
-  }
-  return true;
+    return (!fsm.holds(number) || lost) && (!state.peer_may_touch || fenced);
+  });
 }
 
 /// Old and repeated messages: a state that was left never comes back, so an event that was meant for it is refused.
-constexpr bool never_goes_back(const View& fsm) {
-  for (const fsm::Row& row : fsm.table) {
-    if (row.next.empty() || row.next == row.state) continue;
-    if (fsm.reaches(row.next, [&](std::string_view state) { return state == row.state; })) return false;
-  }
-  return true;
+constexpr bool never_goes_back(const auto& fsm) {
+  return fsm.every_change([&](int from, int to, const EventFacts&) { return !fsm.reached(to)[fsm.index(from)]; });
 }
 
 template <class Fsm>
@@ -262,14 +278,14 @@ inline constexpr auto states_of = facts_of<StateFacts>(typename Fsm::States{});
 template <class Fsm>
 inline constexpr auto events_of = facts_of<EventFacts>(typename Fsm::Events{});
 template <class Fsm>
-inline constexpr View view_of{states_of<Fsm>, events_of<Fsm>, Fsm::table, Fsm::initial};
+inline constexpr View view_of(states_of<Fsm>, events_of<Fsm>, Fsm::table, Fsm::initial);
 
 }  // namespace detail
 
 /// True for a machine that satisfies the laws; does not compile for any other.
 template <class Fsm>
 consteval bool lawful() {
-  constexpr detail::View view = detail::view_of<Fsm>;
+  constexpr const auto& view = detail::view_of<Fsm>;
   static_assert(detail::reading_ends_by_proof(view),
                 "law 2: a peer may be reading, and nothing proves that it does not after the transition");
   static_assert(detail::proofs_are_of_who_knows(view), "law 2: an event claims to prove what its party cannot know");
