@@ -10,7 +10,7 @@ ARGS   ?=
 
 NATIVE_SOURCES := CMakeLists.txt $(shell find libscheduler kernels/csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name 'CMakeLists.txt' 2>/dev/null)
 
-.PHONY: help setup build serve chat test test-full test-native check check-native bench proto clean wheel-smoke format
+.PHONY: test-tools help setup build serve chat test test-full test-native check check-native bench proto clean wheel-smoke format
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -36,10 +36,12 @@ serve: build     ## serve the bundled model (or MODEL=path) on http://127.0.0.1:
 chat: build      ## talk to a running server, or start one
 	$(BIN)/tokenrelay chat $(ARGS)
 
-test: build test-native  ## every test that is not slow
+test: build test-tools test-native  ## every test that is not slow
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
-test-full: build test-native  ## the slow suites too
+test-full: build test-tools test-native  ## the slow suites too
 	$(BIN)/python -m pytest $(ARGS)
+test-tools:      # programs that only tests need
+	@sh tools/prerequisites.sh "$(PYTHON)" tests
 test-native: setup   ## the C++ tests (CTest), must-not-compile ones included
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake -S . -B $(NATIVE) -G Ninja -DTOKENRELAY_TESTS=ON -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python > $(VENV)/cmake.log || (cat $(VENV)/cmake.log; false)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Names what is missing before anything is built, in plain words. Usage: prerequisites.sh PYTHON
+# Names what is missing before anything is built, in plain words. Usage: prerequisites.sh PYTHON [tests]
 python="$1"
 missing=0
 say() { echo "tokenrelay: $1" >&2; missing=1; }
@@ -17,5 +17,8 @@ if ! command -v "$cxx" >/dev/null 2>&1; then
   say "no C++ compiler found as '$cxx'. Install g++ 12 or newer (apt-get install g++), or name one: CXX=/path/to/g++ make ..."
 elif ! echo 'int main() { return []<class T>(T x) { return x; }(0); }' | "$cxx" -std=c++20 -x c++ -fsyntax-only - 2>/dev/null; then
   say "$("$cxx" --version | head -n 1) does not compile C++20. Install g++ 12 or newer."
+fi
+if [ "${2:-}" = tests ]; then
+  command -v spin >/dev/null 2>&1 || say "no spin found; tests/model explores the ownership of KV with it. On Debian and Ubuntu: apt-get install spin"
 fi
 exit $missing
