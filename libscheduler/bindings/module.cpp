@@ -111,7 +111,7 @@ class PyScheduler {
 
   std::optional<ts::RejectReason> submit(std::uint64_t id, const py::object& token_ids, std::int64_t output_start,
                                          std::int64_t tokens_max, const std::vector<ts::TokenId>& stop_token_ids,
-                                         std::int64_t priority, const py::bytes& salt,
+                                         std::int64_t priority, const py::bytes& salt, const py::bytes& tenant,
                                          std::optional<std::uint64_t> parent, std::optional<std::int64_t> parent_tokens,
                                          std::int64_t now_us) {
     const TokenBuffer buffer(token_ids);
@@ -127,6 +127,7 @@ class PyScheduler {
     // A number below 0 must not read as all of them.
     if (parent_tokens) submission.parent_tokens = std::clamp<std::int64_t>(*parent_tokens, -2, 1 << 30);
     if (submission.parent_tokens == ts::Submission::all_tokens && parent_tokens) --submission.parent_tokens;
+    submission.tenant = bytes_of(tenant);
     if (submission.token_ids.size() <= gil_tokens) return scheduler.submit(submission, now_us);
     const py::gil_scoped_release released;
     return scheduler.submit(submission, now_us);
@@ -177,8 +178,8 @@ class PyScheduler {
 
 ts::Config make_config(int block_tokens, int blocks, int slots, int context_tokens, int step_tokens, int chunk_tokens,
                        int waiting_max, const py::bytes& hash_key, const py::bytes& model_identity, int steps_in_flight,
-                       int overtakes_max, int class_overtakes_max, double tps_floor, double tps_fraction,
-                       double prefill_share, std::int64_t floor_wait_us) {
+                       int overtakes_max, int class_overtakes_max, int preemptions_max, double tps_floor,
+                       double tps_fraction, double prefill_share, std::int64_t floor_wait_us) {
   ts::Config config;
   config.block_tokens = block_tokens;
   config.blocks = blocks;
@@ -192,6 +193,7 @@ ts::Config make_config(int block_tokens, int blocks, int slots, int context_toke
   config.steps_in_flight = steps_in_flight;
   config.overtakes_max = overtakes_max;
   config.class_overtakes_max = class_overtakes_max;
+  config.preemptions_max = preemptions_max;
   config.tps_floor = tps_floor;
   config.tps_fraction = tps_fraction;
   config.prefill_share = prefill_share;
@@ -313,8 +315,8 @@ void bind_scheduler(py::module_& m) {
            py::arg("context_tokens"), py::arg("step_tokens") = 2048, py::arg("chunk_tokens") = 512,
            py::arg("waiting_max") = 1024, py::arg("hash_key"), py::arg("model_identity"),
            py::arg("steps_in_flight") = 2, py::arg("overtakes_max") = 16, py::arg("class_overtakes_max") = 256,
-           py::arg("tps_floor") = 0.0, py::arg("tps_fraction") = 0.5, py::arg("prefill_share") = 0.125,
-           py::arg("floor_wait_us") = 10'000'000)
+           py::arg("preemptions_max") = 3, py::arg("tps_floor") = 0.0, py::arg("tps_fraction") = 0.5,
+           py::arg("prefill_share") = 0.125, py::arg("floor_wait_us") = 10'000'000)
       .def_readonly("block_tokens", &ts::Config::block_tokens)
       .def_readonly("blocks", &ts::Config::blocks)
       .def_readonly("slots", &ts::Config::slots)
@@ -325,6 +327,7 @@ void bind_scheduler(py::module_& m) {
       .def_readonly("steps_in_flight", &ts::Config::steps_in_flight)
       .def_readonly("overtakes_max", &ts::Config::overtakes_max)
       .def_readonly("class_overtakes_max", &ts::Config::class_overtakes_max)
+      .def_readonly("preemptions_max", &ts::Config::preemptions_max)
       .def_readonly("tps_floor", &ts::Config::tps_floor)
       .def_readonly("tps_fraction", &ts::Config::tps_fraction)
       .def_readonly("prefill_share", &ts::Config::prefill_share)
@@ -334,8 +337,8 @@ void bind_scheduler(py::module_& m) {
       .def(py::init<const ts::Config&>(), py::arg("config"))
       .def("submit", &PyScheduler::submit, py::arg("sequence_id"), py::arg("token_ids"), py::kw_only(),
            py::arg("output_start"), py::arg("tokens_max"), py::arg("stop_token_ids") = std::vector<ts::TokenId>(),
-           py::arg("priority") = 0, py::arg("salt") = py::bytes(), py::arg("parent") = py::none(),
-           py::arg("parent_tokens") = py::none(), py::arg("now_us"))
+           py::arg("priority") = 0, py::arg("salt") = py::bytes(), py::arg("tenant") = py::bytes(),
+           py::arg("parent") = py::none(), py::arg("parent_tokens") = py::none(), py::arg("now_us"))
       .def(
           "abort", [](PyScheduler& self, std::uint64_t id, std::int64_t now) { return self.scheduler.abort(id, now); },
           py::arg("sequence_id"), py::arg("now_us"))

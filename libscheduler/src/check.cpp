@@ -68,6 +68,7 @@ std::optional<std::string> Scheduler::check_table(const Sequence& s, const Block
 
 std::optional<std::string> Scheduler::check() const {
   if (auto broken = pool_.check()) return broken;
+  if (auto broken = waiting_.check()) return broken;
   Holdings holdings(pool_.blocks());
   int resident = 0;
   int waiting = 0;

@@ -23,7 +23,7 @@ void Scheduler::commit(std::uint64_t step, std::span<const TokenId> token_ids, s
     send(sequence, request::Land{resources_, sequence.text, row.start, row.length});
     totals_.hashed_blocks += sequence.text.take_hashed();
     if (row.samples) {
-      take_token(sequence, token_ids[static_cast<std::size_t>(sampled)], sampled, now_us, out);
+      take_token(row.index, token_ids[static_cast<std::size_t>(sampled)], sampled, now_us, out);
       ++sampled;
     }
     if (sequence.flights == 0) settle(row.index);
@@ -40,8 +40,9 @@ void Scheduler::measure(const Flight& flight, std::int64_t now_us, std::int64_t 
   if (run_us > 0) floor_.gap(static_cast<double>(wall_us - run_us));
 }
 
-void Scheduler::take_token(Sequence& sequence, TokenId token, std::int32_t row, std::int64_t now_us,
+void Scheduler::take_token(SequenceIndex index, TokenId token, std::int32_t row, std::int64_t now_us,
                            Outcome& out) noexcept {
+  Sequence& sequence = at(index);
   const bool preempting = std::holds_alternative<request::Preempting>(sequence.state);
   if (!preempting && !std::holds_alternative<request::Decoding>(sequence.state)) return;  // over: discarded
   sequence.text.append(token);
@@ -53,6 +54,7 @@ void Scheduler::take_token(Sequence& sequence, TokenId token, std::int32_t row, 
     finish = Finish::length;
   }
   ++totals_.output_tokens;
+  waiting_.served(index, output_weight, false);
   if (floor_.on() && !preempting) floor_.token(sequence.due_us, sequence.length_planned - sequence.text.size(), now_us);
   out.sequence_ids.push_back(sequence.id);
   out.token_ids.push_back(token);
@@ -70,7 +72,11 @@ void Scheduler::take_token(Sequence& sequence, TokenId token, std::int32_t row, 
 /// For a sequence that no launched step holds: gives back what it kept, if it is over or preempted.
 void Scheduler::settle(SequenceIndex index) noexcept {
   Sequence& sequence = at(index);
-  if (std::holds_alternative<request::Preempting>(sequence.state)) expect_service(index);
+  if (std::holds_alternative<request::Preempting>(sequence.state)) {
+    Rank& rank = ranks_[static_cast<std::size_t>(index)];
+    rank.priority_class = std::min(rank.priority_class, sequence.climbs_to);
+    expect_service(index);
+  }
   if (fsm::dispatch<RequestFsm>(sequence.state, request::Settle{resources_})) return;  // it runs on
   --settling_;
   sequence.slot = -1;
@@ -85,6 +91,7 @@ void Scheduler::settle(SequenceIndex index) noexcept {
 void Scheduler::end(SequenceIndex index) noexcept {
   Sequence& sequence = at(index);
   ids_.erase(sequence.id);
+  waiting_.dismiss(index);
   std::uint64_t& remembered = ended_ids_[ended_next_];
   if (ended_size_ == ended_max) {
     // The same id may have ended again since: then the map points to its later place.

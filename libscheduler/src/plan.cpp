@@ -182,10 +182,16 @@ int Scheduler::next_class(std::uint32_t mask, bool& overdue) const noexcept {
 }
 
 void Scheduler::admit_waiting(std::int64_t now_us, Budget& budget, Plan& out, Flight& flight) noexcept {
+  const Stuck now{pool_.available(), prefilling_.size() + decoding_.size(), waiting_.version()};
+  if (now.available <= stuck_.available && now.running >= stuck_.running && now.version == stuck_.version) return;
+  stuck_ = {};
   std::uint32_t exhausted = 0;  // classes whose first requests are blocked for now
   while (slots_.free() > 0) {
     const std::uint32_t mask = waiting_.mask() & ~exhausted;
-    if (mask == 0) return;
+    if (mask == 0) {
+      if (waiting_.version() == now.version) stuck_ = now;
+      return;
+    }
     bool overdue = false;
     const int priority_class = next_class(mask, overdue);
     if (!admit_from(priority_class, overdue, now_us, budget, out, flight)) return;
@@ -199,9 +205,10 @@ bool Scheduler::admit_from(int priority_class, bool overdue, std::int64_t now_us
                            Flight& flight) noexcept {
   std::array<SequenceIndex, lookahead> blocked{};
   std::size_t blocked_size = 0;
-  SequenceIndex index = waiting_.first(priority_class);
-  while (index != no_sequence && slots_.free() > 0) {
-    const SequenceIndex next = waiting_.after(index);  // an admitted or held one leaves the queue
+  WaitingWalk walk(waiting_, priority_class);
+  while (slots_.free() > 0) {
+    const SequenceIndex index = walk.next();
+    if (index == no_sequence) return true;
     const Admission admission = admit(index, now_us, budget, out, flight);
     if (admission == Admission::paced) return false;
     if (admission == Admission::admitted) {
@@ -215,8 +222,8 @@ bool Scheduler::admit_from(int priority_class, bool overdue, std::int64_t now_us
       if (overdue || at(index).overtaken >= config_.overtakes_max) return false;
       blocked[blocked_size++] = index;
       if (blocked_size == blocked.size()) return true;
+      walk.blocked();
     }
-    index = next;
   }
   return true;
 }
@@ -322,7 +329,9 @@ void Scheduler::reside(SequenceIndex index, const Match& match, int blocks, Plan
     sequence.cached_tokens = std::min(sequence.planned, sequence.output_start);
     totals_.prompt_tokens += static_cast<std::uint64_t>(sequence.output_start);
     totals_.cached_tokens += static_cast<std::uint64_t>(sequence.cached_tokens);
+    waiting_.served(index, sequence.text.size() - sequence.planned, true);
   }
+  sequence.reused = sequence.planned;
   out.admitted_ids.push_back(sequence.id);
   out.admitted_slots.push_back(sequence.slot);
   out.admitted_cached.push_back(sequence.planned);
@@ -334,26 +343,65 @@ void Scheduler::reside(SequenceIndex index, const Match& match, int blocks, Plan
   send(sequence, request::Admit{resources_, std::move(home)});
 }
 
-/// Frees blocks for a decoding sequence by preempting the worst-ranked one, which may be itself. False: not now.
-bool Scheduler::make_room(SequenceIndex for_index) noexcept {
-  if (settling_ > 0) return false;  // a commit will give blocks back; do not preempt more than needed
-  const SequenceIndex decode = decoding_.last();
-  const SequenceIndex prefill = prefilling_.last();
-  const bool prefill_is_worse =
-      prefill != no_sequence && ranks_[static_cast<std::size_t>(decode)] < ranks_[static_cast<std::size_t>(prefill)];
-  const SequenceIndex victim = prefill_is_worse ? prefill : decode;
-  preempt(victim);
-  if (victim == for_index) at(victim).why = Why::preempted_self;
-  return victim != for_index;
+/// What it costs to compute again what it has computed, but for what it found in the cache and will find there again.
+double Scheduler::recompute_us(SequenceIndex index) const noexcept {
+  const Sequence& sequence = at(index);
+  const int tokens = sequence.planned - sequence.reused;
+  const double us = model_.prefill_us(sequence.reused, tokens);
+  return us > 0 ? us : tokens;
 }
 
-void Scheduler::preempt(SequenceIndex index) noexcept {
+/// Who gives his blocks up: of the lowest class, among those that were preempted less than `preemptions_max` times, the
+/// one that is cheapest to compute again; of equal ones who came last. If all were, who came last: the oldest then
+/// keeps what it has, so somebody always comes to an end.
+SequenceIndex Scheduler::victim() const noexcept {
+  const auto class_of = [this](SequenceIndex index) {
+    return index == no_sequence ? -1 : ranks_[static_cast<std::size_t>(index)].priority_class;
+  };
+  const int lowest = std::max(class_of(decoding_.last()), class_of(prefilling_.last()));
+  struct Choice {
+    bool spared;
+    double cost;
+    std::uint64_t ticket;
+    SequenceIndex index;
+  };
+  Choice best{true, 0, 0, no_sequence};
+  const auto consider = [&](const auto& list) {
+    for (SequenceIndex index = list.last(); class_of(index) == lowest; index = list.before(index)) {
+      const bool spared = at(index).preempted >= config_.preemptions_max;
+      const Choice one{spared, spared ? 0 : recompute_us(index), ranks_[static_cast<std::size_t>(index)].ticket, index};
+      const bool better = one.spared != best.spared ? !one.spared
+                          : one.cost != best.cost   ? one.cost < best.cost
+                                                    : one.ticket > best.ticket;
+      if (best.index == no_sequence || better) best = one;
+    }
+  };
+  consider(decoding_);
+  consider(prefilling_);
+  return best.index;
+}
+
+/// Frees blocks for a decoding sequence by preempting another one, or itself. False: not now.
+bool Scheduler::make_room(SequenceIndex for_index) noexcept {
+  if (settling_ > 0) return false;  // a commit will give blocks back; do not preempt more than needed
+  const SequenceIndex index = victim();
+  preempt(index, for_index);
+  if (index == for_index) at(index).why = Why::preempted_self;
+  return index != for_index;
+}
+
+/// A sequence that was preempted often takes the class of whoever preempts it: a better class presses on it no longer.
+void Scheduler::preempt(SequenceIndex index, SequenceIndex for_index) noexcept {
   ++totals_.preemptions;
   ++settling_;
-  at(index).why = Why::preempted;
-  if (std::holds_alternative<request::Prefilling>(at(index).state)) prefilling_tokens_ -= at(index).text.size();
-  send(at(index), request::Preempt{resources_});
-  if (at(index).flights == 0) settle(index);
+  Sequence& sequence = at(index);
+  sequence.why = Why::preempted;
+  const int own = ranks_[static_cast<std::size_t>(index)].priority_class;
+  const int better = ranks_[static_cast<std::size_t>(for_index)].priority_class;
+  sequence.climbs_to = ++sequence.preempted < config_.preemptions_max ? own : std::min(own, better);
+  if (std::holds_alternative<request::Prefilling>(sequence.state)) prefilling_tokens_ -= sequence.text.size();
+  send(sequence, request::Preempt{resources_});
+  if (sequence.flights == 0) settle(index);
 }
 
 }  // namespace tokenrelay::scheduler

@@ -25,7 +25,7 @@ Scheduler::Scheduler(const Config& config)
       slots_(config.slots),
       links_(sequences_max(config)),
       ranks_(sequences_max(config)),
-      waiting_(links_, ranks_),
+      waiting_(links_, ranks_, config.class_overtakes_max),
       holds_(links_, sequences_max(config), static_cast<std::size_t>(config.blocks)),
       prefilling_(links_, ranks_),
       decoding_(links_, ranks_),
@@ -117,6 +117,17 @@ Hash128 Scheduler::root_of(std::span<const std::uint8_t> salt) const {
   return root_hash(key_, config_.model_identity, salt);
 }
 
+/// Which flow it shares: its tenant's in its class. Keyed, so that nobody can make his tenant meet another's.
+std::uint64_t Scheduler::tenant_key(const Submission& s) const {
+  static constexpr std::string_view domain = "tokenrelay.tenant";
+  const auto tenant = s.tenant.empty() ? s.salt : s.tenant;
+  std::vector<std::uint8_t> text(domain.begin(), domain.end());
+  text.push_back(s.tenant.empty() ? 0 : 1);
+  text.push_back(static_cast<std::uint8_t>(WaitingQueue::class_of(s.priority)));
+  text.insert(text.end(), tenant.begin(), tenant.end());
+  return siphash128(key_, text).low;
+}
+
 /// Every full block of the prompt gets its hash: those that came with the parent have theirs; then from the block that
 /// holds the same tokens after the same parent if it is the one that followed last, else computed.
 void Scheduler::hash_prompt(HashedTokens& text) noexcept {
@@ -158,13 +169,14 @@ std::optional<RejectReason> Scheduler::submit(const Submission& s, std::int64_t 
   sequence.length_planned = sequence.text.size();
   sequence.slot = -1;
   sequence.cached_tokens = -1;
-  sequence.overtaken = sequence.holds = sequence.blocks_wanted = 0;
+  sequence.overtaken = sequence.holds = sequence.blocks_wanted = sequence.preempted = sequence.reused = 0;
   sequence.submitted_us = now_us;
   sequence.matched = -1;
   sequence.due_us = not_due;
   sequence.why = Why::none;
   sequence.emitted = false;
   ranks_[static_cast<std::size_t>(index)] = {WaitingQueue::class_of(s.priority), ++tickets_};
+  waiting_.welcome(index, tenant_key(s));
   expect_service(index);
   sequence.state.emplace<request::Waiting>(request::Waiting{waiting_.enter(index)});
   ids_.set(s.sequence_id, index);

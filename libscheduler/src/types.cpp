@@ -37,6 +37,7 @@ std::optional<std::string> Config::check() const {
   if (auto wrong = bounded("steps_in_flight", steps_in_flight, 1, 16)) return wrong;
   if (auto wrong = bounded("overtakes_max", overtakes_max, 0, 1 << 20)) return wrong;
   if (auto wrong = bounded("class_overtakes_max", class_overtakes_max, 1, 1 << 20)) return wrong;
+  if (auto wrong = bounded("preemptions_max", preemptions_max, 1, 1 << 20)) return wrong;
   if (auto wrong = between("tps_floor", tps_floor, 0, 1e5)) return wrong;
   if (auto wrong = between("tps_fraction", tps_fraction, 0.05, 1)) return wrong;
   if (auto wrong = between("prefill_share", prefill_share, 0, 0.9)) return wrong;

@@ -27,6 +27,9 @@ struct Driver {
     config.steps_in_flight = 1 + pick(3);
     config.overtakes_max = pick(4);
     config.class_overtakes_max = 1 + pick(6);
+    config.preemptions_max = 1 + pick(3);
+    if (pick(2) == 0) config.tps_floor = 1 + pick(100'000);  // a call is a microsecond: it is in force now and then
+    config.floor_wait_us = pick(100);
     for (int i = 0; i < 3; ++i) texts.push_back(tokens(config.context_tokens));
   }
 
@@ -69,6 +72,7 @@ struct Driver {
     request.tokens_max = size - request.output_start + pick(60);
     if (pick(2) == 0) request.stops = {static_cast<TokenId>(pick(64)), static_cast<TokenId>(pick(64))};
     request.priority = pick(4) == 0 ? pick(5) - 2 : 0;
+    if (pick(3) == 0) request.tenant = {static_cast<std::uint8_t>(pick(3))};
     if (pick(8) == 0) request.salt = {static_cast<std::uint8_t>(pick(2))};
     return request;
   }

@@ -33,6 +33,7 @@ struct Request {
   std::vector<TokenId> stops;
   int priority = 0;
   std::vector<std::uint8_t> salt;
+  std::vector<std::uint8_t> tenant;
   std::optional<std::uint64_t> parent;  // then the first `inherited` of `tokens` are that sequence's, and are not sent
   std::size_t inherited = 0;
 
@@ -82,7 +83,8 @@ class Simulator {
                                           .tokens_max = request.tokens_max,
                                           .stop_token_ids = request.stops,
                                           .priority = request.priority,
-                                          .salt = request.salt},
+                                          .salt = request.salt,
+                                          .tenant = request.tenant},
                                          now_us);
     const auto* text = request.parent ? text_of(*request.parent) : nullptr;
     const bool exists = text != nullptr && text->salt == request.salt && request.inherited > 0 &&

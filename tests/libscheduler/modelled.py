@@ -51,7 +51,7 @@ class User:
     output: int
     arrived_us: int
     priority: int = 0
-    salt: bytes = b""
+    tenant: bytes = b""
     admitted_us: int | None = None
     token_us: list[int] = field(default_factory=list)
 
@@ -79,10 +79,10 @@ class Served:
         self.flights: deque[tuple[Plan, int]] = deque()  # with the instant each ends
         self.steps = 0
 
-    def arrive(self, at_us: int, *, prompt: int, output: int, priority: int = 0, salt: bytes = b"") -> int:
+    def arrive(self, at_us: int, *, prompt: int, output: int, priority: int = 0, tenant: bytes = b"") -> int:
         """A user comes at an instant; its id."""
         sequence_id = len(self.users) + 1
-        self.users[sequence_id] = User(prompt, output, at_us, priority, salt)
+        self.users[sequence_id] = User(prompt, output, at_us, priority, tenant)
         heapq.heappush(self.arrivals, (at_us, sequence_id))
         return sequence_id
 
@@ -110,7 +110,7 @@ class Served:
             output_start=user.prompt,
             tokens_max=user.output,
             priority=user.priority,
-            salt=user.salt,
+            tenant=user.tenant,
             now_us=self.now_us,
         )
         assert answer is None, answer

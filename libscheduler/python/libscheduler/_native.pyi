@@ -125,6 +125,7 @@ class Config:
         steps_in_flight: int = 2,
         overtakes_max: int = 16,
         class_overtakes_max: int = 256,
+        preemptions_max: int = 3,
         tps_floor: float = 0.0,
         tps_fraction: float = 0.5,
         prefill_share: float = 0.125,
@@ -150,6 +151,8 @@ class Config:
     def overtakes_max(self) -> int: ...
     @property
     def class_overtakes_max(self) -> int: ...
+    @property
+    def preemptions_max(self) -> int: ...
     @property
     def tps_floor(self) -> float: ...
     @property
@@ -280,13 +283,15 @@ class Scheduler:
         stop_token_ids: Sequence[int] = (),
         priority: int = 0,
         salt: bytes = b"",
+        tenant: bytes = b"",
         parent: int | None = None,
         parent_tokens: int | None = None,
         now_us: int,
     ) -> RejectReason | None:
         """Queue a sequence: `token_ids` (uint32, copied) is the prompt up to `output_start`, then earlier output.
 
-        `tokens_max` counts output tokens, those in `token_ids` included. None: accepted.
+        `tokens_max` counts output tokens, those in `token_ids` included. `tenant`: tenants of a priority class
+        get equal shares; empty: the salt tells them apart. None: accepted.
 
         With `parent` the prompt begins with the first `parent_tokens` tokens (None: all) of that sequence, live or
         ended, and `token_ids` is only what comes behind; `output_start` counts from the beginning all the same.

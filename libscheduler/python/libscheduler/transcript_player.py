@@ -69,6 +69,7 @@ class Player:
             stop_token_ids=[command.number(token, "stop") for token in stops],
             priority=command.option("priority", 0),
             salt=salt,
+            tenant=command.options.get("tenant", "").encode(),
             parent=parent,
             parent_tokens=command.option("parent_tokens", 0) if "parent_tokens" in command.options else None,
             now_us=self.now_us,

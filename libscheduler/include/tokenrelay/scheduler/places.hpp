@@ -1,4 +1,5 @@
-// Places of sequences in lists: the waiting queue, the board of those that wait for a block, the lists of running ones.
+// Places of sequences in lists: the board of those that wait for a block, the lists of running ones, slots. The waiting
+// queue is in waiting.hpp.
 // A place is a linear token that a state holds; a list changes only by `enter` and `leave`. All of it is O(1), but for
 // the walk past those who came earlier when a sequence comes back.
 #pragma once
@@ -107,62 +108,6 @@ class RankedList {
 using Links = std::vector<RankedList::Link>;
 using Ranks = std::vector<Rank>;
 
-/// Sequences that wait to be admitted: one list per priority class.
-class WaitingQueue {
- public:
-  using Token = Place<WaitingQueue>;
-  static constexpr int priority_min = -16;  // requests outside are clamped to the nearest class
-  static constexpr int classes = 32;
-
-  WaitingQueue(Links& links, const Ranks& ranks) noexcept : links_(links), ranks_(ranks) {}
-  static int class_of(int priority) noexcept { return std::clamp(priority - priority_min, 0, classes - 1); }
-
-  /// A new one goes behind its class.
-  [[nodiscard]] Token enter(SequenceIndex index) noexcept {
-    list(index).insert_from_back(index, links_, ranks_);
-    return entered(index);
-  }
-  /// One that was admitted or held before goes to the front, behind those only who came earlier than it.
-  [[nodiscard]] Token reenter(SequenceIndex index) noexcept {
-    list(index).insert_from_front(index, links_, ranks_);
-    return entered(index);
-  }
-  SequenceIndex leave(Token&& token) noexcept {
-    const SequenceIndex index = std::move(token).give_back();
-    list(index).remove(index, links_);
-    if (list(index).size() == 0) mask_ &= ~(1U << class_index(index));
-    --size_;
-    return index;
-  }
-
-  [[nodiscard]] int size() const noexcept { return size_; }
-  /// Bit c: somebody waits in class c.
-  [[nodiscard]] std::uint32_t mask() const noexcept { return mask_; }
-  [[nodiscard]] SequenceIndex first(int priority_class) const noexcept {
-    return lists_[static_cast<std::size_t>(priority_class)].first();
-  }
-  [[nodiscard]] SequenceIndex after(SequenceIndex index) const noexcept {
-    return links_[static_cast<std::size_t>(index)].next;
-  }
-
- private:
-  [[nodiscard]] int class_index(SequenceIndex index) const noexcept {
-    return ranks_[static_cast<std::size_t>(index)].priority_class;
-  }
-  RankedList& list(SequenceIndex index) noexcept { return lists_[static_cast<std::size_t>(class_index(index))]; }
-  Token entered(SequenceIndex index) noexcept {
-    mask_ |= 1U << class_index(index);
-    ++size_;
-    return Token(index);
-  }
-
-  Links& links_;
-  const Ranks& ranks_;
-  std::array<RankedList, classes> lists_{};
-  std::uint32_t mask_ = 0;
-  int size_ = 0;
-};
-
 /// Sequences that run in one phase, in the order of rank.
 template <class Phase>
 class RunningList {
@@ -184,6 +129,9 @@ class RunningList {
   [[nodiscard]] int size() const noexcept { return list_.size(); }
   [[nodiscard]] SequenceIndex after(SequenceIndex index) const noexcept {
     return links_[static_cast<std::size_t>(index)].next;
+  }
+  [[nodiscard]] SequenceIndex before(SequenceIndex index) const noexcept {
+    return links_[static_cast<std::size_t>(index)].previous;
   }
 
  private:

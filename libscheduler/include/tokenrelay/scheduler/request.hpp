@@ -16,6 +16,7 @@
 #include "tokenrelay/scheduler/hashed_tokens.hpp"
 #include "tokenrelay/scheduler/places.hpp"
 #include "tokenrelay/scheduler/pool.hpp"
+#include "tokenrelay/scheduler/waiting.hpp"
 
 namespace tokenrelay::scheduler {
 

@@ -80,6 +80,9 @@ class Scheduler {
     std::int32_t cached_tokens = -1;  // at first admission
     std::int32_t overtaken = 0;       // requests of its class that went before it while it was blocked
     std::int32_t holds = 0;           // times it waited for a block of somebody else
+    std::int32_t preempted = 0;       // times
+    std::int32_t climbs_to = 0;       // the class it is of when it waits again
+    std::int32_t reused = 0;          // tokens found in the cache at its last admission
     std::int32_t blocks_wanted = 0;   // blocked until so many are available: spares looking again each step
     std::int32_t matched = -1;        // blocks found in the cache when it was looked at last; -1: it was not
     std::int64_t submitted_us = 0;
@@ -108,8 +111,9 @@ class Scheduler {
   };
   enum class Admission : std::uint8_t { admitted, held, blocked, paced };  // paced: not now, for the floor's sake
 
-  static constexpr int holds_max = 8;             // then a sequence computes its prefix itself
-  static constexpr int lookahead = 4;             // blocked requests of a class that others may be tried behind
+  static constexpr double output_weight = 2;  // of a token that is decoded, in a tenant's share; one of a prompt is 1
+  static constexpr int holds_max = 8;         // then a sequence computes its prefix itself
+  static constexpr int lookahead = 4;         // blocked requests of a class that others may be tried behind
   static constexpr std::size_t ended_max = 4096;  // ended ids that are remembered
   static constexpr std::size_t turns_max = 1024;  // ended texts that are kept for next turns
 
@@ -129,6 +133,7 @@ class Scheduler {
   [[nodiscard]] std::optional<RejectReason> refuse(const Submission& submission, std::size_t inherited) const noexcept;
   [[nodiscard]] std::optional<std::string> check_table(const Sequence& s, const BlockChain& chain) const;
   void hash_prompt(HashedTokens& text) noexcept;
+  [[nodiscard]] std::uint64_t tenant_key(const Submission& submission) const;
   [[nodiscard]] Hash128 root_of(std::span<const std::uint8_t> salt) const;
 
   // plan.cpp
@@ -155,11 +160,13 @@ class Scheduler {
   [[nodiscard]] Match match(Sequence& sequence) noexcept;
   void reside(SequenceIndex index, const Match& match, int blocks, Plan& out) noexcept;
   bool make_room(SequenceIndex for_index) noexcept;
-  void preempt(SequenceIndex index) noexcept;
+  [[nodiscard]] SequenceIndex victim() const noexcept;
+  [[nodiscard]] double recompute_us(SequenceIndex index) const noexcept;
+  void preempt(SequenceIndex index, SequenceIndex for_index) noexcept;
 
   // commit.cpp
   void measure(const Flight& flight, std::int64_t now_us, std::int64_t run_us) noexcept;
-  void take_token(Sequence& sequence, TokenId token, std::int32_t row, std::int64_t now_us, Outcome& out) noexcept;
+  void take_token(SequenceIndex index, TokenId token, std::int32_t row, std::int64_t now_us, Outcome& out) noexcept;
   void settle(SequenceIndex index) noexcept;
   void end(SequenceIndex index) noexcept;
   bool wake() noexcept;
@@ -196,9 +203,15 @@ class Scheduler {
   std::uint64_t tickets_ = 0;
   std::uint64_t admissions_ = 0;
   std::array<std::uint64_t, WaitingQueue::classes> class_served_{};  // `admissions_` when a class was last served
-  int settling_ = 0;                                                 // sequences that will give blocks back at a commit
-  std::vector<BlockId> found_;                                       // what `match` found, block by block
-  bool stalled_ = false;  // a decode found no block in the step being planned
+  struct Stuck {  // the last admissions found everybody blocked: nothing to look at until one of these changes
+    int available = -1;
+    int running = 0;
+    std::uint64_t version = 0;
+  };
+  Stuck stuck_;
+  int settling_ = 0;            // sequences that will give blocks back at a commit
+  std::vector<BlockId> found_;  // what `match` found, block by block
+  bool stalled_ = false;        // a decode found no block in the step being planned
 
   CostModel model_;
   Floor floor_;

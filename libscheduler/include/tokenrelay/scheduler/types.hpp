@@ -24,12 +24,13 @@ struct Config {
   int waiting_max = 1024;         // queue bound
   int steps_in_flight = 2;        // launched and not yet committed; 1: no planning ahead
   int overtakes_max = 16;         // requests of its class that may be admitted before a blocked one
-  int class_overtakes_max = 256;  // admissions that a class may see before its first request goes before better classes
+  int class_overtakes_max = 256;  // admissions that a class, or a tenant in its class, waits for before it goes first
+  int preemptions_max = 3;        // times a sequence is preempted before others that were less often
   double tps_floor = 0;           // tokens a second that each running user keeps; 0: no floor
   double tps_fraction = 0.5;      // of what batch 1 runs at on this device: the floor in force is no higher
   double prefill_share = 0.125;   // of the device's time that prompts get though users are behind the floor; 0: none
-  std::int64_t floor_wait_us =
-      10'000'000;  // a request that waited longer is admitted though the floor breaks; 0: never
+  // A request that waited longer is admitted though the floor breaks; 0: never.
+  std::int64_t floor_wait_us = 10'000'000;
   std::array<std::uint8_t, 16> hash_key{};
   std::array<std::uint8_t, 16> model_identity{};
 
@@ -60,6 +61,7 @@ struct Submission {
   std::span<const TokenId> stop_token_ids;
   int priority = 0;  // lower goes first; clamped to [-16, 15]
   std::span<const std::uint8_t> salt;
+  std::span<const std::uint8_t> tenant;  // tenants of a class get equal shares; empty: the salt tells them apart
 };
 
 /// One step, as a structure of arrays; see docs/contracts.md. Rows [0, decodes) decode, the others prefill.
