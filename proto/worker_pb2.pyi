@@ -94,7 +94,7 @@ class Command(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("id", "request_id", "token_ids", "output_start", "tokens_max", "sampling", "choice", "seed", "priority", "salt", "parent", "deadline_left_ms", "parent_tokens")
+    __slots__ = ("id", "request_id", "token_ids", "output_start", "tokens_max", "sampling", "choice", "seed", "priority", "salt", "parent", "deadline_left_ms", "parent_tokens", "tenant")
     ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +108,7 @@ class Submit(_message.Message):
     PARENT_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_LEFT_MS_FIELD_NUMBER: _ClassVar[int]
     PARENT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     id: int
     request_id: str
     token_ids: bytes
@@ -121,7 +122,8 @@ class Submit(_message.Message):
     parent: int
     deadline_left_ms: int
     parent_tokens: int
-    def __init__(self, id: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., output_start: _Optional[int] = ..., tokens_max: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., choice: _Optional[int] = ..., seed: _Optional[int] = ..., priority: _Optional[int] = ..., salt: _Optional[bytes] = ..., parent: _Optional[int] = ..., deadline_left_ms: _Optional[int] = ..., parent_tokens: _Optional[int] = ...) -> None: ...
+    tenant: bytes
+    def __init__(self, id: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., output_start: _Optional[int] = ..., tokens_max: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., choice: _Optional[int] = ..., seed: _Optional[int] = ..., priority: _Optional[int] = ..., salt: _Optional[bytes] = ..., parent: _Optional[int] = ..., deadline_left_ms: _Optional[int] = ..., parent_tokens: _Optional[int] = ..., tenant: _Optional[bytes] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stop_token_ids", "ignore_eos", "logprobs", "tokens_min")

@@ -261,6 +261,7 @@ class Engine:
             stop_token_ids=request.stop_token_ids,
             priority=request.priority,
             salt=request.salt,
+            tenant=request.tenant,
             parent=request.parent,
             parent_tokens=None if request.parent is None else request.parent_tokens,
             now_us=_now_us(),

@@ -105,6 +105,7 @@ class EngineRequest:
     stop_token_ids: tuple[int, ...] = ()  # the model's own end tokens included, where wanted
     priority: int = 0  # lower runs first
     salt: bytes = b""  # the tenant's
+    tenant: bytes = b""  # tenants of a priority class get equal shares; empty: the salt tells them apart
     deadline: Deadline = field(default_factory=Deadline.never)
     request_id: str = ""  # for logs
     parent: int | None = None  # the sequence whose first `parent_tokens` tokens the prompt begins with

@@ -23,7 +23,8 @@ TEST(an_event_in_the_wrong_state_is_answered_with_the_reason) {
   SlotPool slots(2);
   Links links(4);
   Ranks ranks(4);
-  WaitingQueue waiting(links, ranks);
+  WaitingQueue waiting(links, ranks, 256);
+  waiting.welcome(0, 7);
   HoldBoard holds(links, 4, 4);
   PrefillList prefilling(links, ranks);
   DecodeList decoding(links, ranks);
@@ -60,12 +61,19 @@ TEST(the_waiting_queue_keeps_rank) {
   Links links(8);
   Ranks ranks(8);
   for (std::size_t i = 0; i < 8; ++i) ranks[i] = {WaitingQueue::class_of(i < 6 ? 0 : -3), i + 1};
-  WaitingQueue queue(links, ranks);
+  WaitingQueue queue(links, ranks, 256);
+  for (const SequenceIndex index : {0, 1, 2, 3, 6}) queue.welcome(index, static_cast<std::uint64_t>(index == 6));
   std::vector<WaitingQueue::Token> tokens;
   for (const SequenceIndex index : {0, 2, 3, 6}) tokens.push_back(queue.enter(index));
   tokens.push_back(queue.reenter(1));  // came back: it was submitted before 2 and 3
   std::string order;
-  for (SequenceIndex i = queue.first(16); i != no_sequence; i = queue.after(i)) order += std::to_string(i);
+  {
+    WaitingWalk walk(queue, 16);
+    for (SequenceIndex i = walk.next(); i != no_sequence; i = walk.next()) {
+      order += std::to_string(i);
+      walk.blocked();
+    }
+  }
   CHECK_EQUAL(order, std::string("0123"));
   CHECK_EQUAL(queue.mask(), 1U << 16 | 1U << 13);
   CHECK_EQUAL(WaitingQueue::class_of(-1000), 0);

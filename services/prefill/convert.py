@@ -41,6 +41,7 @@ def engine_request(
         stop_token_ids=end_token_ids,
         priority=submit.priority,
         salt=submit.salt,
+        tenant=submit.tenant,
         deadline=deadline,
         request_id=submit.request_id,
         parent=submit.parent if submit.parent_tokens else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 from typing import Any
 
@@ -47,6 +48,15 @@ def request_id_of(request: web.Request) -> str:
         given = request.headers.get("X-Request-Id", "")
         known = request["request_id"] = given if _REQUEST_ID.fullmatch(given) else new_request_id()
     return known
+
+
+def tenant_of(request: web.Request, salt: bytes) -> bytes:
+    """Whose request it is, for fair shares: 16 bytes from the client's key and the cache salt; empty without a key.
+
+    A digest: a worker needs to tell keys apart, and to know none.
+    """
+    key = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(salt, digest_size=16, key=hashlib.sha256(key).digest()).digest() if key else b""
 
 
 async def render_messages(

@@ -12,7 +12,7 @@ from tokenrelay.base.errors import InvalidRequest, Overloaded
 from tokenrelay.base.ids import request_id as new_request_id
 from tokenrelay.base.logging import get_logger
 from tokenrelay.services.router import limits
-from tokenrelay.services.router.body import read_body, render_messages, request_id_of
+from tokenrelay.services.router.body import read_body, render_messages, request_id_of, tenant_of
 from tokenrelay.services.router.generation import Choice, Prompt, Run
 from tokenrelay.services.router.model import ServedModel
 from tokenrelay.services.router.openai_types import ChatRequest, CompletionRequest
@@ -145,7 +145,8 @@ async def _serve(
     worker.
     """
     request_id = request_id_of(request)
-    run = Run(state.pool, state.metrics, wanted, model, request_id, prompts, make_text, arrived_s)
+    tenant = tenant_of(request, wanted.salt)
+    run = Run(state.pool, state.metrics, wanted, model, request_id, prompts, make_text, arrived_s, tenant)
     shape = make_shape(run, new_request_id(prefix))
     state.opened(run)
     try:

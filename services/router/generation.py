@@ -253,6 +253,7 @@ class Run:
         prompts: Sequence[Prompt],
         make_text: Callable[[], TextSink],
         arrived_s: float,
+        tenant: bytes = b"",
     ) -> None:
         loop = asyncio.get_running_loop()
         self._arrived_s = arrived_s
@@ -264,6 +265,7 @@ class Run:
         self.wanted = wanted
         self.model = model
         self.request_id = request_id
+        self.tenant = tenant
         self.prompts = prompts
         self.error: TokenRelayError | None = None
         self.first: asyncio.Future[None] = loop.create_future()
@@ -302,6 +304,7 @@ class Run:
             seed=wanted.seed,
             priority=wanted.priority,
             salt=wanted.salt,
+            tenant=self.tenant,
             deadline_left_ms=max(1, min(int(left_ms), 0xFFFFFFFF)),
         )
         inherited = self._inherited[choice.prompt_index]

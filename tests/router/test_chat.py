@@ -128,6 +128,19 @@ async def test_parameters_reach_the_worker(stack: Stack) -> None:
     assert submit.output_start == len(submit.token_ids) // 4
 
 
+async def test_a_tenant_is_a_key_and_a_salt(stack: Stack) -> None:
+    """Workers share fairly between tenants: they learn which requests are of one, and nothing of the key."""
+    for key, salt in (("", ""), ("", "s"), ("Bearer a", ""), ("Bearer a", ""), ("Bearer b", ""), ("Bearer a", "s")):
+        body = {"messages": [{"role": "user", "content": "Hi"}], "cache_salt": salt}
+        headers = {"Authorization": key} if key else {}
+        async with stack.http.post(stack.url + "/v1/chat/completions", json=body, headers=headers) as response:
+            assert response.status == 200
+    tenants = [submit.tenant for submit in stack.worker.submits]
+    assert tenants[:2] == [b"", b""]
+    assert tenants[2] == tenants[3] and len(set(tenants[2:])) == 3
+    assert all(len(tenant) == 16 for tenant in tenants[2:])
+
+
 async def test_max_tokens_default_to_the_room_that_is_left(stack: Stack) -> None:
     await stack.chat()
     await stack.chat(max_tokens=10**6)

@@ -54,7 +54,8 @@ class Form:
 
 FORMS: dict[str, Form] = {
     "submit": Form(
-        ("ID", "PROMPT"), options=("max", "stop", "priority", "salt", "tenant", "output_start", "parent", "parent_tokens")
+        ("ID", "PROMPT"),
+        options=("max", "stop", "priority", "salt", "tenant", "output_start", "parent", "parent_tokens"),
     ),
     "abort": Form(("ID",)),
     "plan": Form(),

@@ -159,6 +159,8 @@ class Scheduler {
   [[nodiscard]] bool fits(Sequence& sequence, const Budget& budget) const noexcept;
   [[nodiscard]] Match match(Sequence& sequence) noexcept;
   void reside(SequenceIndex index, const Match& match, int blocks, Plan& out) noexcept;
+
+  // pressure.cpp
   bool make_room(SequenceIndex for_index) noexcept;
   [[nodiscard]] SequenceIndex victim() const noexcept;
   [[nodiscard]] double recompute_us(SequenceIndex index) const noexcept;
