@@ -16,7 +16,7 @@ from tokenrelay.transfer.transport import Identity, Transport
 if TYPE_CHECKING:
     from tokenrelay.transfer.security import Security
 
-KINDS = ("shared",)  # in the order of preference
+KINDS = ("shared", "stream")  # in the order of preference
 
 
 def available() -> tuple[str, ...]:
@@ -42,6 +42,10 @@ def open_transport(
     options: dict[str, Any] = {"listen": listen, "token": token, "security": security, "metrics": metrics}
     if kind not in KINDS:
         raise ConfigError(f"transport {kind!r}: expected one of {', '.join(KINDS)}")
+    if kind == "stream":
+        from tokenrelay.transfer.stream import StreamTransport
+
+        return StreamTransport(identity, memory, **options)
     from tokenrelay.transfer.shared import SharedTransport
 
     return SharedTransport(identity, memory, **options)
