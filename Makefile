@@ -22,6 +22,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
 	$(BIN)/pip install -q --disable-pip-version-check "scikit-build-core>=0.11,<2" "pybind11>=3.0,<4" "cmake>=3.26,<5" "ninja>=1.11,<2"
 	$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev]"
+	@sh tools/nixl.sh $(BIN)
 	@touch $(STAMP) $(VENV)/.built
 
 .typing/.stamp: pyproject.toml tools/typing_farm.py | $(STAMP)

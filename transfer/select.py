@@ -6,6 +6,7 @@ transport = open_transport(kinds[0], identity, memory, listen="unix:/run/tokenre
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from tokenrelay.base.errors import ConfigError
@@ -16,12 +17,13 @@ from tokenrelay.transfer.transport import Identity, Transport
 if TYPE_CHECKING:
     from tokenrelay.transfer.security import Security
 
-KINDS = ("shared", "stream")  # in the order of preference
+KINDS = ("nixl", "shared", "stream")  # in the order of preference
 
 
 def available() -> tuple[str, ...]:
     """Kinds that can be opened here. `shared` needs a SharedPool and both ends on one machine."""
-    return KINDS
+    has_nixl = importlib.util.find_spec("nixl_cu12") is not None
+    return tuple(kind for kind in KINDS if kind != "nixl" or has_nixl)
 
 
 def open_transport(
@@ -46,6 +48,12 @@ def open_transport(
         from tokenrelay.transfer.stream import StreamTransport
 
         return StreamTransport(identity, memory, **options)
-    from tokenrelay.transfer.shared import SharedTransport
+    if kind == "shared":
+        from tokenrelay.transfer.shared import SharedTransport
 
-    return SharedTransport(identity, memory, **options)
+        return SharedTransport(identity, memory, **options)
+    if kind not in available():
+        raise ConfigError("transport 'nixl': the package nixl-cu12 is not installed (make setup installs it)")
+    from tokenrelay.transfer.nixl import NixlTransport
+
+    return NixlTransport(identity, memory, **options)

@@ -16,8 +16,13 @@ from pools import Pool, layout
 from processes import PeerProcess
 
 from tokenrelay.base.ids import incarnation
-from tokenrelay.transfer.select import KINDS, open_transport
+from tokenrelay.transfer.select import available, open_transport
 from tokenrelay.transfer.transport import Identity, Transport
+
+
+def pytest_report_header() -> str:
+    """Which transports are tested is never a secret."""
+    return f"transports: {', '.join(available())}"
 
 
 class Stage:
@@ -58,7 +63,7 @@ class Stage:
             await peer.stop()
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=available())
 def kind(request: pytest.FixtureRequest) -> str:
     """Each transport in turn."""
     return str(request.param)
