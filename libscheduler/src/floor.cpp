@@ -28,7 +28,7 @@ void Floor::decode(std::int64_t& due_us) noexcept {
 }
 
 Budget Floor::budget(const CostModel& model, const StepShape& decodes, int tokens) const noexcept {
-  Budget budget{.tokens = tokens};
+  Budget budget{.tokens = tokens, .beside = static_cast<int>(decodes.decode_rows)};
   if (!on() || decodes.decode_rows == 0) return budget;
   const int known = learning_tokens + 2 * static_cast<int>(prefill_max_);  // a step that large is not far from one seen
   budget.learning = known < tokens;
@@ -51,9 +51,12 @@ Why Floor::admits(const CostModel& model, int rows, double context) const noexce
   if (rows > std::max(learning_rows, 2 * static_cast<int>(decodes_max_))) return Why::waits_learning;
   if (period_us_ == 0) return Why::none;
   const auto period = static_cast<double>(period_us_);
-  const double step = gap_us_ + model.predict_us({.decode_rows = static_cast<double>(rows), .decode_context = context});
+  // A step's fixed part and a row's own cannot be told apart before two rows ran at once: until then the second one
+  // counts as free, or one that looks expensive would never be tried.
+  const double known = decodes_max_ > 1 ? static_cast<double>(rows) : 1.0;
+  const double step = gap_us_ + model.predict_us({.decode_rows = known, .decode_context = context});
   // Prompts need time too, or nobody admitted now would ever get his first token.
-  const bool holds = step <= (1 - share_) * period && step + model.prefill_us(0, chunk_min) <= period;
+  const bool holds = step <= (1 - share_) * period && step + model.prefill_us(0, chunk_min, rows) <= period;
   return holds ? Why::none : Why::waits_floor;
 }
 

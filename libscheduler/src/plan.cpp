@@ -28,6 +28,7 @@ bool Scheduler::plan(std::int64_t now_us, Plan& out) noexcept {
 
 void Scheduler::plan_rows(std::int64_t now_us, Plan& out, Flight& flight) noexcept {
   stalled_ = false;
+  final_tokens_ = 0;
   floor_.begin(step_begins(now_us));
   plan_decodes(out, flight);
   Budget budget = floor_.budget(model_, flight.shape, config_.step_tokens - out.decodes);
@@ -131,7 +132,7 @@ Scheduler::Chunk Scheduler::chunk_of(int start, int left, const Budget& budget) 
   if (budget.tokens < chunk.length) {
     chunk = {budget.tokens, budget.learning ? Why::chunk_learning : Why::chunk_step};
   }
-  const int timely = model_.prefill_tokens_within(start, budget.us, chunk.length);
+  const int timely = model_.prefill_tokens_within(start, budget.us, chunk.length, budget.beside);
   if (timely >= chunk.length) return chunk;
   const int least = std::min(chunk.length, Floor::chunk_min);
   const Why why = budget.shared ? Why::chunk_share : Why::chunk_floor;
@@ -155,6 +156,7 @@ void Scheduler::plan_prefill(SequenceIndex index, Budget& budget, Plan& out, Fli
   out.token_ids.insert(out.token_ids.end(), tokens.begin(), tokens.end());
   if (length == left) {
     prefilling_tokens_ -= sequence.text.size();
+    final_tokens_ += sequence.text.size();
     send(sequence, request::LaunchFinal{resources_, start, length});
   } else {
     send(sequence, request::Launch{resources_, start, length, std::nullopt});
@@ -162,7 +164,8 @@ void Scheduler::plan_prefill(SequenceIndex index, Budget& budget, Plan& out, Fli
   add_row(index, length, false, length == left, out, flight);
   flight.shape.add_prefill(start, length);
   budget.tokens -= length;
-  budget.us -= model_.prefill_us(start, length);
+  budget.us -= model_.prefill_us(start, length, budget.beside);
+  budget.beside += length;
   budget.at_least = false;
 }
 
@@ -250,7 +253,7 @@ Scheduler::Match Scheduler::match(Sequence& sequence) noexcept {
 /// What keeps one more user out for the sake of those that run, if anything does.
 Why Scheduler::floor_admits(const Sequence& sequence, const Flight& flight) const noexcept {
   const int rows = prefilling_.size() + decoding_.size() + 1;
-  const auto context = static_cast<double>(prefilling_tokens_ + sequence.text.size());
+  const auto context = static_cast<double>(prefilling_tokens_ + final_tokens_ + sequence.text.size());
   return floor_.admits(model_, rows, flight.shape.decode_context + context);
 }
 

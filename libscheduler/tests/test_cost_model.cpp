@@ -86,6 +86,28 @@ TEST(learns_an_exact_device) {
   CHECK(std::abs(model.speed() - 1) < 0.02);
 }
 
+/// Few tokens cost what the weights cost to read, many what they cost to compute. Prompts alone hide the former, and a
+/// single user cannot tell a step's fixed part from a row's own.
+TEST(learns_a_device_that_reads_weights_or_computes) {
+  const auto device = [](const StepShape& s) {
+    return 300 + std::max(2400.0, 15.0 * (s.prefill_tokens + s.decode_rows)) + 0.0013 * s.prefill_pairs +
+           0.017 * s.decode_context;
+  };
+  CostModel model;
+  std::mt19937_64 random(5);
+  const auto observe = [&](const StepShape& shape) { model.observe(shape, device(shape)); };
+  for (int i = 0; i < 400; ++i) {
+    observe(mixed(0, 0, static_cast<int>(random() % 30000), 1000 + static_cast<int>(random() % 7000)));
+    for (int k = 0; k < 10; ++k) observe(decodes(1, 10000 + static_cast<int>(random() % 40000)));
+    if (i % 4 == 0) observe(mixed(1, 20000, static_cast<int>(random() % 30000), 16 + static_cast<int>(random() % 800)));
+  }
+  for (const StepShape& shape : {decodes(1, 30000), decodes(4, 30000), decodes(12, 20000), mixed(3, 20000, 5000, 64),
+                                 mixed(3, 20000, 5000, 900), mixed(0, 0, 20000, 8192)}) {
+    const double ratio = model.predict_us(shape) / device(shape);
+    if (ratio < 0.9 || ratio > 1.1) check::fail(__FILE__, __LINE__, "predicted / taken is " + std::to_string(ratio));
+  }
+}
+
 TEST(learns_through_noise) {
   CostModel model;
   Device device;
@@ -162,9 +184,11 @@ TEST(the_inverse_agrees_with_the_prediction) {
   serve(model, device, 2000);
   for (const int start : {0, 1000, 30000}) {
     for (const double us : {100.0, 1000.0, 5000.0, 20000.0}) {
-      const int tokens = model.prefill_tokens_within(start, us, 4096);
-      CHECK(tokens == 0 || model.prefill_us(start, tokens) <= us * 1.0001);
-      CHECK(tokens == 4096 || model.prefill_us(start, tokens + 1) > us * 0.9999);
+      for (const int beside : {0, 100, 1000}) {
+        const int tokens = model.prefill_tokens_within(start, us, 4096, beside);
+        CHECK(tokens == 0 || model.prefill_us(start, tokens, beside) <= us * 1.0001);
+        CHECK(tokens == 4096 || model.prefill_us(start, tokens + 1, beside) > us * 0.9999);
+      }
     }
   }
 }

@@ -54,6 +54,18 @@ def test_the_floor_holds_where_it_would_not_hold_by_itself(floor: float, ahead: 
     assert counts.tokens > 5000 and counts.tokens_late == 0 and counts.overrides == 0
 
 
+def test_prompts_that_end_with_one_step_count_for_each_other() -> None:
+    """Nobody decodes yet, so a step takes them all; what they will read together must still fit the floor."""
+    device = Device(step=2000.0, prefill_row=0.0, prefill_token=1.0, decode_row=0.0, decode_context_token=0.5)
+    served = Served(make_config(step_tokens=16384, chunk_tokens=16384, floor_wait_us=60_000_000), device)
+    for second in range(1, 6):  # one alone, then more at a time, as far as the floor lets them
+        for _ in range(4 * (second - 1) + 1):
+            served.arrive(3_000_000 * second, prompt=4000, output=40)
+    served.run()
+    assert late_users(served, 70.0, 16) == []
+    assert served.scheduler.counts().floor.tokens_late == 0
+
+
 def test_a_moderate_floor_costs_little_throughput() -> None:
     ends = []
     for floor in (0.0, 70.0):

@@ -91,14 +91,15 @@ class CostModel:
     ) -> float:
         """How long such a step will take; 0 while nothing is known."""
 
-    def prefill_us(self, start: int, length: int) -> float:
-        """What a prefill row of tokens [start, start + length) adds to a step."""
+    def prefill_us(self, start: int, length: int, beside: int = 0) -> float:
+        """What a prefill row of tokens [start, start + length) adds to a step that has so many tokens beside it."""
 
-    def prefill_tokens_within(self, start: int, us: float, most: int) -> int:
+    def prefill_tokens_within(self, start: int, us: float, most: int, beside: int = 0) -> int:
         """The most tokens from `start` on, up to `most`, whose row adds no more than `us`."""
 
     def coefficients(self) -> dict[str, float]:
-        """Microseconds per step, prefill_row, prefill_token, prefill_pair, decode_row, decode_context_token."""
+        """Microseconds per step, prefill_row, prefill_token, prefill_pair, decode_row, decode_context_token,
+        and token of a step beyond_32, beyond_128, beyond_512."""
 
     @property
     def speed(self) -> float:

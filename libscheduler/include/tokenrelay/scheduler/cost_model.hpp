@@ -5,12 +5,15 @@
 //     double us = model.predict_us(shape);                   // 0 while nothing is known
 //     int tokens = model.prefill_tokens_within(start, us, most);
 //
-// time = speed * (a + b * prefill rows + c * prefill tokens + d * pairs of attention + e * decode rows + f * context),
-// all coefficients non-negative. The fit is of relative errors: a step that was interrupted (a paused process, a first
-// step that compiles) looks a hundred times slower and moves nothing. Observations are kept in cells by the shape of
-// the step, each of bounded weight, so that a thousand steps of one kind do not make it forget the others; `speed`
-// follows at once what happens to all of them, such as a neighbour on the machine. Deterministic: same observations,
-// same model.
+// time = speed * (a + b * prefill rows + c * prefill tokens + d * pairs of attention + e * decode rows + f * context
+//                 + g * tokens beyond 32 + h * tokens beyond 128 + i * tokens beyond 512),
+// all coefficients non-negative. Few tokens cost what the weights cost to read, many what they cost to compute: that is
+// convex in the tokens of a step, and the last three make it so. Without them prompts alone, which hide the reading of
+// the weights, would leave it to be explained by the rows that decode. The fit is of relative errors: a step that was
+// interrupted (a paused process, a first step that compiles) looks a hundred times slower and moves nothing.
+// Observations are kept in cells by the shape of the step, each of bounded weight, so that a thousand steps of one kind
+// do not make it forget the others; `speed` follows at once what happens to all of them, such as a neighbour on the
+// machine. Deterministic: same observations, same model.
 #pragma once
 
 #include <array>
@@ -41,7 +44,8 @@ struct StepShape {
 
 class CostModel {
  public:
-  static constexpr std::size_t features = 6;
+  static constexpr std::size_t features = 9;
+  static constexpr std::array<double, 3> knees{32, 128, 512};  // tokens of a step
   using Vector = std::array<double, features>;
 
   CostModel();
@@ -50,12 +54,13 @@ class CostModel {
   void observe(const StepShape& shape, double us) noexcept;
   /// How long such a step will take; 0 while nothing is known about it.
   [[nodiscard]] double predict_us(const StepShape& shape) const noexcept;
-  /// What a prefill row of tokens [start, start + length) adds to a step.
-  [[nodiscard]] double prefill_us(int start, int length) const noexcept;
+  /// What a prefill row of tokens [start, start + length) adds to a step that has so many tokens beside it.
+  [[nodiscard]] double prefill_us(int start, int length, int beside = 0) const noexcept;
   /// The most tokens from `start` on, up to `most`, whose row adds no more than `us`.
-  [[nodiscard]] int prefill_tokens_within(int start, double us, int most) const noexcept;
+  [[nodiscard]] int prefill_tokens_within(int start, double us, int most, int beside = 0) const noexcept;
 
-  /// Microseconds per step, prefill row, prefill token, pair, decode row, token of decode context; `speed` included.
+  /// Microseconds per step, prefill row, prefill token, pair, decode row, token of decode context, token beyond each of
+  /// `knees`; `speed` included.
   [[nodiscard]] Vector coefficients() const noexcept;
   /// How much slower the device is at this moment than the fit says; 1: just as it says.
   [[nodiscard]] double speed() const noexcept { return speed_; }

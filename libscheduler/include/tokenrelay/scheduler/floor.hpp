@@ -21,6 +21,7 @@ inline constexpr std::int64_t not_due = std::numeric_limits<std::int64_t>::max()
 /// What is left of a step for prompts.
 struct Budget {
   int tokens = 0;
+  int beside = 0;  // tokens that the step has already
   double us = std::numeric_limits<double>::infinity();
   bool learning = false;  // `tokens` is small because larger steps were not measured yet
   bool shared = false;    // `us` is what prompts are owed, though it breaks the floor

@@ -218,6 +218,7 @@ class Scheduler {
   CostModel model_;
   Floor floor_;
   std::int64_t committed_us_ = 0;       // the last commit
+  std::int64_t final_tokens_ = 0;       // of those whose prompt ends with the step being planned: they decode next
   std::int64_t prefilling_tokens_ = 0;  // of the sequences that prefill: what they will decode with
 
   Counts totals_;
