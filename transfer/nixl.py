@@ -191,6 +191,7 @@ class NixlConnection(Connection):
     async def _post(self, source: tuple[str, Descriptors], target: tuple[str, Descriptors], deadline: Deadline) -> None:
         """One NIXL read. It cannot be taken back: where it is given up, `settled` waits for it."""
         self._check(deadline)
+        self._control.send(Active(True))
         gate = self._gate or contextlib.nullcontext()
         read = asyncio.wrap_future(self._nixl.agent.read(self._agent, source, target, gate))
         self._reads.add(read)
@@ -207,14 +208,19 @@ class NixlConnection(Connection):
     def _reading(self) -> Iterator[None]:
         """The owner is told to make progress meanwhile, and until what was given up has ended."""
         self._active += 1
-        if self._active == 1:
-            self._control.send(Active(True))
         try:
             yield
         finally:
             self._active -= 1
-            if not self._active and not self._reads:
-                self._control.send(Active(False))
+            self._say_when_idle()
+
+    def _read_ended(self, waiter: asyncio.Future[None]) -> None:
+        super()._read_ended(waiter)
+        self._say_when_idle()
+
+    def _say_when_idle(self) -> None:
+        if not self._active and not self._reads:
+            self._control.send(Active(False))
 
     async def _words(self, blocks: npt.NDArray[np.int64], deadline: Deadline) -> Words:
         """One at a time: an older answer must not overwrite a newer one."""

@@ -26,6 +26,8 @@ from tokenrelay.base.logging import get_logger
 log = get_logger("transfer")
 
 POLL_S = 50e-6
+SLOW_POLL_S = 1e-3  # once nothing was heard for FAST_S: a peer is stopped, or the network is
+FAST_S = 5.0
 COMMANDS_MAX = 4096
 Descriptors = npt.NDArray[np.uint64]  # [n, 3]: address, bytes, device
 Result = TypeVar("Result")
@@ -49,6 +51,7 @@ class NixlAgent:
         self._commands: deque[Callable[[], None]] = deque()
         self._reads: list[_Read] = []  # of the thread
         self._peers_read = False
+        self._fast_until_s = 0.0
         self._closing = False
         self.polls = 0  # rounds of the loop, for tests: none while idle
         self._thread = threading.Thread(target=self._run, name="transfer-nixl", daemon=True)
@@ -132,9 +135,10 @@ class NixlAgent:
         return done
 
     def peers_read(self, reading: bool) -> None:
-        """Whether a peer has reads under way that may need us."""
+        """Whether a peer has reads under way that may need us; it says so with each of them."""
         with self._condition:
             self._peers_read = reading
+            self._fast_until_s = time.monotonic() + FAST_S
             self._condition.notify()
 
     def close(self) -> None:
@@ -155,6 +159,7 @@ class NixlAgent:
         done: Future[None],
     ) -> None:
         agent = self._agent
+        self._fast_until_s = time.monotonic() + FAST_S
         there = agent.get_xfer_descs(source[1], mem_type=source[0])
         here = agent.get_xfer_descs(target[1], mem_type=target[0])
         handle = agent.initialize_xfer("READ", here, there, peer)
@@ -195,7 +200,7 @@ class NixlAgent:
                 command()
             if self._reads or self._peers_read:
                 self._poll()
-                time.sleep(POLL_S)
+                time.sleep(POLL_S if time.monotonic() < self._fast_until_s else SLOW_POLL_S)
         for read in self._reads:
             read.future.set_exception(TransferFailed("the NIXL agent was closed", reason="closed"))
         self._reads.clear()

@@ -9,6 +9,7 @@ import asyncio
 import json
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,10 @@ class Peer:
         except TokenRelayError as error:
             return f"{error.code} {getattr(error, 'reason', '')}".strip()
         return "ended"
+
+    async def do_processor_s(self) -> float:
+        """Used so far, all threads."""
+        return time.process_time()
 
     async def do_metrics(self) -> dict[str, dict[str, float]]:
         """Counters."""
