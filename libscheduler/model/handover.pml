@@ -44,6 +44,7 @@ typedef Prefill {
   byte filled;              /* extents that are sealed */
   byte word;                /* the generation in memory beside the block; a new life begins with 0 again */
   byte cut;
+  byte cut_life[DECODES];   /* lives of decodes that were declared over: cut off from everything */
   byte request;             /* whose KV it makes; 0: none */
   byte generation;          /* of its handle; 0: no name yet */
   byte term;
@@ -94,7 +95,6 @@ Decode d[DECODES];
 /* -- the kvstore: one record for each prefill ------------------------------------------------------------------------- */
 typedef Record {
   byte state;
-  byte stored;              /* the state as the durable store has it */
   byte generation;
   byte term;
   byte owner;               /* its life */
@@ -108,13 +108,13 @@ Record r[PREFILLS];
 byte term = 1;
 byte over_prefill[PREFILLS]; /* lives up to this one are over */
 byte over_decode[DECODES];
+bit recovering;              /* a new reign decides nothing until it has heard its members */
+bit heard_prefill[PREFILLS];
+bit heard_decode[DECODES];
 byte deposed[PREFILLS];      /* the states that a former kvstore still believes in; only a mutation lets it act */
 
 /* -- bookkeeping ------------------------------------------------------------------------------------------------------ */
-#define OPEN 0
-#define ADOPTED 1
-#define FAILED_OUTCOME 2
-byte outcome[REQUESTS_MAX + 1];  /* what the ledger decided for each request */
+byte kept[REQUESTS_MAX + 1];       /* which decode has it, plus 1, as long as that life lasts */
 byte requests;               /* started, of these: */
 byte requests_max;
 byte faults;                 /* left, in all; and of each kind: */
@@ -130,23 +130,25 @@ hidden byte law_2_reused_while_a_reader_may_be_alive;
 hidden byte law_2_reused_while_a_writer_may_be_alive;
 hidden byte law_4_another_text;
 hidden byte law_4_adopted_before_it_was_sealed;
-hidden byte law_5_two_outcomes;
+hidden byte law_5_decoded_twice;
 hidden byte law_5_something_is_left;
 
 /* A transfer of decode j reads the block of prefill i, in its present life, and was not cut off. */
-#define READS(j, i) (d[j].transfer == LAUNCHED && d[j].from == i && d[j].owner_life == p[i].life && d[j].word > p[i].cut)
+#define READS(j, i) (d[j].transfer == LAUNCHED && d[j].from == i && d[j].owner_life == p[i].life && d[j].word > p[i].cut && \
+  d[j].life > p[i].cut_life[j])
 
 /* The memory of prefill i answers, at its address: whoever lives there now. */
-#define REACHABLE(j) (p[d[j].from].up == UP && !(d[j].owner_life == p[d[j].from].life && d[j].word <= p[d[j].from].cut))
+#define REACHABLE(j) (p[d[j].from].up == UP && !(d[j].owner_life == p[d[j].from].life && \
+  (d[j].word <= p[d[j].from].cut || d[j].life <= p[d[j].from].cut_life[j])))
 
 /* What prefill i says of its handle counts: the name is the record's, and the life is not over. */
-#define OWNS(i) (p[i].up == UP && p[i].generation != 0 && p[i].generation == r[i].generation \
+#define OWNS(i) (!recovering && p[i].up == UP && p[i].generation != 0 && p[i].generation == r[i].generation \
   && p[i].term == r[i].term && p[i].life == r[i].owner && p[i].life > over_prefill[i])
 
 /* Decode j has the record's name. */
 #define NAMES(j, i) (d[j].phase != IDLE && d[j].from == i && d[j].generation == r[i].generation && d[j].term == r[i].term)
 #define CLAIMED_BY(j, i) (r[i].claimant == j + 1 && r[i].claimant_life == d[j].life)
-#define SPEAKS(j, i) (d[j].up == UP && d[j].life > over_decode[j] && (CLAIMED_BY(j, i) || MUTATED(NO_CLAIMANT_CHECK)))
+#define SPEAKS(j, i) (!recovering && d[j].up == UP && d[j].life > over_decode[j] && (CLAIMED_BY(j, i) || MUTATED(NO_CLAIMANT_CHECK)))
 
 /* Nothing of it touches the record's block, nor will: it has another handle or none, or its transfer has ended. */
 #define STOPS(j) ((d[j].phase == STOPPED || d[j].phase == STOPPED_VALID) \
@@ -156,22 +158,18 @@ hidden byte law_5_something_is_left;
 #define FREED(state) (state == H_Released || state == H_Reclaimed || state == H_Fenced)
 #define OPENED(i) (r[i].state != H_Unused && !H_ENDS(r[i].state))
 
-/* The ledger moves record i: it is stored before anybody gets an answer. */
+/* The ledger moves record i. */
 inline move(i, next) {
   assert(forbidden == 0 || forbidden != 16 * r[i].state + next);
-  r[i].state = next; r[i].stored = r[i].state
+  r[i].state = next
 }
 
-/* The record ended; if nobody adopted it, its request failed here (and is tried again elsewhere). An attempt to reserve
- * that its owner never heard of is none. */
-#define HEARD_OF(i) ((p[i].generation == r[i].generation && p[i].term == r[i].term) || p[i].life != r[i].owner)
-inline close(i, next) {
+inline settle(i) {           /* its owner has the block back already, or never heard the handle's name */
   if
-  :: r[i].state != H_Adopted && H_ENDS(next) && HEARD_OF(i) -> assert(law_5_two_outcomes || outcome[r[i].request] == OPEN);
-     outcome[r[i].request] = FAILED_OUTCOME
-  :: else
-  fi;
-  move(i, next)
+  :: H_TOUCHED(r[i].state) -> move(i, NEXT_Fence(r[i].state))
+  :: r[i].state == H_Adopted -> move(i, NEXT_Release(r[i].state))
+  :: else -> move(i, NEXT_Reclaim(r[i].state))
+  fi
 }
 
 /* -- prefill ------------------------------------------------------------------------------------------------------------ */
@@ -179,6 +177,13 @@ inline give_back(i) {
   p[i].block = (BNEXT_LandLast(p[i].block) != NOWHERE -> BNEXT_LandLast(p[i].block) : p[i].block);  /* its step is awaited */
   p[i].block = (BNEXT_Discard(p[i].block) != NOWHERE -> BNEXT_Discard(p[i].block) : BNEXT_Release(p[i].block));
   assert(p[i].block == B_Free);
+  x = 0;
+  do                         /* it has heard who is over before it heard that its handle is */
+  :: x < DECODES ->
+     p[i].cut_life[x] = (over_decode[x] > p[i].cut_life[x] && !MUTATED(NO_CUT_OF_THE_DEAD) -> over_decode[x] : p[i].cut_life[x]);
+     x++
+  :: else -> break
+  od;
   p[i].request = 0; p[i].filled = 0; p[i].generation = 0; p[i].term = 0; p[i].want = KEEP
 }
 
@@ -187,6 +192,11 @@ inline forget_prefill(i) {   /* the memory of a life that is over */
   x = 0;
   do
   :: x < EXTENTS -> p[i].content[x] = 0; x++
+  :: else -> break
+  od;
+  x = 0;
+  do
+  :: x < DECODES -> p[i].cut_life[x] = 0; x++
   :: else -> break
   od;
   p[i].request = 0; p[i].generation = 0; p[i].term = 0; p[i].want = KEEP
@@ -224,10 +234,14 @@ end:
   :: d_step { OWNS(i) && FREED(r[i].state) ->
        printf("prefill %d learns that its handle is over: the block is free\n", i);
        give_back(i) }
-  :: d_step { p[i].up == UP && p[i].generation != 0 && !(r[i].generation == p[i].generation && r[i].term == p[i].term) ->
+  :: d_step { !recovering && p[i].up == UP && p[i].request != r[i].request && OPENED(i) && r[i].owner == p[i].life ->
+       printf("prefill %d is told of a handle that it does not know: it is over\n", i);
+       settle(i) }
+  :: d_step { p[i].up == UP && !recovering && p[i].generation != 0 &&
+         !(r[i].generation == p[i].generation && r[i].term == p[i].term) ->
        printf("prefill %d: the kvstore does not know the handle; claimants are cut off, the block is free\n", i);
        if
-       :: !MUTATED(NO_CUT_AT_A_NEW_TERM) -> p[i].cut = p[i].word
+       :: !MUTATED(NO_CUT_WHEN_FORGOTTEN) -> p[i].cut = p[i].word
        :: else
        fi;
        give_back(i) }
@@ -266,6 +280,11 @@ inline forget_decode(j) {
   x = 0;
   do
   :: x < PREFILLS -> d[j].seen[x] = 0; x++
+  :: else -> break
+  od;
+  x = 1;
+  do
+  :: x <= REQUESTS_MAX -> kept[x] = (kept[x] == j + 1 -> 0 : kept[x]); x++
   :: else -> break
   od;
   forget_content(j)
@@ -347,6 +366,10 @@ end:
        :: else -> d[j].phase = STOPPED
        fi;
        printf("decode %d validates what it read: phase %d\n", j, d[j].phase) }
+  :: d_step { !recovering && d[j].up == UP && d[j].phase == VALID && !d[j].adopted && NAMES(j, d[j].from) &&
+         CLAIMED_BY(j, d[j].from) && (r[d[j].from].state == H_Adopted || r[d[j].from].state == H_Released) ->
+       printf("decode %d asks, and hears that it has adopted\n", j);
+       d[j].adopted = 1 }
   :: d_step { d[j].up == UP && d[j].phase == VALID && d[j].adopted ->
        printf("decode %d learns of its adoption and decodes request %d\n", j, d[j].request);
        x = 0;
@@ -354,7 +377,9 @@ end:
        :: x < EXTENTS -> assert(law_4_another_text || d[j].content[x] == d[j].request); x++
        :: else -> break
        od;
-       assert(law_5_two_outcomes || outcome[d[j].request] == ADOPTED);   /* nobody else answers this request */
+       x = kept[d[j].request];                            /* whoever was declared over is not listened to any more */
+       assert(law_5_decoded_twice || x == 0 || d[x - 1].life <= over_decode[x - 1]);
+       kept[d[j].request] = j + 1;
        d[j].block = BNEXT_Release(d[j].block); rest(j) }
   :: d_step { d[j].up == UP && d[j].phase >= CLAIMING && d[j].phase <= VALID ->
        printf("decode %d gives up\n", j);
@@ -392,8 +417,8 @@ end:
 proctype owner_events(byte i) {
 end:
   do
-  :: d_step { p[i].up == UP && p[i].request != 0 && p[i].generation == 0 && p[i].life > over_prefill[i] &&
-         !(r[i].request == p[i].request && r[i].owner == p[i].life) && !OPENED(i) &&
+  :: d_step { !recovering && p[i].up == UP && p[i].request != 0 && p[i].generation == 0 && p[i].life > over_prefill[i] &&
+         !OPENED(i) &&
          NEXT_Reserve(H_Unused) != NOWHERE ->
        printf("ledger: Reserve for request %d\n", p[i].request);
        move(i, NEXT_Reserve(H_Unused));
@@ -407,29 +432,25 @@ end:
        move(i, NEXT_Seal(r[i].state)); r[i].sealed = p[i].filled }
   :: d_step { OWNS(i) && NEXT_Release(r[i].state) != NOWHERE ->
        printf("ledger: Release\n");
-       close(i, NEXT_Release(r[i].state)) }
+       move(i, NEXT_Release(r[i].state)) }
   :: d_step { OWNS(i) && p[i].want != KEEP && NEXT_Reclaim(r[i].state) != NOWHERE ->
        printf("ledger: Reclaim\n");
-       close(i, NEXT_Reclaim(r[i].state)) }
+       move(i, NEXT_Reclaim(r[i].state)) }
   :: d_step { OWNS(i) && p[i].want != KEEP && NEXT_Quarantine(r[i].state) != NOWHERE ->
        printf("ledger: Quarantine\n");
-       close(i, NEXT_Quarantine(r[i].state)) }
+       move(i, NEXT_Quarantine(r[i].state)) }
   :: d_step { OWNS(i) && (p[i].want == CUT || MUTATED(FENCE_WITHOUT_CUTTING)) && NEXT_Fence(r[i].state) != NOWHERE ->
        printf("ledger: Fence\n");
-       close(i, NEXT_Fence(r[i].state)) }
+       move(i, NEXT_Fence(r[i].state)) }
   od
 }
 
 proctype claimant_events(byte i; byte j) {
 end:
   do
-  :: d_step { d[j].up == UP && d[j].life > over_decode[j] && NAMES(j, i) && NEXT_Claim(r[i].state) != NOWHERE ->
+  :: d_step { !recovering && d[j].up == UP && d[j].life > over_decode[j] && NAMES(j, i) && NEXT_Claim(r[i].state) != NOWHERE ->
        printf("ledger: Claim by decode %d\n", j);
-       if
-       :: MUTATED(ANSWER_BEFORE_STORING) -> r[i].state = NEXT_Claim(r[i].state)   /* stored a little later */
-       :: else -> move(i, NEXT_Claim(r[i].state))
-       fi;
-       r[i].claimant = j + 1; r[i].claimant_life = d[j].life;
+       move(i, NEXT_Claim(r[i].state)); r[i].claimant = j + 1; r[i].claimant_life = d[j].life;
        d[j].granted = (d[j].phase == CLAIMING) }
   :: d_step { SPEAKS(j, i) && NAMES(j, i) && d[j].phase == READING && NEXT_Transfer(r[i].state) != NOWHERE &&
          NEXT_Transfer(r[i].state) != r[i].state ->
@@ -439,34 +460,32 @@ end:
          (r[i].sealed == EXTENTS || MUTATED(ADOPT_UNSEALED)) && NEXT_Adopt(r[i].state) != NOWHERE ->
        printf("ledger: Adopt\n");
        assert(law_4_adopted_before_it_was_sealed || r[i].sealed == EXTENTS);
-       assert(law_5_two_outcomes || outcome[r[i].request] == OPEN);
-       outcome[r[i].request] = ADOPTED;
        move(i, NEXT_Adopt(r[i].state));
        d[j].adopted = (d[j].phase == VALID) }
   :: d_step { SPEAKS(j, i) && GAVE_UP(j, i) && NEXT_Decline(r[i].state) != NOWHERE ->
        printf("ledger: Decline by decode %d\n", j);
-       close(i, NEXT_Decline(r[i].state)) }
+       move(i, NEXT_Decline(r[i].state)) }
   :: d_step { SPEAKS(j, i) && GAVE_UP(j, i) && NEXT_Acknowledge(r[i].state) != NOWHERE ->
        printf("ledger: Acknowledge by decode %d\n", j);
-       close(i, NEXT_Acknowledge(r[i].state)) }
-  :: d_step { d[j].old_generation != 0 && CLAIMED_BY(j, i) && NEXT_Decline(r[i].state) != NOWHERE &&
+       move(i, NEXT_Acknowledge(r[i].state)) }
+  :: d_step { !recovering && d[j].old_generation != 0 && CLAIMED_BY(j, i) && NEXT_Decline(r[i].state) != NOWHERE &&
          (d[j].old_generation == r[i].generation || MUTATED(NO_GENERATION_CHECK)) &&
          (d[j].old_term == r[i].term || MUTATED(NO_TERM_CHECK)) &&
          !(d[j].old_generation == r[i].generation && d[j].old_term == r[i].term) ->
        printf("ledger: a Decline of decode %d for a handle it had before\n", j);
-       close(i, NEXT_Decline(r[i].state)) }
+       move(i, NEXT_Decline(r[i].state)) }
   od
 }
 
 proctype deadlines(byte i) {
 end:
   do
-  :: d_step { NEXT_Expire(r[i].state) != NOWHERE ->
+  :: d_step { !recovering && NEXT_Expire(r[i].state) != NOWHERE ->
        printf("ledger: Expire\n");
-       close(i, NEXT_Expire(r[i].state)) }
-  :: d_step { NEXT_Lose(r[i].state) != NOWHERE && r[i].owner <= over_prefill[i] ->
+       move(i, NEXT_Expire(r[i].state)) }
+  :: d_step { !recovering && NEXT_Lose(r[i].state) != NOWHERE && r[i].owner <= over_prefill[i] ->
        printf("ledger: Lose\n");
-       close(i, NEXT_Lose(r[i].state)) }
+       move(i, NEXT_Lose(r[i].state)) }
   :: d_step { p[i].up != UP && OPENED(i) && p[i].life > over_prefill[i] ->
        printf("kvstore: prefill %d is dead\n", i);
        over_prefill[i] = p[i].life }
@@ -476,46 +495,131 @@ end:
   :: d_step { p[i].up == UP && over_prefill[i] < p[i].life - 1 ->
        printf("kvstore: prefill %d joins again\n", i);
        over_prefill[i] = p[i].life - 1 }
-  :: d_step { MUTATED(OLD_KVSTORE_WRITES) && p[i].want != KEEP && OWNS(i) && deposed[i] != H_Unused &&
-         NEXT_Reclaim(deposed[i]) != NOWHERE ->
-       printf("the former kvstore, which believes in state %d, stores a Reclaim\n", deposed[i]);
-       move(i, NEXT_Reclaim(deposed[i])); deposed[i] = H_Unused }
-  :: d_step { r[i].stored != r[i].state -> r[i].stored = r[i].state }
+  :: d_step { MUTATED(OLD_KVSTORE_ANSWERS) && p[i].up == UP && p[i].generation != 0 && p[i].want != KEEP &&
+         deposed[i] != H_Unused && NEXT_Reclaim(deposed[i]) != NOWHERE ->
+       printf("the former kvstore, which believes in state %d, answers a Reclaim\n", deposed[i]);
+       deposed[i] = H_Unused; give_back(i) }
+  od
+}
+
+/* What the next kvstore finds written down of record i: how it stands, or an earlier state on its way there. */
+inline find_written(i) {
+  if
+  :: true                                                  /* all of it */
+  :: OPENED(i) -> forget_record(i)                         /* not even its name */
+  :: OPENED(i) && r[i].state != H_Reserved -> back_to(i, H_Reserved)
+  :: r[i].state != H_Unused && r[i].state != H_Reserved && r[i].state != H_Lost -> back_to(i, H_Offered)
+  :: r[i].claimant != 0 && r[i].state != H_Claimed && r[i].state != H_Lost -> r[i].state = H_Claimed
+  :: r[i].state == H_Fenced || (r[i].state == H_Returned || r[i].state == H_Reclaimed) && r[i].claimant != 0 ->
+     r[i].state = H_Quarantined
+  :: r[i].state == H_Reclaimed && r[i].claimant != 0 -> r[i].state = H_Returned
+  :: r[i].state == H_Released -> r[i].state = H_Adopted
+  fi
+}
+
+inline back_to(i, earlier) {  /* before it was claimed, or all of it sealed */
+  r[i].state = earlier; r[i].claimant = 0; r[i].claimant_life = 0; r[i].sealed = 0
+}
+
+inline forget_record(i) {
+  r[i].state = H_Unused; r[i].generation = 0; r[i].term = 0; r[i].owner = 0; r[i].claimant = 0; r[i].claimant_life = 0;
+  r[i].request = 0; r[i].word = 0; r[i].sealed = 0
+}
+
+inline depose(i) {
+  if
+  :: MUTATED(OLD_KVSTORE_ANSWERS) -> deposed[i] = r[i].state
+  :: else
+  fi
+}
+
+/* The members of the former reign tell the next one what they own and what they have claimed; whoever does not is over.
+ * Nothing is decided before. (ledger/recovery.py) */
+inline interview_prefill(i) {
+  printf("kvstore: hears prefill %d\n", i);
+  if
+  :: p[i].up != UP -> over_prefill[i] = p[i].life
+  :: p[i].up == UP && OPENED(i) && r[i].owner == p[i].life &&
+     !(p[i].generation == r[i].generation && p[i].term == r[i].term) ->  /* it has its block back, or never heard the name */
+     settle(i)
+  :: else
+  fi;
+  heard_prefill[i] = 1
+}
+
+#define HOLDS(j, i) (NAMES(j, i) && d[j].phase >= GRANTED && (d[j].phase <= VALID || d[j].transfer != NO_TRANSFER))
+
+inline interview_decode_of(j, i) {
+  if
+  :: OPENED(i) && kept[r[i].request] == j + 1 && r[i].state != H_Adopted && !MUTATED(FORGET_ADOPTIONS) ->
+     r[i].state = H_Adopted; r[i].sealed = EXTENTS; r[i].claimant = j + 1; r[i].claimant_life = d[j].life
+  :: HOLDS(j, i) && (r[i].state == H_Reserved || r[i].state == H_Offered) ->
+     r[i].state = H_Claimed; r[i].claimant = j + 1; r[i].claimant_life = d[j].life
+  :: CLAIMED_BY(j, i) && H_TOUCHED(r[i].state) && (GAVE_UP(j, i) || d[j].phase == CLAIMING) ->
+     move(i, NEXT_Decline(r[i].state))
+  :: else
+  fi
+}
+
+inline interview_decode(j) {
+  printf("kvstore: hears decode %d\n", j);
+  if
+  :: d[j].up != UP -> over_decode[j] = d[j].life
+  :: else ->
+     d[j].granted = 0; d[j].adopted = 0;                  /* answers of the former reign are not heard any more */
+     interview_decode_of(j, 0);
+#if PREFILLS > 1
+     interview_decode_of(j, 1)
+#endif
+  fi;
+  heard_decode[j] = 1
+}
+
+proctype interviews() {
+end:
+  do
+  :: d_step { recovering && !heard_prefill[0] -> interview_prefill(0) }
+#if PREFILLS > 1
+  :: d_step { recovering && !heard_prefill[1] -> interview_prefill(1) }
+#endif
+  :: d_step { recovering && !heard_decode[0] -> interview_decode(0) }
+#if DECODES > 1
+  :: d_step { recovering && !heard_decode[1] -> interview_decode(1) }
+#endif
+  :: d_step { recovering && !heard_decode[0] && d[0].up == UP && faults > 0 && suspicions > 0 ->
+       printf("kvstore: hears nothing of decode 0, and declares it dead, though it lives\n");
+       faults--; suspicions--; over_decode[0] = d[0].life; heard_decode[0] = 1 }
+  :: d_step { recovering && heard_prefill[0] && heard_decode[0] && heard_prefill[PREFILLS - 1] && heard_decode[DECODES - 1] ->
+       printf("kvstore: has heard everybody, and decides again\n");
+       recovering = 0; heard_prefill[0] = 0; heard_decode[0] = 0; heard_prefill[PREFILLS - 1] = 0; heard_decode[DECODES - 1] = 0 }
   od
 }
 
 proctype kvstore() {
 end:
   do
-  :: d_step { faults > 0 && takeovers > 0 ->
-       printf("kvstore: dies; the next one reads what was stored\n");
-       faults--; takeovers--; term++;
-       x = 0;
-       do
-       :: x < PREFILLS ->
-          r[x].state = r[x].stored;
-          if
-          :: MUTATED(OLD_KVSTORE_WRITES) -> deposed[x] = r[x].state
-          :: else
-          fi;
-          x++
-       :: else -> break
-       od }
+  :: atomic { faults > 0 && takeovers > 0 ->
+       printf("kvstore: dies; the next one reads what was written down\n");
+       faults--; takeovers--; term++; recovering = !MUTATED(NO_INTERVIEWS);
+       depose(0); find_written(0);
+#if PREFILLS > 1
+       depose(1); find_written(1)
+#endif
+     }
   :: d_step { faults > 0 && losses > 0 ->
-       printf("kvstore: dies, and nothing was stored\n");
-       faults--; losses--; term++;
+       printf("kvstore: dies, and nothing was written down\n");
+       faults--; losses--; term++; recovering = 0;
        x = 0;
        do
-       :: x < PREFILLS ->
-          if
-          :: OPENED(x) && r[x].state != H_Adopted && HEARD_OF(x) -> outcome[r[x].request] = FAILED_OUTCOME
-          :: else
-          fi;
-          r[x].state = H_Unused; r[x].stored = H_Unused; r[x].generation = 0; r[x].term = 0; r[x].owner = 0;
-          r[x].claimant = 0; r[x].claimant_life = 0; r[x].request = 0; r[x].word = 0; r[x].sealed = 0;
-          over_prefill[x] = 0; x++
+       :: x < PREFILLS -> forget_record(x); over_prefill[x] = 0; heard_prefill[x] = 0; x++
        :: else -> break
-       od }
+       od;
+       x = 0;
+       do
+       :: x < DECODES -> over_decode[x] = 0; heard_decode[x] = 0; x++
+       :: else -> break
+       od;
+       x = 0 }
   od
 }
 
@@ -551,7 +655,7 @@ init {
     assert(requests_max <= REQUESTS_MAX);
     for (i : 0 .. PREFILLS - 1) {
       p[i].up = UP; p[i].life = 1; p[i].block = B_Free;
-      r[i].state = H_Unused; r[i].stored = H_Unused; deposed[i] = H_Unused
+      r[i].state = H_Unused; deposed[i] = H_Unused
     }
     for (j : 0 .. DECODES - 1) {
       d[j].up = UP; d[j].life = 1; d[j].block = B_Free
@@ -561,7 +665,7 @@ init {
       for (j : 0 .. DECODES - 1) { run claim_of(j, i); run claimant_events(i, j) }
     }
     for (j : 0 .. DECODES - 1) { run decode(j) }
-    run kvstore();
+    run kvstore(); run interviews();
 #ifndef LIVENESS
     run audit()
 #endif

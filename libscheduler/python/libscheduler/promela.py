@@ -36,6 +36,7 @@ class Mutation:
     changes: tuple[Change, ...] = ()  # to the tables; none: the model itself has it
     decodes: int = 1  # how many it takes to show
     requests: int = 2
+    faults: int = 1
 
 
 def _handle(state: str, event: str, after: str | None) -> Change:
@@ -60,12 +61,6 @@ MUTATIONS = (
         2,
         "the wait for an answer or a fence",
         (_handle("Quarantined", "Reclaim", "Reclaimed"),),
-    ),
-    Mutation(
-        "ADOPT_WHAT_IS_OVER",
-        5,
-        "the refusal to adopt what was fenced",
-        (_handle("Fenced", "Adopt", "Adopted"),),
     ),
     Mutation(
         "NOBODY_FENCES", 5, "the fence: a quarantine has no end but an answer", (_handle("Quarantined", "Fence", None),)
@@ -93,12 +88,14 @@ MUTATIONS = (
     Mutation("READ_UNSEALED", 4, "the wait for the seal"),
     Mutation("ADOPT_UNSEALED", 4, "the ledger's check that all extents are sealed"),
     Mutation("FREE_WHEN_LOST", 2, "the new life of an owner that was declared dead"),
-    Mutation("NO_CUT_AT_A_NEW_TERM", 2, "the cutting off when the kvstore has forgotten a handle"),
+    Mutation("NO_CUT_WHEN_FORGOTTEN", 2, "the cutting off when the kvstore has forgotten a handle"),
     Mutation("NO_GENERATION_CHECK", 2, "the generation in the handle's name", requests=3),
     Mutation("NO_TERM_CHECK", 2, "the term in the handle's name", requests=3),
     Mutation("NO_CLAIMANT_CHECK", 2, "the check that it is the claimant who answers", decodes=2),
-    Mutation("ANSWER_BEFORE_STORING", 2, "the durable write before the answer"),
-    Mutation("OLD_KVSTORE_WRITES", 2, "the term that the store checks"),
+    Mutation("NO_INTERVIEWS", 2, "the interviews of a new reign: what was written down is taken for the truth"),
+    Mutation("FORGET_ADOPTIONS", 5, "what a decode says of its adoptions to a new reign", decodes=2),
+    Mutation("NO_CUT_OF_THE_DEAD", 2, "the cutting off of a life that was declared over", faults=2),
+    Mutation("OLD_KVSTORE_ANSWERS", 2, "the end of a reign on its own clock: a deposed kvstore still answers"),
 )
 
 
@@ -139,4 +136,6 @@ def preamble() -> str:
     left = {row.state for row in handle.rows if row.next not in (None, row.state)}
     ends = " || ".join(f"(s) == H_{state}" for state in handle.states if state not in left)
     lines.append(f"#define H_ENDS(s) ({ends})")
+    touched = " || ".join(f"(s) == H_{name}" for name, facts in handle.state_facts.items() if facts.peer_may_touch)
+    lines.append(f"#define H_TOUCHED(s) ({touched})")
     return "\n".join(lines) + "\n"
