@@ -27,7 +27,15 @@ log = get_logger("recovery")
 _PROGRESS = {
     state: place
     for place, state in enumerate(
-        (State.RESERVED, State.OFFERED, State.CLAIMED, State.TRANSFERRING, State.QUARANTINED, State.RETURNED)
+        (
+            State.RESERVED,
+            State.OFFERED,
+            State.CLAIMED,
+            State.TRANSFERRING,
+            State.QUARANTINED,
+            State.RETURNED,
+            State.ADOPTED,
+        )
     )
 }
 CLAIM_LEFT_MIN_S = 1.0  # of a claim whose deadline passed while nobody could act on it
@@ -108,6 +116,9 @@ class Recovery:
                 books.claim(handle, actor, deadline_s=left_s)
             if _state(books, told) is State.CLAIMED and told.state is State.TRANSFERRING:
                 books.transfer(handle, actor)
+            if told.state is State.ADOPTED and view.owner is not None:  # it decodes: nobody else may claim this
+                books.seal(handle, view.owner, extents=view.extents)
+                books.adopt(handle, actor)
 
     def _settle(self, actor: Actor, view: HandleView) -> None:
         """A party knows nothing of it: it had come to an end there."""

@@ -189,7 +189,9 @@ LARGE = (
 
 def without(mutation: promela.Mutation) -> Search:
     """The search that must find the counter-example."""
-    return Search(Fleet(decodes=mutation.decodes), requests=mutation.requests, faults=mutation.faults, mutation=mutation)
+    return Search(
+        Fleet(decodes=mutation.decodes), requests=mutation.requests, faults=mutation.faults, mutation=mutation
+    )
 
 
 def main() -> int:
