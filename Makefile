@@ -7,10 +7,11 @@ STAMP  := $(VENV)/.installed
 NATIVE := build/native
 MODEL  ?=
 ARGS   ?=
+FUZZ_S ?= 600
 
 NATIVE_SOURCES := CMakeLists.txt $(shell find libscheduler kernels/csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name 'CMakeLists.txt' 2>/dev/null)
 
-.PHONY: test-tools help setup build serve chat test test-full test-native check check-native bench proto clean wheel-smoke format
+.PHONY: test-tools help setup build serve chat test test-full test-native check check-native fuzz bench proto clean wheel-smoke format
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -48,7 +49,7 @@ test-native: setup   ## the C++ tests (CTest), must-not-compile ones included
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python > $(VENV)/cmake.log || (cat $(VENV)/cmake.log; false)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake --build $(NATIVE) && $(BIN)/ctest --test-dir $(NATIVE) --output-on-failure --no-tests=error
 
-check: setup check-native  ## formatters, ruff, mypy --strict, clang-format, clang-tidy, stale generated code, tidy tests
+check: setup check-native  ## formatters, ruff, mypy --strict, clang-format, clang-tidy, sanitizers, stale generated code, tidy tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p tokenrelay
@@ -58,8 +59,11 @@ check: setup check-native  ## formatters, ruff, mypy --strict, clang-format, cla
 check-native: setup
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.hpp' '*.h')
 	@sh tools/clang_tidy.sh $(BIN) $(NATIVE)
+	@sh tools/sanitize.sh $(BIN) build/sanitize
 format: setup    ## rewrite the sources as the formatters want them
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix . ; $(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.hpp' '*.h')
+fuzz:            ## fuzz the scheduler with libFuzzer for FUZZ_S seconds (needs clang)
+	@sh tools/fuzz.sh build/fuzz $(FUZZ_S)
 proto: setup     ## regenerate the protobuf code
 	$(BIN)/python tools/proto.py
 bench: build     ## every benchmark, quickly

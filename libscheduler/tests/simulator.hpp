@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <functional>
 #include <map>
 #include <optional>
 #include <set>
@@ -124,13 +125,14 @@ class Simulator {
     return planned;
   }
 
-  bool commit() {
+  bool commit(std::int64_t run_us = Scheduler::by_clock) {
     if (launched_.empty()) return false;
     execute_until(1);
     Launched launched = std::move(launched_.front());
     launched_.pop_front();
+    if (about_to_commit) about_to_commit(launched.sampled);
     Outcome outcome;
-    scheduler.commit(launched.plan.step, launched.sampled, now_us++, outcome);
+    scheduler.commit(launched.plan.step, launched.sampled, now_us++, outcome, run_us);
     check_outcome(launched, outcome);
     verify();
     return true;
@@ -155,6 +157,7 @@ class Simulator {
   }
 
   [[nodiscard]] std::size_t live() const { return live_.size(); }
+  [[nodiscard]] bool busy() const { return !live_.empty() || !launched_.empty(); }
   [[nodiscard]] std::uint64_t some_live(std::uint64_t random) const {
     return std::next(live_.begin(), static_cast<std::ptrdiff_t>(random % live_.size()))->first;
   }
@@ -183,8 +186,9 @@ class Simulator {
 
   Scheduler scheduler;
   std::int64_t now_us = 0;
-  std::uint64_t parents_known = 0;    // submissions that were accepted with a parent
-  std::uint64_t parents_unknown = 0;  // whose text was gone
+  std::function<void(std::span<const TokenId>)> about_to_commit;  // for who writes a transcript
+  std::uint64_t parents_known = 0;                                // submissions that were accepted with a parent
+  std::uint64_t parents_unknown = 0;                              // whose text was gone
 
  private:
   void remember(std::uint64_t id) {
