@@ -39,6 +39,7 @@ log = get_logger("ledger")
 EXTENTS_MAX = 1 << 24
 DEADLINE_MAX_S = 24 * 3600.0
 DUTY_AGAIN_FIRST_S, DUTY_AGAIN_MAX_S = 0.5, 30.0  # a duty nobody did is told again after this, doubled each time
+AUTHORITY_AGAIN_S = 0.2  # looks again after this while the right to decide is in doubt
 WATCHERS_MAX = 8192
 ENDED_MAX = 65536
 _TIMED = frozenset({Event.OFFER, Event.CLAIM, Event.TRANSFER, Event.ADOPT, Event.QUARANTINE})  # may set a deadline
@@ -302,8 +303,11 @@ class LedgerHost:
 
     def _act(self) -> None:
         self._timer = None
+        if self._suspended is not None:
+            return  # `resume` arms the timer
         if self.refusal() is not None:
-            return  # whoever lets it decide again arms the timer
+            self._arm(AUTHORITY_AGAIN_S)
+            return
         for actor in self.roster.lapsed():
             self._end(actor, f"nothing was heard of it for {self.roster.lease_s(actor):g} s", fenced=False)
         waits = [wait for wait in (self.roster.next_end_s(), self._announce_duties()) if wait is not None]

@@ -206,7 +206,7 @@ class Reign:
             if refusal is not None and not paused:
                 paused = True
                 self.on_pause(refusal.reason)
-            sent_s = clock_s()
+            sent_s, until_s = clock_s(), self._until_s
             try:
                 self._extend(sent_s, await self._store.refresh(self._lease))
             except LeaseGone:
@@ -217,7 +217,8 @@ class Reign:
                 log.warning("the lease was not renewed", left_s=left_s, error=str(error))
                 if not paused:  # try again well before it is over
                     await self._lost_within(min(RETRY_MAX_S, self._granted_s / 10) * (0.5 + random.random()))
-            if paused and self.refusal() is None:
+            lapsed = paused or (until_s <= clock_s() and until_s < self._until_s)  # however briefly: somebody may wait
+            if lapsed and self.refusal() is None:
                 paused = False
                 log.info("etcd is back", term=self.term)
                 self.on_resume()

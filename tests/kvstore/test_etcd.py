@@ -354,6 +354,28 @@ async def test_the_journal_writes_all_in_order_and_the_latest_wins(etcd: EtcdSer
     await store.close()
 
 
+async def test_a_right_that_lapsed_for_a_moment_is_told_to_be_back(monkeypatch: Any) -> None:
+    """Whoever could not go on in that moment (a takeover, say) waits for it."""
+    now_s, resumed = 100.0, asyncio.Event()
+
+    class SlowStore:
+        async def refresh(self, lease: int) -> float:
+            nonlocal now_s
+            now_s += 1.5  # longer than what is left
+            await asyncio.sleep(0)
+            return 1.0 if resumed.is_set() else 2.0
+
+    monkeypatch.setattr("tokenrelay.ledger.reign.clock_s", lambda: now_s)
+    reign = Reign(SlowStore(), prefix=b"", address=lambda: "", incarnation="1", lease_s=1)  # type: ignore[arg-type]
+    reign._lease, reign._granted_s = 1, 0.1
+    reign._extend(now_s, 1.0)
+    reign.on_resume = resumed.set
+    holding = asyncio.create_task(reign._hold())
+    await asyncio.wait_for(resumed.wait(), 2)
+    holding.cancel()
+    await asyncio.gather(holding, return_exceptions=True)
+
+
 async def test_the_right_to_decide_ends_by_this_process_own_clock(etcd: EtcdServer, monkeypatch: Any) -> None:
     store = EtcdStore([etcd.endpoint], timeout_s=0.5)
     reign = Reign(store, prefix=b"/clock/", address=lambda: "here", incarnation="1", lease_s=2)

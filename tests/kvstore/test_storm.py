@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import grpc
 import pytest
 from etcd_server import EtcdServer
 from kv_process import KvProcess
@@ -22,6 +23,7 @@ from kv_process import KvProcess
 from tokenrelay.ledger.api import Code, Handle, HandleView, Joined, Member, Rejection, State
 from tokenrelay.ledger.client import KvstoreClient
 from tokenrelay.ledger.connection import ConnectionOptions
+from tokenrelay.proto import kvstore_pb2, kvstore_pb2_grpc
 
 EXTENTS = 4
 OPTIONS = ConnectionOptions(connect_timeout_s=0.5, call_timeout_s=0.7, backoff_min_s=0.02, backoff_max_s=0.3)
@@ -129,6 +131,8 @@ class Life:
         me, ledger, memory = self.member.actor, self.client, self.memory
         patience_s = time.monotonic() + rng.choice([0.0, 0.5, 1.0])
         while not self.over.is_set():
+            if rng.random() < 0.5 and await ledger.reclaim(handle, me) is None:  # greedily: the ledger must refuse
+                return memory.use_again(handle, "reclaimed")
             view = await ledger.view(handle)
             if isinstance(view, HandleView) and view.owner == me:
                 if view.state is State.ADOPTED and await ledger.release(handle, me) is None:
@@ -184,11 +188,16 @@ class Storm:
 
     async def strike(self) -> str:
         """One of them, over when it returns."""
-        what = self._rng.choice(["kill", "pause", "etcd", "etcd pause"])
+        what = self._rng.choice(["kill", "blind kill", "blind kill", "pause", "etcd", "etcd pause"])
         name = self._rng.choice(list(self.kvstores))
-        if what == "kill":
+        if "kill" in what:
+            if what == "blind kill":  # nothing of what is decided now is written down
+                self._etcd.pause()
+                await asyncio.sleep(self._rng.uniform(0.2, 0.6))
             self.kvstores[name].signal(signal.SIGKILL)
             self.kvstores[name].wait()
+            if what == "blind kill":
+                self._etcd.resume()
             await asyncio.sleep(self._rng.uniform(0, 1.5))
             self.kvstores[name] = await asyncio.to_thread(self._start, name)
         elif what == "pause":
@@ -204,6 +213,16 @@ class Storm:
             await asyncio.sleep(self._rng.uniform(0.2, 2))
             self._etcd.resume()
         return what
+
+    async def report(self) -> str:
+        """What the kvstores say of themselves."""
+        found = []
+        for process in self.kvstores.values():
+            async with grpc.aio.insecure_channel(process.address) as channel:
+                stub = kvstore_pb2_grpc.KvstoreStub(channel)  # type: ignore[no-untyped-call]
+                found.append(str(await stub.GetStatus(kvstore_pb2.KvStatusRequest(), timeout=2)))
+            found.append("\n".join(process.log.read_text().splitlines()[-25:]))
+        return "\n".join(found)
 
     def close(self) -> None:
         """Whatever state they are in."""
@@ -251,9 +270,9 @@ async def test_handovers_in_a_storm(seed: int, tmp_path: Path, own_etcd: EtcdSer
                 failed.result()
             memory.counts[await storm.strike()] += 1
         stop.set()
-        _, unfinished = await asyncio.wait(members, timeout=60)
+        _, unfinished = await asyncio.wait(members, timeout=30)
         held = [(life.member.name, life.client.connection.last_error, life.mine) for life in lives if life.mine]
-        assert not unfinished, f"members that do not come to an end: {held}"
+        assert not unfinished, f"members that do not come to an end: {held}\n{await storm.report()}"
         for task in members:
             task.result()
         late = KvstoreClient(targets, options=OPTIONS)
