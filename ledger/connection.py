@@ -172,6 +172,17 @@ class Connection:
                     self.last_error = error
                 except grpc.aio.AioRpcError as error:
                     self.last_error = Unavailable(f"kvstore {target}: {error.code().name}: {error.details()}")
+                except (grpc.aio.UsageError, asyncio.InvalidStateError, OSError) as error:
+                    # A write into a call that ended under it, which grpc tells in several ways.
+                    self.last_error = Unavailable(f"kvstore {target}: {error!r}")
+                except asyncio.CancelledError:
+                    task = asyncio.current_task()
+                    if task is None or task.cancelling():
+                        raise
+                    self.last_error = Unavailable(f"kvstore {target}: the call was cancelled")
+                except Exception as error:  # a bug, and no reason to leave this process without a kvstore
+                    log.exception("the connection failed", target=target)
+                    self.last_error = Unavailable(f"kvstore {target}: {error!r}")
                 self.ready, self.stub = False, None
                 if self.connections > connections:
                     log.warning("kvstore lost", target=target, reason=str(self.last_error))

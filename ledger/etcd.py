@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import aetcd
 import aetcd.exceptions
-import grpc
 
 from tokenrelay.base.logging import get_logger
 
@@ -134,7 +133,7 @@ class EtcdStore:
                 log.info("the history is compacted: beginning with the present value", key=key)
                 revision = 0
                 continue
-            except (StoreError, aetcd.exceptions.ClientError, grpc.aio.AioRpcError, TimeoutError, OSError) as error:
+            except Exception as error:  # as above
                 log.warning("watching again", key=key, error=repr(error))
             finally:
                 if watch is not None:
@@ -166,7 +165,7 @@ class EtcdStore:
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await request(await self._connected())
-        except (aetcd.exceptions.ClientError, grpc.aio.AioRpcError, TimeoutError, OSError) as error:
+        except Exception as error:  # aetcd's and grpc's, and what a client that is closed meanwhile raises
             self.errors += 1
             self._used += 1
             if len(self._endpoints) > 1:
@@ -179,7 +178,7 @@ async def _quietly(work: Awaitable[Any], timeout_s: float) -> None:
     try:
         async with asyncio.timeout(timeout_s):
             await work
-    except (aetcd.exceptions.ClientError, grpc.aio.AioRpcError, TimeoutError, OSError) as error:
+    except Exception as error:
         log.debug("closing", error=repr(error))
 
 

@@ -117,6 +117,9 @@ class Journal:
         except StoreError as error:
             log.warning("not written yet", keys=len(self._dirty), error=str(error))
             return False
+        except Exception:  # a bug, and no reason to write nothing any more
+            log.exception("the journal failed")
+            return False
         if not ours:
             self.clear()
             self._on_foreign("the leader's key is not what this reign wrote")

@@ -135,6 +135,8 @@ class Reign:
                     pause_s = RETRY_MIN_S
             except StoreError as error:
                 log.warning("etcd", error=str(error))
+            except Exception:  # a bug, and no reason to leave the fleet without a standby
+                log.exception("the reign failed")
             await asyncio.sleep(pause_s * (0.5 + random.random()))
             pause_s = min(2 * pause_s, RETRY_MAX_S)
 

@@ -215,6 +215,9 @@ class BlockTier:
         except OSError as error:
             self.disk.remove(key)
             self._disk_failed(error)
+        except Exception:  # a bug, and no reason to write nothing any more
+            self.disk.remove(key)
+            log.exception("a block was not written")
         finally:
             del self._unwritten[key]
             self._unwritten_bytes -= len(payload)

@@ -149,6 +149,27 @@ async def test_a_broken_connection_loses_no_call(empty_fleet: Fleet) -> None:
     assert len(set(handles)) == 160 == service.store.host.books.open_count
 
 
+@pytest.mark.parametrize("failure", [asyncio.InvalidStateError, grpc.aio.UsageError, asyncio.CancelledError, KeyError])
+async def test_whatever_ends_a_connection_another_one_begins(
+    empty_fleet: Fleet, failure: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await empty_fleet.start_service()
+    client = await empty_fleet.kvstore_client()
+    write, failures = client.connection._write, iter([failure])
+
+    async def failing(call: object) -> None:
+        if (once := next(failures, None)) is not None:
+            raise once
+        await write(call)
+
+    monkeypatch.setattr(client.connection, "_write", failing)
+    client.connection._stalled.set()  # leave the present one
+    async with asyncio.timeout(5):
+        while client.connection.connections < 3:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert isinstance(await client.join(PREFILL, lease_s=5), Joined)
+
+
 async def test_members_go_on_when_a_kvstore_without_a_backend_is_restarted(empty_fleet: Fleet) -> None:
     service = await empty_fleet.start_service()
     client = await empty_fleet.kvstore_client()
