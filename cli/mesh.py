@@ -22,6 +22,7 @@ from tokenrelay.cli.console import TerminalObserver
 REFRESH_S = 1.0
 READ_S = 2.0
 BAR_CELLS = 16
+WIDE_COLUMNS = 110  # of the terminal: room for all of the table
 STYLES = {"ready": "green", "starting": "yellow", "replacing": "yellow", "draining": "yellow", "died": "red"}
 
 
@@ -116,11 +117,12 @@ class MeshObserver(TerminalObserver):
     def table(self, seen: Mapping[str, Mapping[str, Any]]) -> RenderableType:
         """A row a service. `seen`: what /workers said of each, by the name of its socket."""
         table = Table(box=None, header_style="bold", pad_edge=False)
-        for column in ("service", "state", "for", "pid", "restarts"):
+        wide = self._console.width >= WIDE_COLUMNS
+        for column in ("service", "state", "for", "pid", "restarts") if wide else ("service", "state", "for"):
             table.add_column(column, no_wrap=True)
-        for column in ("running", "waiting", "tokens/s", "cached prompt"):
+        for column in ("running", "waiting", "tokens/s", "cached") if wide else ("run", "wait", "tok/s", "cached"):
             table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("KV: active, cached, free", no_wrap=True)
+        table.add_column("KV: active, cached, free" if wide else "KV pool", no_wrap=True)
         now_s = time.monotonic()
         for name, service in self._services.items():
             stats = seen.get(name, {}).get("stats", {})
@@ -128,11 +130,10 @@ class MeshObserver(TerminalObserver):
                 name,
                 Text(service.state, style=STYLES.get(service.state, "")),
                 duration(now_s - service.since_s),
-                str(service.pid or ""),
-                str(service.starts - 1) if service.starts > 1 else "",
+                *([str(service.pid or ""), str(service.starts - 1) if service.starts > 1 else ""] if wide else []),
                 *self._load(service, stats, now_s),
             )
-        hint = f"kill -USR2 {os.getpid()} replaces each service in turn; Ctrl-C finishes what runs and stops"
+        hint = f"kill -USR2 {os.getpid()}: a rolling restart   Ctrl-C: finish what runs, then stop"
         return Group(table, Text(hint, style="dim"))
 
     def _load(self, service: Service, stats: Mapping[str, Any], now_s: float) -> tuple[RenderableType, ...]:

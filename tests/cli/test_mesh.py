@@ -47,6 +47,19 @@ def test_a_row_a_service_with_its_load() -> None:
     assert " 1 " in second, "one restart"
 
 
+def test_it_fits_a_terminal_of_80_columns() -> None:
+    observer = MeshObserver(Console(file=io.StringIO(), width=80), "http://127.0.0.1:1")
+    observer.starting("worker-12")
+    observer.started("worker-12", {"pid": 4194303})
+    busy = {**STATS, "output_tokens": 12345, "sequences_running": 256, "sequences_waiting": 1024}
+    drawn(observer, {"worker-12": {"stats": STATS}})
+    console = Console(width=80, file=io.StringIO())
+    console.print(observer.table({"worker-12": {"stats": busy}}))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_the_bar_is_as_long_whatever_the_pool() -> None:
     for active, cached, free in ((0, 0, 10), (10, 0, 0), (1, 9999, 0), (1, 1, 1), (0, 0, 0)):
         bar = pool_bar({"blocks_active": active, "blocks_cached": cached, "blocks_free": free}).plain
