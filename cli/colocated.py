@@ -208,6 +208,9 @@ def stats_message(stats: EngineStats) -> worker_pb2.Stats:
         preemptions=stats.preemptions,
         aborts=stats.aborts,
         step_time_us=stats.step_time_us,
+        integrity_checks=stats.integrity_checks,
+        integrity_failures=stats.integrity_failures,
+        integrity_check_us=stats.integrity_check_us,
         tps_floor=worker_pb2.TpsFloor(
             configured=stats.floor.configured,
             in_force=stats.floor.in_force,

@@ -138,7 +138,9 @@ async def run(options: WorkerSettings, status: StatusPipe) -> tuple[int, bool]:
     status.ready(**facts)
     await lifecycle.wait_drain()
     drained = await lifecycle.unless_stopped(servicer.drain(Deadline.after(config.drain_s)))
-    await server.stop(STOP_GRACE_S if drained else 0.0)
+    if lifecycle.failure is not None:  # routers get what was said last, the failure among it
+        servicer.end_sessions()
+    await server.stop(STOP_GRACE_S if drained or lifecycle.failure is not None else 0.0)
     log.info("stopped", drained=drained, failure=repr(lifecycle.failure) if lifecycle.failure else None)
     if lifecycle.failure is not None:
         return 1, True

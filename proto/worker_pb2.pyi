@@ -210,7 +210,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("blocks_free", "blocks_cached", "blocks_active", "sequences_waiting", "sequences_running", "steps", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "aborts", "step_time_us", "tps_floor")
+    __slots__ = ("blocks_free", "blocks_cached", "blocks_active", "sequences_waiting", "sequences_running", "steps", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "aborts", "step_time_us", "integrity_checks", "integrity_failures", "integrity_check_us", "tps_floor")
     BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_ACTIVE_FIELD_NUMBER: _ClassVar[int]
@@ -223,6 +223,9 @@ class Stats(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     ABORTS_FIELD_NUMBER: _ClassVar[int]
     STEP_TIME_US_FIELD_NUMBER: _ClassVar[int]
+    INTEGRITY_CHECKS_FIELD_NUMBER: _ClassVar[int]
+    INTEGRITY_FAILURES_FIELD_NUMBER: _ClassVar[int]
+    INTEGRITY_CHECK_US_FIELD_NUMBER: _ClassVar[int]
     TPS_FLOOR_FIELD_NUMBER: _ClassVar[int]
     blocks_free: int
     blocks_cached: int
@@ -236,8 +239,11 @@ class Stats(_message.Message):
     preemptions: int
     aborts: int
     step_time_us: int
+    integrity_checks: int
+    integrity_failures: int
+    integrity_check_us: int
     tps_floor: TpsFloor
-    def __init__(self, blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_active: _Optional[int] = ..., sequences_waiting: _Optional[int] = ..., sequences_running: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., aborts: _Optional[int] = ..., step_time_us: _Optional[int] = ..., tps_floor: _Optional[_Union[TpsFloor, _Mapping]] = ...) -> None: ...
+    def __init__(self, blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_active: _Optional[int] = ..., sequences_waiting: _Optional[int] = ..., sequences_running: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., aborts: _Optional[int] = ..., step_time_us: _Optional[int] = ..., integrity_checks: _Optional[int] = ..., integrity_failures: _Optional[int] = ..., integrity_check_us: _Optional[int] = ..., tps_floor: _Optional[_Union[TpsFloor, _Mapping]] = ...) -> None: ...
 
 class TpsFloor(_message.Message):
     __slots__ = ("configured", "in_force", "batch_1", "users_below", "tokens", "tokens_late", "overrides")

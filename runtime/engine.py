@@ -30,6 +30,7 @@ from tokenrelay.base.logging import get_logger
 from tokenrelay.libscheduler import FloorCounts, Plan, RejectReason, Scheduler
 from tokenrelay.runtime.executor.executor import Step, StepResult
 from tokenrelay.runtime.floor_watch import FloorWatch
+from tokenrelay.runtime.integrity import Books
 from tokenrelay.runtime.requests import (
     EngineOutput,
     EngineRequest,
@@ -45,7 +46,6 @@ log = get_logger("engine")
 
 OnStep = Callable[[list[EngineOutput], EngineStats], None]
 STEP_MAX_S = 600.0  # a step that runs longer hangs: the engine gives up, its process is started anew
-CHECK_INTERVAL_S = 10.0  # the idle integrity check costs O(pool): not before each short pause
 
 
 class Launcher(Protocol):
@@ -123,7 +123,7 @@ class Engine:
         self._launched: deque[_Launched] = deque()
         self._step_time_us = 0
         self._steps = 0
-        self._checked_at = 0.0
+        self._books = Books(scheduler.check)
         self._stats = EngineStats()
         self._floor_watch = FloorWatch()
 
@@ -208,13 +208,24 @@ class Engine:
                     commands = list(self._submitted), self._aborts
                     self._submitted.clear()
                     self._aborts = {}
+                    self._books.touched()
                     return commands
                 idle = not self._open and not self._launched
-                if not idle or time.monotonic() - self._checked_at < CHECK_INTERVAL_S:
-                    self._wake.wait(timeout_s)
+                check_s = self._books.due_s() if idle else None
+                if check_s != 0.0:
+                    waits = [wait_s for wait_s in (timeout_s, check_s) if wait_s is not None]
+                    self._wake.wait(min(waits, default=None))
                     continue
-            self._checked_at = time.monotonic()
-            self._scheduler.check()
+            self._check_books()
+
+    def _check_books(self) -> None:
+        """While idle. A failure is counted and told before it ends the loop."""
+        try:
+            self._books.check()
+        finally:
+            self._stats = self._count()
+            if self._books.failures:
+                self._on_step([], self._stats)
 
     def _sleep_max_s(self) -> float | None:
         """Until the next deadline, or until the running step must have ended; None: for ever."""
@@ -411,6 +422,9 @@ class Engine:
             preemptions=counts.preemptions,
             aborts=counts.aborts,
             step_time_us=self._step_time_us,
+            integrity_checks=self._books.checks,
+            integrity_failures=self._books.failures,
+            integrity_check_us=self._books.check_us,
             floor=self._count_floor(counts.floor),
         )
 

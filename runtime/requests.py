@@ -181,4 +181,7 @@ class EngineStats:
     preemptions: int = 0
     aborts: int = 0
     step_time_us: int = 0  # time spent running steps, in all
+    integrity_checks: int = 0  # of the scheduler's books, while idle
+    integrity_failures: int = 0  # then the engine ends
+    integrity_check_us: int = 0  # time they took, in all
     floor: FloorStats = field(default_factory=FloorStats)

@@ -71,6 +71,7 @@ class WorkerClient:
         self.ready = False
         self.handshake: worker_pb2.HandshakeReply | None = None  # of the last successful connection
         self.stats = worker_pb2.Stats()  # as of the last StepOutput
+        self.integrity_failures = 0  # lives of the worker that ended because its scheduler's books were broken
         self.last_error: TokenRelayError | None = None  # why it is not ready
         self.connections = 0  # sessions opened so far
         self._router_incarnation = router_incarnation or new_incarnation()
@@ -144,12 +145,18 @@ class WorkerClient:
         if self._stub is None:
             raise Unavailable(f"worker {self.target} is not connected{_because(self.last_error)}")
         try:
-            self.stats = await self._stub.GetStats(
+            stats: worker_pb2.Stats = await self._stub.GetStats(
                 worker_pb2.StatsRequest(), timeout=timeout_s, metadata=self._security.metadata
             )
         except grpc.aio.AioRpcError as error:
             raise Unavailable(f"worker {self.target} gave no stats: {error.details()}") from error
-        return self.stats
+        self._take_stats(stats)
+        return stats
+
+    def _take_stats(self, stats: worker_pb2.Stats) -> None:
+        """A worker's counters end with its life; a failure that ended it is counted here."""
+        self.integrity_failures += max(0, stats.integrity_failures - self.stats.integrity_failures)
+        self.stats = stats
 
     def _send(self, command: worker_pb2.Command) -> None:
         self._commands.append(command)
@@ -225,7 +232,7 @@ class WorkerClient:
         """Dispatch until the stream ends; always raises."""
         open_sequences = self._open
         while (message := await call.read()) is not grpc.aio.EOF:
-            self.stats = message.stats
+            self._take_stats(message.stats)
             for output in message.outputs:
                 if output.finish:
                     on_output = open_sequences.pop(output.id, None)

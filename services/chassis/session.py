@@ -119,6 +119,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             await asyncio.wait_for(self._quiet.wait(), None if deadline.at_s == float("inf") else deadline.left_s())
         except TimeoutError:
             self.fail_all(Unavailable("the worker stops and the time to drain is over"))
+        self.end_sessions()
+
+    def end_sessions(self) -> None:
+        """Send what waits, then end the streams."""
+        self._draining = True
         for session in self._sessions:
             session.ending = True
             session.outbox.wake()
@@ -224,3 +229,5 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             await session.outbox.wait()
             if len(session.outbox):
                 await context.write(session.outbox.take(self._stats))
+        if self._stats.integrity_failures:  # the worker's last words: it counts no more after this
+            await context.write(session.outbox.take(self._stats))

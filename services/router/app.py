@@ -189,6 +189,7 @@ async def metrics_page(request: web.Request) -> web.Response:
     clients = state.pool.clients
     stats = await asyncio.gather(*(_fresh_stats(client) for client in clients))
     workers = {client.target: (client.ready, one) for client, one in zip(clients, stats, strict=True)}
+    state.metrics.integrity_failures = {client.target: client.integrity_failures for client in clients}
     model = state.pool.model
     cache = model.tokenizer.cache if model is not None else None
     text = state.metrics.render(workers, (cache.hit_chars, cache.miss_chars) if cache is not None else (0, 0))

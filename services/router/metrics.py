@@ -57,6 +57,7 @@ class Metrics:
         self.aborts: Counter[str] = Counter()  # why sequences were aborted
         self.moves: Counter[str] = Counter()  # why sequences went on at another worker
         self.turns: Counter[str] = Counter()  # sequences that named a parent: "sent", and of those "unknown"
+        self.integrity_failures: dict[str, int] = {}  # by worker; its own counters ended with it
         self.requests_open = 0
         self.streams_open = 0
         self.prompt_tokens = 0
@@ -111,10 +112,14 @@ class Metrics:
             ("output_tokens", "tokens that workers made"),
             ("preemptions", "sequences preempted and recomputed"),
             ("aborts", "sequences aborted"),
+            ("integrity_checks", "checks of schedulers' books while idle"),
         ):
             page.add(f"worker_{name}_total", "counter", help_text, {"": total(name)})
         seconds = total("step_time_us") / 1e6
         page.add("worker_step_seconds_total", "counter", "time spent in engine steps", {"": seconds})
+        failures = {f'worker="{_escape(target)}"': count for target, count in self.integrity_failures.items()}
+        help_text = "workers that ended because a check found the scheduler's books broken"
+        page.add("worker_integrity_failures_total", "counter", help_text, failures)
         self._add_floor(page, {target: state[1].tps_floor for target, state in workers.items()})
 
     def _add_floor(self, page: _Page, floors: Mapping[str, worker_pb2.TpsFloor]) -> None:

@@ -102,7 +102,11 @@ async def test_the_kv_gauge_is_fresh_and_sums_to_the_pool(stack: Stack) -> None:
 
 def test_the_tps_floor_of_each_worker_is_on_the_page() -> None:
     floor = worker_pb2.TpsFloor(configured=70, in_force=12.5, batch_1=25, tokens=9, tokens_late=2, overrides=1)
-    page = samples(Metrics().render({"unix:a": (True, worker_pb2.Stats(tps_floor=floor))}))
+    counted = Metrics()
+    counted.integrity_failures = {"unix:a": 2}
+    page = samples(counted.render({"unix:a": (True, worker_pb2.Stats(tps_floor=floor, integrity_checks=3))}))
+    assert page['tokenrelay_worker_integrity_failures_total{worker="unix:a"}'] == 2
+    assert page["tokenrelay_worker_integrity_checks_total"] == 3
     expected = {"configured": 70, "in_force": 12.5, "batch_1": 25, "users_below": 0}
     expected |= {"tokens_total": 9, "tokens_late_total": 2, "overrides_total": 1}
     for name, value in expected.items():

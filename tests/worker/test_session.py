@@ -366,3 +366,18 @@ async def test_a_reader_behind_the_bound_is_cut_and_the_others_go_on(tmp_path: P
     await channel.close()
     await client.close()
     await server.stop(0)
+
+
+async def test_a_broken_book_is_the_last_word_and_the_router_counts_it(stage: Stage) -> None:
+    """The worker's own counter ends with it; the client's stands, whatever the next life says."""
+    stage.servicer.deliver([], worker_pb2.Stats(steps=5, integrity_failures=1))
+    stage.servicer.end_sessions()
+    await stage.server.stop(2)
+    await until(lambda: not stage.client.ready, "the worker is gone")
+    assert stage.client.integrity_failures == 1 and stage.client.stats.steps == 5
+    reborn = WorkerServer(WorkerServicer(ScriptedHost("life-2")), stage.server.address)
+    await reborn.start()
+    await stage.client.wait_ready(10)
+    assert (await stage.client.get_stats()).integrity_failures == 0
+    assert stage.client.integrity_failures == 1
+    await reborn.stop(0)

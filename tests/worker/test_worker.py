@@ -18,10 +18,13 @@ from transformers import AutoModelForCausalLM
 from worker_process import Stream, WorkerProcess, connect, submit_message
 
 from tokenrelay.base.errors import DeadlineExceeded, InvalidRequest, Unavailable
-from tokenrelay.base.status import parse_status
+from tokenrelay.base.status import StatusPipe, parse_status
 from tokenrelay.cli import worker as worker_module
 from tokenrelay.proto import worker_pb2, worker_pb2_grpc
+from tokenrelay.runtime import engine as engine_module
+from tokenrelay.runtime.integrity import Books
 from tokenrelay.services.chassis.channel import channel_options, decode_error
+from tokenrelay.services.chassis.client import ClientOptions, WorkerClient
 
 
 def prompt_of(seed: int, length: int) -> list[int]:
@@ -276,3 +279,25 @@ def test_wrong_settings_are_named(checkpoint: Path, tmp_path: Path, flags: tuple
     code, status = start("--model", str(checkpoint), "--socket", str(tmp_path / "s"), "--blocks", "300", *flags)
     assert code == 1 and status["event"] == "failed" and status["code"] == "config_error"
     assert expected in status["message"]
+
+
+async def test_a_worker_whose_books_are_broken_answers_what_is_open_and_ends(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise AssertionError("block 3 has two owners")
+
+    monkeypatch.setattr(engine_module, "Books", lambda _: Books(broken))
+    flags = ["--model", str(checkpoint), "--socket", str(tmp_path / "s"), "--blocks", "200", "--dtype", "float32"]
+    worker, prefill = worker_module.settings(worker_module._parser().parse_args([*flags, "--block-tokens", "16"]))
+    options = worker_module.WorkerSettings(worker.values, prefill.values, "life-1")
+    task = asyncio.create_task(worker_module.run(options, StatusPipe(None)))
+    client, stream = WorkerClient(f"unix:{tmp_path}/s", options=ClientOptions(backoff_max_s=0.2)), Stream()
+    await client.start()
+    await client.wait_ready(60)
+    client.submit(submit_message(prompt_of(1, 20), 5), stream)
+    assert (await stream.ended()).finish == worker_pb2.FINISH_LENGTH
+    code, at_once = await asyncio.wait_for(task, 30)
+    assert (code, at_once) == (1, True), "the supervisor starts it anew"
+    assert client.integrity_failures == 1 and not client.ready
+    await client.close()
