@@ -107,15 +107,25 @@ class Recycled {
 
 class PyScheduler {
  public:
-  explicit PyScheduler(const ts::Config& config) : scheduler(config) {}
+  PyScheduler(const ts::Config& config, const py::object& generations) : scheduler(config) {
+    if (generations.is_none()) return;
+    auto words = py::array_t<std::uint64_t, py::array::c_style>::ensure(generations);
+    if (!words || words.ptr() != generations.ptr() || !words.writeable() || words.size() != config.blocks) {
+      throw py::value_error("generations must be a writable, contiguous uint64 array with a word for each of the " +
+                            std::to_string(config.blocks) + " blocks");
+    }
+    scheduler.count_generations_in({words.mutable_data(), static_cast<std::size_t>(words.size())});
+    generations_ = std::move(words);  // as long as the scheduler
+  }
 
   std::optional<ts::RejectReason> submit(std::uint64_t id, const py::object& token_ids, std::int64_t output_start,
                                          std::int64_t tokens_max, const std::vector<ts::TokenId>& stop_token_ids,
                                          std::int64_t priority, const py::bytes& salt, const py::bytes& tenant,
                                          std::optional<std::uint64_t> parent, std::optional<std::int64_t> parent_tokens,
-                                         std::int64_t now_us) {
+                                         ts::Handover handover, std::int64_t now_us) {
     const TokenBuffer buffer(token_ids);
     ts::Submission submission;
+    submission.handover = handover;
     submission.sequence_id = id;
     submission.token_ids = buffer.tokens();
     submission.output_start = static_cast<int>(std::clamp<std::int64_t>(output_start, -1, 1 << 30));
@@ -174,6 +184,7 @@ class PyScheduler {
  private:
   Recycled<ts::Plan> plans_;
   Recycled<ts::Outcome> outcomes_;
+  py::object generations_;
 };
 
 ts::Config make_config(int block_tokens, int blocks, int slots, int context_tokens, int step_tokens, int chunk_tokens,
@@ -247,6 +258,54 @@ py::object sequence_tokens(PyScheduler& self, std::uint64_t id) {
   return py::array_t<ts::TokenId>(static_cast<py::ssize_t>(tokens->size()), tokens->data());
 }
 
+py::array_t<ts::BlockId> blocks_of(const std::vector<ts::BlockId>& ids) {
+  return py::array_t<ts::BlockId>(static_cast<py::ssize_t>(ids.size()), ids.data());
+}
+
+py::array generations_of(const py::object& self) {
+  const auto words = self.cast<PyScheduler&>().scheduler.generations();
+  py::array array(py::dtype::of<std::uint64_t>(), {static_cast<py::ssize_t>(words.size())}, {sizeof(std::uint64_t)},
+                  words.data(), self);
+  py::detail::array_proxy(array.ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
+  return array;
+}
+
+std::vector<std::pair<std::uint64_t, std::int32_t>> take_reserved(PyScheduler& self) {
+  std::vector<std::pair<std::uint64_t, std::int32_t>> out;
+  for (const auto& reserved : self.scheduler.take_reserved()) {
+    out.emplace_back(reserved.sequence_id, reserved.cached_tokens);
+  }
+  return out;
+}
+
+void bind_handover(py::module_& m) {
+  py::native_enum<ts::Handover>(m, "Handover", "enum.IntEnum", "What becomes of the KV of a prompt.")
+      .value("NONE", ts::Handover::none)
+      .value("SOURCE", ts::Handover::source)
+      .value("DESTINATION", ts::Handover::destination)
+      .finalize();
+  py::native_enum<ts::HandleEvent>(m, "HandleEvent", "enum.IntEnum", "What happens to a sequence's handle.")
+      .value("OFFER", ts::HandleEvent::offer)
+      .value("CLAIM", ts::HandleEvent::claim)
+      .value("TRANSFER", ts::HandleEvent::transfer)
+      .value("ADOPT", ts::HandleEvent::adopt)
+      .value("DECLINE", ts::HandleEvent::decline)
+      .value("ACKNOWLEDGE", ts::HandleEvent::acknowledge)
+      .value("RELEASE", ts::HandleEvent::release)
+      .value("QUARANTINE", ts::HandleEvent::quarantine)
+      .value("EXPIRE", ts::HandleEvent::expire)
+      .value("RECLAIM", ts::HandleEvent::reclaim)
+      .value("FENCE", ts::HandleEvent::fence)
+      .value("LOSE", ts::HandleEvent::lose)
+      .finalize();
+  py::native_enum<ts::ImportAnswer>(m, "ImportAnswer", "enum.IntEnum", "What the end of a transfer found.")
+      .value("DONE", ts::ImportAnswer::done)
+      .value("UNKNOWN", ts::ImportAnswer::unknown)
+      .value("NOT_IMPORTING", ts::ImportAnswer::not_importing)
+      .value("NOTHING_LEFT", ts::ImportAnswer::nothing_left)
+      .finalize();
+}
+
 void bind_values(py::module_& m) {
   py::native_enum<ts::RejectReason>(m, "RejectReason", "enum.IntEnum",
                                     "Why a submission was refused; the wire's values.")
@@ -265,6 +324,7 @@ void bind_values(py::module_& m) {
       .value("NONE", ts::Finish::none)
       .value("STOP", ts::Finish::stop)
       .value("LENGTH", ts::Finish::length)
+      .value("HANDOVER", ts::Finish::handover)
       .finalize();
 
   py::class_<ts::Counts>(m, "Counts")
@@ -274,6 +334,8 @@ void bind_values(py::module_& m) {
       .def_readonly("sequences_waiting", &ts::Counts::sequences_waiting)
       .def_readonly("sequences_running", &ts::Counts::sequences_running)
       .def_readonly("steps_in_flight", &ts::Counts::steps_in_flight)
+      .def_readonly("sequences_importing", &ts::Counts::sequences_importing)
+      .def_readonly("handles_open", &ts::Counts::handles_open)
       .def_readonly("preemptions", &ts::Counts::preemptions)
       .def_readonly("aborts", &ts::Counts::aborts)
       .def_readonly("prompt_tokens", &ts::Counts::prompt_tokens)
@@ -334,11 +396,42 @@ void bind_scheduler(py::module_& m) {
       .def_readonly("floor_wait_us", &ts::Config::floor_wait_us);
 
   py::class_<PyScheduler>(m, "Scheduler")
-      .def(py::init<const ts::Config&>(), py::arg("config"))
+      .def(py::init<const ts::Config&, const py::object&>(), py::arg("config"), py::kw_only(),
+           py::arg("generations") = py::none())
       .def("submit", &PyScheduler::submit, py::arg("sequence_id"), py::arg("token_ids"), py::kw_only(),
            py::arg("output_start"), py::arg("tokens_max"), py::arg("stop_token_ids") = std::vector<ts::TokenId>(),
            py::arg("priority") = 0, py::arg("salt") = py::bytes(), py::arg("tenant") = py::bytes(),
-           py::arg("parent") = py::none(), py::arg("parent_tokens") = py::none(), py::arg("now_us"))
+           py::arg("parent") = py::none(), py::arg("parent_tokens") = py::none(),
+           py::arg("handover") = ts::Handover::none, py::arg("now_us"))
+      .def(
+          "handle",
+          [](PyScheduler& self, std::uint64_t id, ts::HandleEvent event) { return self.scheduler.handle(id, event); },
+          py::arg("sequence_id"), py::arg("event"))
+      .def(
+          "handle_state", [](const PyScheduler& self, std::uint64_t id) { return self.scheduler.handle_state(id); },
+          py::arg("sequence_id"))
+      .def(
+          "readable",
+          [](const PyScheduler& self, std::uint64_t id, std::size_t first) {
+            return blocks_of(self.scheduler.readable(id, first));
+          },
+          py::arg("sequence_id"), py::arg("first") = 0)
+      .def_property_readonly("generations", &generations_of)
+      .def("take_reserved", &take_reserved)
+      .def(
+          "import_blocks",
+          [](const PyScheduler& self, std::uint64_t id) { return blocks_of(self.scheduler.import_blocks(id)); },
+          py::arg("sequence_id"))
+      .def(
+          "imported",
+          [](PyScheduler& self, std::uint64_t id, ts::TokenId token) { return self.scheduler.imported(id, token); },
+          py::arg("sequence_id"), py::arg("token_id"))
+      .def(
+          "import_stopped",
+          [](PyScheduler& self, std::uint64_t id, std::optional<ts::TokenId> token) {
+            return self.scheduler.import_stopped(id, token);
+          },
+          py::arg("sequence_id"), py::arg("token_id") = py::none())
       .def(
           "abort", [](PyScheduler& self, std::uint64_t id, std::int64_t now) { return self.scheduler.abort(id, now); },
           py::arg("sequence_id"), py::arg("now_us"))
@@ -364,6 +457,7 @@ void bind_scheduler(py::module_& m) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "The scheduler: a state machine without clock, thread, socket or tensor.";
   bind_values(m);
+  bind_handover(m);
   bind_policy(m);
   bind_steps(m);
   bind_scheduler(m);

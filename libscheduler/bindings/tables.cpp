@@ -9,7 +9,7 @@
 
 #include "tokenrelay/scheduler/block.hpp"
 #include "tokenrelay/scheduler/handle.hpp"
-#include "tokenrelay/scheduler/request.hpp"
+#include "tokenrelay/scheduler/request_table.hpp"
 
 namespace py = pybind11;
 namespace ts = tokenrelay::scheduler;

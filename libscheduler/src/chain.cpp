@@ -3,6 +3,7 @@
 namespace tokenrelay::scheduler {
 
 void BlockChain::launch(block::Records& records, int start, int length, int block_tokens) noexcept {
+  if (length == 0) return;
   const auto first = static_cast<std::size_t>(start / block_tokens);
   const auto last = static_cast<std::size_t>((start + length - 1) / block_tokens);
   for (std::size_t index = first; index <= last; ++index) {
@@ -25,6 +26,7 @@ Remains BlockChain::abandon(BlockPool& pool) && noexcept {
 }
 
 void Remains::land(BlockPool& pool, int start, int length, int block_tokens) noexcept {
+  if (length == 0) return;
   const auto first = static_cast<std::size_t>(start / block_tokens);
   const auto last = static_cast<std::size_t>((start + length - 1) / block_tokens);
   for (std::size_t index = first; index <= last; ++index) {

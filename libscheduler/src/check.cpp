@@ -73,6 +73,7 @@ std::optional<std::string> Scheduler::check() const {
   int resident = 0;
   int waiting = 0;
   int settling = 0;
+  int importing = 0;
   std::int64_t prefilling = 0;
   std::vector<int> flights(sequences_.size());
   for (std::size_t i = 0; i < flights_size_; ++i) {
@@ -82,6 +83,7 @@ std::optional<std::string> Scheduler::check() const {
   }
   for (std::size_t i = 0; i < sequences_.size(); ++i) {
     const Sequence& s = sequences_[i];
+    importing += s.importing;
     const auto broken = std::visit(
         [&]<class S>(const S& state) -> std::optional<std::string> {
           if constexpr (requires { state.home; }) {
@@ -89,6 +91,8 @@ std::optional<std::string> Scheduler::check() const {
             settling += std::is_same_v<S, request::Preempting>;
             if (std::is_same_v<S, request::Prefilling>) prefilling += s.text.size();
             if (state.home.slot.slot() != s.slot) return "the slot's mirror is wrong";
+            flights[i] += s.importing;
+            if (s.importing != std::is_same_v<S, request::Importing>) return "a transfer writes it in another state";
             if (state.home.flights.count() != flights[i] || s.flights != flights[i])
               return "launched steps are miscounted";
             if (!std::is_same_v<S, request::Preempting>) {
@@ -97,11 +101,13 @@ std::optional<std::string> Scheduler::check() const {
             return hold(holdings, state.home.chain, pool_.records());
           } else if constexpr (requires { state.estate; }) {
             ++resident;
-            ++settling;
+            settling += !s.importing;
+            flights[i] += s.importing;
             if (state.estate.flights.count() != flights[i] || flights[i] == 0) return "it is over and was not settled";
             return hold(holdings, state.estate.remains, pool_.records());
           } else {
             waiting += !std::is_same_v<S, request::Ended>;
+            if (s.importing) return "a transfer writes a sequence that is not resident";
             if (flights[i] != 0) return "a launched step holds a sequence that is not resident";
             return std::nullopt;
           }
@@ -109,6 +115,7 @@ std::optional<std::string> Scheduler::check() const {
         s.state);
     if (broken) return "sequence " + std::to_string(s.id) + ": " + *broken;
   }
+  exports_.for_each_pin([&](BlockId id) { ++holdings.pins[static_cast<std::size_t>(id)]; });
   for (BlockId id = 0; id < pool_.blocks(); ++id) {
     const auto at = static_cast<std::size_t>(id);
     const block::Record& record = pool_.records()[at];
@@ -121,6 +128,7 @@ std::optional<std::string> Scheduler::check() const {
   const Counts now = counts();
   if (now.sequences_running != resident) return "slots leaked";
   if (now.sequences_waiting != waiting) return "the waiting queue's count is wrong";
+  if (importing_ != importing) return "the count of importing sequences is wrong";
   if (prefilling_tokens_ != prefilling) return "the count of prompt tokens in prefill is wrong";
   if (settling_ != settling) return "the count of settling sequences is wrong";
   if (vacant_.size() + static_cast<std::size_t>(resident + waiting) != sequences_.size()) return "sequences leaked";

@@ -22,6 +22,7 @@ void Scheduler::commit(std::uint64_t step, std::span<const TokenId> token_ids, s
     --sequence.flights;
     send(sequence, request::Land{resources_, sequence.text, row.start, row.length});
     totals_.hashed_blocks += sequence.text.take_hashed();
+    seal_exports(sequence);
     if (row.samples) {
       take_token(row.index, token_ids[static_cast<std::size_t>(sampled)], sampled, now_us, out);
       ++sampled;
@@ -52,6 +53,8 @@ void Scheduler::take_token(SequenceIndex index, TokenId token, std::int32_t row,
     finish = Finish::stop;
   } else if (sequence.text.size() == sequence.length_limit) {
     finish = Finish::length;
+  } else if (sequence.handover == Handover::source) {
+    finish = Finish::handover;
   }
   ++totals_.output_tokens;
   waiting_.served(index, output_weight, false);
@@ -63,8 +66,11 @@ void Scheduler::take_token(SequenceIndex index, TokenId token, std::int32_t row,
   out.first.push_back(!sequence.emitted);
   out.cached_tokens.push_back(sequence.cached_tokens);
   sequence.emitted = true;
-  if (finish != Finish::none) {
-    settling_ += preempting ? 0 : 1;
+  if (finish == Finish::none) return;
+  settling_ += preempting ? 0 : 1;
+  if (finish == Finish::handover) {
+    hand_over(sequence);
+  } else {
     send(sequence, request::Finish{resources_});
   }
 }
@@ -78,7 +84,8 @@ void Scheduler::settle(SequenceIndex index) noexcept {
     expect_service(index);
   }
   if (fsm::dispatch<RequestFsm>(sequence.state, request::Settle{resources_})) return;  // it runs on
-  --settling_;
+  settling_ -= sequence.importing ? 0 : 1;
+  sequence.importing = false;
   sequence.slot = -1;
   if (std::holds_alternative<request::Ended>(sequence.state)) {
     end(index);

@@ -96,7 +96,7 @@ void Scheduler::plan_decodes(Plan& out, Flight& flight) noexcept {
 /// False when the sequence left the list.
 bool Scheduler::plan_decode(SequenceIndex index, Plan& out, Flight& flight) noexcept {
   Sequence& sequence = at(index);
-  if (sequence.length_planned >= sequence.length_limit) {
+  if (sequence.length_planned >= sequence.length_limit || sequence.handover == Handover::source) {
     sequence.why = Why::waits_own_end;
     return true;
   }
@@ -117,6 +117,7 @@ bool Scheduler::plan_decode(SequenceIndex index, Plan& out, Flight& flight) noex
   const bool feedback = position >= sequence.text.size();
   out.token_ids.push_back(feedback ? 0 : sequence.text.tokens()[static_cast<std::size_t>(position)]);
   send(sequence, request::Launch{resources_, position, 1, std::move(room)});
+  if (sequence.arrived) announce(sequence, out);
   add_row(index, 1, feedback, true, out, flight);
   flight.shape.add_decode(position + 1);
   floor_.decode(sequence.due_us);
@@ -233,8 +234,9 @@ bool Scheduler::admit_from(int priority_class, bool overdue, std::int64_t now_us
 
 Scheduler::Match Scheduler::match(Sequence& sequence) noexcept {
   Match match;
-  const int reusable =
-      (sequence.text.size() - 1) / config_.block_tokens;  // the last token is computed anew: it is sampled from
+  // The last token is computed anew, as one is sampled from it; but where a peer did that.
+  const int computed = sequence.handover == Handover::destination ? 0 : 1;
+  const int reusable = (sequence.text.size() - computed) / config_.block_tokens;
   for (int i = 0; i < reusable; ++i) {
     const auto at = static_cast<std::size_t>(i);
     const BlockPool::Found found = pool_.find_after(i == 0 ? no_block : found_[at - 1], sequence.text.hash(at));
@@ -252,7 +254,7 @@ Scheduler::Match Scheduler::match(Sequence& sequence) noexcept {
 
 /// What keeps one more user out for the sake of those that run, if anything does.
 Why Scheduler::floor_admits(const Sequence& sequence, const Flight& flight) const noexcept {
-  const int rows = prefilling_.size() + decoding_.size() + 1;
+  const int rows = prefilling_.size() + decoding_.size() + importing_ + 1;
   const auto context = static_cast<double>(prefilling_tokens_ + final_tokens_ + sequence.text.size());
   return floor_.admits(model_, rows, flight.shape.decode_context + context);
 }
@@ -261,7 +263,8 @@ Scheduler::Admission Scheduler::admit(SequenceIndex index, std::int64_t now_us, 
                                       Flight& flight) noexcept {
   Sequence& sequence = at(index);
   sequence.why = Why::waits_step;
-  if (budget.tokens <= 0) return Admission::paced;
+  const bool imports = sequence.handover == Handover::destination;  // computes nothing
+  if (!imports && budget.tokens <= 0) return Admission::paced;
   // Room for running ones to grow, against thrashing. When nothing runs there is none: a whole pool must be had by one.
   const int running = prefilling_.size() + decoding_.size();
   const int available = pool_.available() - (running == 0 ? 0 : std::max(1, running / 4));
@@ -272,8 +275,8 @@ Scheduler::Admission Scheduler::admit(SequenceIndex index, std::int64_t now_us, 
   const bool overrides =
       sequence.why != Why::none && prefilling_.size() == 0 && floor_.overdue(sequence.submitted_us, now_us);
   if (sequence.why != Why::none && !overrides) return Admission::paced;
-  budget.at_least |= overrides;
-  if (sequence.matched >= 0 && !fits(sequence, budget)) return Admission::paced;
+  budget.at_least |= overrides && !imports;
+  if (!imports && sequence.matched >= 0 && !fits(sequence, budget)) return Admission::paced;
   const Match found = match(sequence);
   if (found.promised != no_block && sequence.holds < holds_max) {
     ++sequence.holds;
@@ -288,6 +291,10 @@ Scheduler::Admission Scheduler::admit(SequenceIndex index, std::int64_t now_us, 
     return Admission::blocked;
   }
   sequence.matched = found.blocks;
+  if (imports) {
+    reside_import(index, found, blocks);
+    return Admission::admitted;
+  }
   if (!fits(sequence, budget)) return Admission::paced;
   if (overrides) floor_.overridden();
   reside(index, found, blocks, out);
@@ -303,10 +310,11 @@ bool Scheduler::fits(Sequence& sequence, const Budget& budget) const noexcept {
   return false;
 }
 
-void Scheduler::reside(SequenceIndex index, const Match& match, int blocks, Plan& out) noexcept {
+/// A slot, pins on what the cache has of the prompt, and blocks for the rest of it. `launched_max`: of those that steps
+/// (or a transfer) write at once.
+request::Residence Scheduler::settle_in(SequenceIndex index, const Match& match, int blocks,
+                                        std::size_t launched_max) noexcept {
   Sequence& sequence = at(index);
-  const auto launched_max = static_cast<std::size_t>(config_.steps_in_flight) *
-                            static_cast<std::size_t>(config_.chunk_tokens / config_.block_tokens + 2);
   const auto blocks_max =
       static_cast<std::size_t>((sequence.length_limit + config_.block_tokens - 1) / config_.block_tokens);
   request::Residence home{slots_.lease(), BlockChain(blocks_max, std::min(launched_max, blocks_max)), {}};
@@ -328,22 +336,37 @@ void Scheduler::reside(SequenceIndex index, const Match& match, int blocks, Plan
   home.chain.filled();
   sequence.planned = match.blocks * config_.block_tokens;
   sequence.length_planned = sequence.text.size();
+  sequence.reused = sequence.planned;
+  sequence.overtaken = sequence.holds = sequence.blocks_wanted = 0;
+  sequence.matched = -1;
+  sequence.due_us = not_due;
+  return home;
+}
+
+/// The executor learns of a sequence with its first row.
+void Scheduler::announce(Sequence& sequence, Plan& out) noexcept {
+  sequence.arrived = false;
+  out.admitted_ids.push_back(sequence.id);
+  out.admitted_slots.push_back(sequence.slot);
+  out.admitted_cached.push_back(sequence.planned);
+  out.admitted_output_start.push_back(sequence.output_start);
+}
+
+void Scheduler::reside(SequenceIndex index, const Match& match, int blocks, Plan& out) noexcept {
+  Sequence& sequence = at(index);
+  const auto launched_max = static_cast<std::size_t>(config_.steps_in_flight) *
+                            static_cast<std::size_t>(config_.chunk_tokens / config_.block_tokens + 2);
+  request::Residence home = settle_in(index, match, blocks, launched_max);
   if (sequence.cached_tokens < 0) {
     sequence.cached_tokens = std::min(sequence.planned, sequence.output_start);
     totals_.prompt_tokens += static_cast<std::uint64_t>(sequence.output_start);
     totals_.cached_tokens += static_cast<std::uint64_t>(sequence.cached_tokens);
     waiting_.served(index, sequence.text.size() - sequence.planned, true);
   }
-  sequence.reused = sequence.planned;
-  out.admitted_ids.push_back(sequence.id);
-  out.admitted_slots.push_back(sequence.slot);
-  out.admitted_cached.push_back(sequence.planned);
-  out.admitted_output_start.push_back(sequence.output_start);
-  sequence.overtaken = sequence.holds = sequence.blocks_wanted = 0;
-  sequence.matched = -1;
-  sequence.due_us = not_due;
+  announce(sequence, out);
   prefilling_tokens_ += sequence.text.size();
   send(sequence, request::Admit{resources_, std::move(home)});
+  seal_exports(sequence);
 }
 
 }  // namespace tokenrelay::scheduler

@@ -1,6 +1,7 @@
 #include "tokenrelay/scheduler/pool.hpp"
 
 #include <algorithm>
+#include <atomic>
 
 namespace tokenrelay::scheduler {
 
@@ -10,6 +11,8 @@ using block::Record;
 
 BlockPool::BlockPool(int blocks, int block_tokens)
     : records_(static_cast<std::size_t>(blocks)),
+      own_generations_(static_cast<std::size_t>(blocks)),
+      generations_(own_generations_),
       index_(static_cast<std::size_t>(blocks)),
       lineage_(static_cast<std::size_t>(blocks), static_cast<std::size_t>(block_tokens)),
       events_(2 * static_cast<std::size_t>(blocks) + 64) {
@@ -26,6 +29,8 @@ std::optional<WritableBlock> BlockPool::take(BlockId previous) noexcept {
     id = evict();
     if (id == no_block) return std::nullopt;
   }
+  // Sequentially consistent: the write that follows may not be seen before the new generation is.
+  std::atomic_ref(generations_[static_cast<std::size_t>(id)]).fetch_add(1);
   return on(Access::make<block::Free>(id), block::Take{records_});
 }
 
@@ -67,6 +72,14 @@ SealedPin BlockPool::seal(WritableBlock&& block, const Content& content) noexcep
   if (record.indexed) emit(CacheEvent::Kind::sealed, content.hash);
   Access::dissolve(on(std::move(block), block::Seal{records_}));  // the pool holds the state from here on
   fire(record, id);
+  return Access::make<SealedPin>(id);
+}
+
+SealedPin BlockPool::seal_nameless(WritableBlock&& block) noexcept {
+  const BlockId id = Access::number(block);
+  TR_ASSERT(!at(id).indexed, "a block that promised its content is not sealed without it");
+  at(id).nameless = true;
+  Access::dissolve(on(std::move(block), block::Seal{records_}));
   return Access::make<SealedPin>(id);
 }
 
@@ -120,7 +133,7 @@ void BlockPool::unpin(SealedPin&& pin) noexcept {
     Access::dissolve(on(Access::make<block::Sealed>(id), block::Unpin{records_}));
     return;
   }
-  if (!record.indexed && index_.find(record.hash, records_) == no_block) {
+  if (!record.indexed && !record.nameless && index_.find(record.hash, records_) == no_block) {
     // The block that had this content first is gone: this one takes its place.
     record.indexed = true;
     index_.insert(record.hash, id);
@@ -130,6 +143,7 @@ void BlockPool::unpin(SealedPin&& pin) noexcept {
     Access::dissolve(on(Access::make<block::Sealed>(id), block::UnpinLast{records_}));
     push_back(cached_, id);
   } else {
+    record.nameless = false;
     put(on(Access::make<block::Sealed>(id), block::Discard{records_}));
   }
 }
@@ -207,6 +221,7 @@ std::optional<std::string> BlockPool::check() const {
     if (record.indexed && index_.find(record.hash, records_) != id) return which + " is not found by its hash";
     if (record.kind == Kind::cached && !record.indexed) return which + " is cached and cannot be found";
     const bool nobody = record.kind == Kind::free || record.kind == Kind::quarantined;
+    if (record.nameless && record.kind != Kind::sealed) return which + " is nameless and not sealed";
     if (record.indexed && nobody) return which + " can be found though it holds nothing";
   }
   if (free != free_.size || cached != cached_.size) return "the counts of free and cached blocks are wrong";

@@ -35,11 +35,13 @@ Scheduler::Scheduler(const Config& config)
       ended_(ended_max),
       ended_ids_(ended_max),
       turns_(turns_max, 4 * static_cast<std::size_t>(config.blocks) * static_cast<std::size_t>(config.block_tokens)),
+      exports_(sequences_max(config)),
       flights_(static_cast<std::size_t>(config.steps_in_flight)),
       found_(static_cast<std::size_t>(table_width_)),
       floor_(config) {
   TR_ASSERT(!config.check(), "the configuration was not checked");
   vacant_.reserve(sequences_.size());
+  reserved_.reserve(static_cast<std::size_t>(config.slots));
   for (auto index = static_cast<SequenceIndex>(sequences_.size()); index-- > 0;) vacant_.push_back(index);
   for (Flight& flight : flights_) flight.rows.reserve(static_cast<std::size_t>(config.slots));
 }
@@ -49,11 +51,13 @@ Scheduler::~Scheduler() {
   Outcome outcome;
   for (Sequence& sequence : sequences_) {
     if (!std::holds_alternative<request::Ended>(sequence.state)) abort(sequence.id, 0);
+    if (sequence.importing) import_stopped(sequence.id, std::nullopt);  // who destroys it has stopped the transfers
   }
   while (flights_size_ > 0) {
     const std::vector<TokenId> discarded(expected()->tokens, 0);
     commit(expected()->step, discarded, 0, outcome);
   }
+  exports_.lose_all(pool_);
 }
 
 /// Where the text of a submission's parent is: in a sequence that runs, in a turn that ended, or at the beginning of
@@ -110,6 +114,10 @@ std::optional<RejectReason> Scheduler::refuse(const Submission& s, std::size_t i
   }
   if (ids_.find(s.sequence_id) != IdMap::none) return RejectReason::duplicate_id;
   if (waiting_.size() + holds_.size() >= config_.waiting_max || vacant_.empty()) return RejectReason::queue_full;
+  if (s.handover == Handover::source) {
+    if (exports_.contains(s.sequence_id)) return RejectReason::duplicate_id;
+    if (exports_.full()) return RejectReason::queue_full;
+  }
   return std::nullopt;
 }
 
@@ -156,6 +164,10 @@ std::optional<RejectReason> Scheduler::submit(const Submission& s, std::int64_t 
   std::sort(stops.begin(), stops.end());
   HashedTokens text = text_of(s, parent, static_cast<std::size_t>(limit));
   hash_prompt(text);
+  if (s.handover == Handover::source) {
+    const int blocks = (text.size() + config_.block_tokens - 1) / config_.block_tokens;
+    exports_.reserve(s.sequence_id, static_cast<std::size_t>(blocks));
+  }
 
   const SequenceIndex index = vacant_.back();
   vacant_.pop_back();
@@ -175,6 +187,8 @@ std::optional<RejectReason> Scheduler::submit(const Submission& s, std::int64_t 
   sequence.due_us = not_due;
   sequence.why = Why::none;
   sequence.emitted = false;
+  sequence.handover = s.handover;
+  sequence.importing = sequence.arrived = false;
   ranks_[static_cast<std::size_t>(index)] = {WaitingQueue::class_of(s.priority), ++tickets_};
   waiting_.welcome(index, tenant_key(s));
   expect_service(index);
@@ -189,7 +203,7 @@ AbortAnswer Scheduler::abort(std::uint64_t sequence_id, std::int64_t /*now_us*/)
     return ended_.find(sequence_id) == IdMap::none ? AbortAnswer::unknown : AbortAnswer::already_ended;
   }
   Sequence& sequence = at(index);
-  const bool settling = std::holds_alternative<request::Preempting>(sequence.state);
+  const bool settling = std::holds_alternative<request::Preempting>(sequence.state) || sequence.importing;
   if (std::holds_alternative<request::Prefilling>(sequence.state)) prefilling_tokens_ -= sequence.text.size();
   if (fsm::dispatch<RequestFsm>(sequence.state, request::Abort{resources_})) return AbortAnswer::already_ended;
   ++totals_.aborts;
@@ -217,6 +231,8 @@ Counts Scheduler::counts() const noexcept {
   counts.sequences_waiting = waiting_.size() + holds_.size();
   counts.sequences_running = config_.slots - slots_.free();
   counts.steps_in_flight = static_cast<int>(flights_size_);
+  counts.sequences_importing = importing_;
+  counts.handles_open = exports_.size();
   counts.floor = floor_.counts();
   return counts;
 }

@@ -14,6 +14,7 @@ struct Driver {
   Config config;
   std::vector<std::vector<TokenId>> texts;  // prompts begin with a part of one of these
   std::uint64_t next_id = 1;
+  bool hands_over = false;  // a worker that is not alone
 
   explicit Driver(std::uint64_t seed) : random(seed) {
     config.block_tokens = 16;
@@ -30,6 +31,7 @@ struct Driver {
     config.preemptions_max = 1 + pick(3);
     if (pick(2) == 0) config.tps_floor = 1 + pick(100'000);  // a call is a microsecond: it is in force now and then
     config.floor_wait_us = pick(100);
+    hands_over = pick(2) == 0;
     for (int i = 0; i < 3; ++i) texts.push_back(tokens(config.context_tokens));
   }
 
@@ -74,6 +76,7 @@ struct Driver {
     request.priority = pick(4) == 0 ? pick(5) - 2 : 0;
     if (pick(3) == 0) request.tenant = {static_cast<std::uint8_t>(pick(3))};
     if (pick(8) == 0) request.salt = {static_cast<std::uint8_t>(pick(2))};
+    if (hands_over) request.handover = static_cast<Handover>(pick(3));
     return request;
   }
 };
@@ -87,6 +90,11 @@ struct Coverage {
   std::uint64_t evicted = 0;
   std::uint64_t parents_known = 0;
   std::uint64_t parents_unknown = 0;
+  std::uint64_t imported = 0;
+  std::uint64_t renounced = 0;
+  std::uint64_t handles_ended = 0;
+  std::uint64_t handed_over = 0;
+  std::uint64_t handles_complete = 0;
   std::set<std::string> states;
 } coverage;
 
@@ -108,6 +116,14 @@ std::uint64_t run(std::uint64_t seed, int events) {
       world.abort(world.some_live(driver.random()));
     } else if (what < 27) {
       world.abort(driver.random() % (driver.next_id + 2));
+    } else if (what < 30) {
+      world.transfer_some(driver.random());
+    } else if (what < 34 && world.transfers() > 0) {
+      world.end_transfer(world.some_transfer(driver.random()), driver.pick(3) > 0, driver.pick(2) == 0);
+    } else if (what < 40) {
+      world.handle_event(driver.random(), static_cast<HandleEvent>(driver.pick(12)));
+    } else if (what == 40 && world.live() > 0) {
+      world.renounce_waiting(world.some_live(driver.random()), driver.pick(2) == 0);
     } else if (what < 65) {
       world.plan(late && driver.pick(3) > 0);
     } else {
@@ -128,6 +144,12 @@ std::uint64_t run(std::uint64_t seed, int events) {
   coverage.cached_tokens += counts.cached_tokens;
   coverage.output_tokens += counts.output_tokens;
   coverage.parents_known += world.parents_known;
+  CHECK_EQUAL(counts.handles_open + counts.sequences_importing, 0);
+  coverage.imported += world.imported;
+  coverage.renounced += world.renounced;
+  coverage.handles_ended += world.handles_ended;
+  coverage.handed_over += world.handed_over;
+  coverage.handles_complete += world.handles_complete;
   coverage.parents_unknown += world.parents_unknown;
   for (const CacheEvent& event : world.scheduler.take_cache_events()) {
     coverage.evicted += event.kind == CacheEvent::Kind::evicted;
@@ -152,11 +174,15 @@ int main(int argc, char** argv) {
   std::cout << count << " seeds from " << first << ", " << events << " events each: ok; preemptions "
             << coverage.preemptions << ", aborts " << coverage.aborts << ", cached tokens " << coverage.cached_tokens
             << ", output tokens " << coverage.output_tokens << ", evicted blocks " << coverage.evicted
-            << ", parents known " << coverage.parents_known << ", gone " << coverage.parents_unknown << "\n";
+            << ", parents known " << coverage.parents_known << ", gone " << coverage.parents_unknown << ", imported "
+            << coverage.imported << ", renounced " << coverage.renounced << ", handed over " << coverage.handed_over
+            << " (" << coverage.handles_complete << " complete), handles ended " << coverage.handles_ended << "\n";
   if (count >= 100) {
+    CHECK(coverage.imported > 100 && coverage.renounced > 100 && coverage.handed_over > 100);
+    CHECK(coverage.handles_complete > 100 && coverage.handles_ended > 100);
     CHECK(coverage.parents_known > 1000 && coverage.parents_unknown > 100);
     CHECK(coverage.preemptions > 100 && coverage.aborts > 100 && coverage.evicted > 100);
-    for (const char* state : {"Waiting", "Held", "Prefilling", "Decoding", "Preempting"}) {
+    for (const char* state : {"Waiting", "Held", "Prefilling", "Decoding", "Preempting", "Importing"}) {
       if (coverage.states.count(state) == 0) check::fail(__FILE__, __LINE__, std::string(state) + " was never seen");
     }
   }

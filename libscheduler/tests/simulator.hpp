@@ -38,6 +38,8 @@ struct Request {
   std::optional<std::uint64_t> parent;  // then the first `inherited` of `tokens` are that sequence's, and are not sent
   std::size_t inherited = 0;
 
+  Handover handover = Handover::none;
+
   std::vector<std::uint64_t> kv;  // expected, by position
   std::vector<TokenId> outputs;   // expected, after those submitted
   Finish finish = Finish::none;
@@ -58,6 +60,10 @@ struct Request {
       } else if (length == limit) {
         finish = Finish::length;
       }
+    }
+    if (handover == Handover::source && outputs.size() > 1) {
+      outputs.resize(1);
+      finish = Finish::handover;
     }
   }
   /// KV of one tenant is never another's: the pretend transformer sees the salt.
@@ -85,7 +91,8 @@ class Simulator {
                                           .stop_token_ids = request.stops,
                                           .priority = request.priority,
                                           .salt = request.salt,
-                                          .tenant = request.tenant},
+                                          .tenant = request.tenant,
+                                          .handover = request.handover},
                                          now_us);
     const auto* text = request.parent ? text_of(*request.parent) : nullptr;
     const bool exists = text != nullptr && text->salt == request.salt && request.inherited > 0 &&
@@ -96,6 +103,7 @@ class Simulator {
     parents_known += request.parent && !reason;
     parents_unknown += unknown && exists;
     if (!reason) {
+      if (request.handover == Handover::source) CHECK(handles_.insert({request.id, {}}).second);
       request.roll_out(config_.context_tokens);
       live_[request.id] = {std::move(request), 0, 0, 0, step_};
     }
@@ -106,6 +114,7 @@ class Simulator {
   AbortAnswer abort(std::uint64_t id) {
     const AbortAnswer answer = scheduler.abort(id, now_us);
     CHECK_EQUAL(answer == AbortAnswer::aborted, live_.count(id) == 1);
+    if (transfers_.count(id) == 1) transfers_.at(id).aborted = true;
     if (answer == AbortAnswer::aborted) end(id);
     verify();
     return answer;
@@ -115,6 +124,7 @@ class Simulator {
   bool plan(bool late) {
     Plan plan;
     const bool planned = scheduler.plan(now_us++, plan);
+    take_reserved();
     CHECK(!planned || launched_.size() < static_cast<std::size_t>(config_.steps_in_flight));
     if (planned) {
       check_plan(plan);
@@ -140,13 +150,91 @@ class Simulator {
 
   /// Runs until nothing is left; false when it stops making progress.
   bool drain() {
-    for (int idle = 0; !live_.empty() || !launched_.empty();) {
+    for (int idle = 0; !live_.empty() || !launched_.empty() || !transfers_.empty();) {
       const bool planned = plan(false);
       const bool committed = commit();
-      idle = planned || committed ? 0 : idle + 1;
+      const bool moved = !transfers_.empty();
+      if (moved) end_transfer(transfers_.begin()->first, true, true);
+      while (!handles_.empty()) end_handle(handles_.begin()->first);
+      idle = planned || committed || moved ? 0 : idle + 1;
       if (idle > 2) return false;
     }
+    while (!handles_.empty()) end_handle(handles_.begin()->first);
+    verify();
     return true;
+  }
+
+  // KV that passes between workers.
+  /// A transfer writes some more; into the blocks of a sequence that was aborted it writes what must harm nobody.
+  void transfer_some(std::uint64_t random) {
+    if (transfers_.empty()) return;
+    auto& [id, transfer] = *std::next(transfers_.begin(), static_cast<std::ptrdiff_t>(random % transfers_.size()));
+    for (int i = 0; i < 20 && transfer.written < transfer.kv.size(); ++i, ++transfer.written) write(transfer);
+    if (transfer.aborted) transfer.written = 0;
+  }
+  /// It ends: well, or in vain, with the first token known or not.
+  void end_transfer(std::uint64_t id, bool well, bool token) {
+    Transfer& transfer = transfers_.at(id);
+    while (well && transfer.written < transfer.kv.size()) {
+      write(transfer);
+      ++transfer.written;
+    }
+    const bool aborted = transfer.aborted;
+    if (aborted) {
+      CHECK(scheduler.import_stopped(id, std::nullopt) == ImportAnswer::done);
+    } else {
+      Live& live = live_.at(id);
+      const TokenId first = live.request.outputs.front();
+      const bool last = live.request.outputs.size() == 1;  // its source would not have handed it over
+      if (well && !last) {
+        CHECK(scheduler.imported(id, first) == ImportAnswer::done);
+        ++imported;
+      } else {
+        const auto known = token && !last ? std::optional(first) : std::nullopt;
+        CHECK(scheduler.import_stopped(id, known) == ImportAnswer::done);
+        token = known.has_value();
+        ++renounced;
+      }
+      live.emitted = (well && !last) || token ? 1 : 0;
+    }
+    transfers_.erase(id);
+    CHECK(scheduler.import_stopped(id, std::nullopt) != ImportAnswer::done);
+    verify();
+  }
+  /// One that waits for room is told to compute its prompt itself.
+  void renounce_waiting(std::uint64_t id, bool token) {
+    const auto found = live_.find(id);
+    if (found == live_.end() || transfers_.count(id) == 1) return;
+    Live& live = found->second;
+    token = token && live.request.outputs.size() > 1;
+    const auto first = token ? std::optional(live.request.outputs.front()) : std::nullopt;
+    const bool waits = live.request.handover == Handover::destination && !live.arrived;
+    CHECK_EQUAL(scheduler.import_stopped(id, first) == ImportAnswer::done, waits);
+    if (waits) {
+      live.arrived = true;
+      live.emitted = token ? 1 : 0;
+    }
+    verify();
+  }
+  /// One event of a peer, or of the ledger: the table says what comes of it.
+  void handle_event(std::uint64_t random, HandleEvent event) {
+    if (handles_.empty()) return;
+    const auto found = std::next(handles_.begin(), static_cast<std::ptrdiff_t>(random % handles_.size()));
+    const std::uint64_t id = found->first;
+    const std::string before(scheduler.handle_state(id));
+    const auto refused = scheduler.handle(id, event);
+    if (!refused && scheduler.handle_state(id).empty()) {
+      CHECK(event == HandleEvent::release || event == HandleEvent::reclaim || event == HandleEvent::fence ||
+            event == HandleEvent::lose);
+      CHECK(event != HandleEvent::reclaim || before == "Reserved" || before == "Offered" || before == "Returned");
+      handles_.erase(found);
+      ++handles_ended;
+    }
+    verify();
+  }
+  [[nodiscard]] std::size_t transfers() const { return transfers_.size(); }
+  [[nodiscard]] std::uint64_t some_transfer(std::uint64_t random) const {
+    return std::next(transfers_.begin(), static_cast<std::ptrdiff_t>(random % transfers_.size()))->first;
   }
 
   void verify() {
@@ -154,6 +242,9 @@ class Simulator {
     if (broken) check::fail(__FILE__, __LINE__, *broken);
     const Counts counts = scheduler.counts();
     CHECK_EQUAL(counts.blocks_free + counts.blocks_cached + counts.blocks_active, config_.blocks);
+    CHECK_EQUAL(counts.sequences_importing, static_cast<int>(transfers_.size()));
+    CHECK_EQUAL(counts.handles_open, static_cast<int>(handles_.size()));
+    for (auto& [id, seen] : handles_) verify_handle(id, seen);
   }
 
   [[nodiscard]] std::size_t live() const { return live_.size(); }
@@ -189,8 +280,73 @@ class Simulator {
   std::function<void(std::span<const TokenId>)> about_to_commit;  // for who writes a transcript
   std::uint64_t parents_known = 0;                                // submissions that were accepted with a parent
   std::uint64_t parents_unknown = 0;                              // whose text was gone
+  std::uint64_t imported = 0;
+  std::uint64_t renounced = 0;
+  std::uint64_t handles_ended = 0;
+  std::uint64_t handed_over = 0;
+  std::uint64_t handles_complete = 0;  // of those: every block of the prompt could be read
 
  private:
+  struct Transfer {
+    std::vector<BlockId> blocks;    // where it writes
+    std::vector<std::uint64_t> kv;  // what: of the tokens from the first of these blocks on
+    std::size_t written = 0;
+    bool aborted = false;
+  };
+  /// What a peer was told of a handle. None of it may change as long as the handle is there.
+  struct Seen {
+    std::vector<BlockId> blocks;
+    std::vector<std::uint64_t> generations;
+    std::vector<std::uint64_t> kv;  // expected, of the whole prompt
+  };
+
+  void take_reserved() {
+    for (const Reserved& reserved : scheduler.take_reserved()) {
+      Live& live = live_.at(reserved.sequence_id);
+      CHECK_EQUAL(reserved.cached_tokens % config_.block_tokens, 0);
+      const auto& kv = live.request.kv;
+      const auto prompt = kv.begin() + static_cast<std::ptrdiff_t>(live.request.tokens.size());
+      Transfer transfer{scheduler.import_blocks(reserved.sequence_id), {kv.begin() + reserved.cached_tokens, prompt}};
+      const auto width = static_cast<std::size_t>(config_.block_tokens);
+      CHECK_EQUAL(transfer.blocks.size(), (transfer.kv.size() + width - 1) / width);
+      CHECK(transfers_.insert({reserved.sequence_id, std::move(transfer)}).second);
+      live.arrived = true;
+    }
+  }
+  void write(Transfer& transfer) {
+    const auto width = static_cast<std::size_t>(config_.block_tokens);
+    const auto block = static_cast<std::size_t>(transfer.blocks[transfer.written / width]);
+    kv_[block * width + transfer.written % width] = transfer.aborted ? 0xdead : transfer.kv[transfer.written];
+  }
+  void end_handle(std::uint64_t id) {
+    for (const HandleEvent event : {HandleEvent::reclaim, HandleEvent::release, HandleEvent::fence}) {
+      if (!scheduler.handle(id, event)) break;
+    }
+    CHECK(scheduler.handle_state(id).empty());
+    handles_.erase(id);
+  }
+  void verify_handle(std::uint64_t id, Seen& seen) {
+    if (const auto found = live_.find(id); found != live_.end() && found->second.request.handover == Handover::source) {
+      seen.kv.assign(
+          found->second.request.kv.begin(),
+          found->second.request.kv.begin() + static_cast<std::ptrdiff_t>(found->second.request.tokens.size()));
+    }
+    const std::vector<BlockId> now = scheduler.readable(id, 0);
+    CHECK(now.size() >= seen.blocks.size());
+    CHECK(std::equal(seen.blocks.begin(), seen.blocks.end(), now.begin()));
+    for (std::size_t i = seen.blocks.size(); i < now.size(); ++i) {
+      seen.generations.push_back(scheduler.generations()[static_cast<std::size_t>(now[i])]);
+    }
+    seen.blocks = now;
+    const auto width = static_cast<std::size_t>(config_.block_tokens);
+    for (std::size_t i = 0; i < now.size(); ++i) {
+      CHECK_EQUAL(scheduler.generations()[static_cast<std::size_t>(now[i])], seen.generations[i]);
+      for (std::size_t at = i * width; at < std::min((i + 1) * width, seen.kv.size()); ++at) {
+        CHECK_EQUAL(kv_[static_cast<std::size_t>(now[i]) * width + at % width], seen.kv[at]);
+      }
+    }
+  }
+
   void remember(std::uint64_t id) {
     const Live& live = live_.at(id);
     Text& text = texts_[id] = {live.request.salt, live.request.tokens};
@@ -209,6 +365,7 @@ class Simulator {
     int planned;          // tokens computed or launched, since the last admission
     int in_flight;        // sampled rows that are launched
     std::uint64_t submitted_step;
+    bool arrived = false;  // a destination that no longer waits for room
   };
   struct Launched {
     Plan plan;
@@ -310,6 +467,16 @@ class Simulator {
       CHECK_EQUAL(static_cast<int>(outcome.finish[i]), static_cast<int>(last ? live.request.finish : Finish::none));
       digest_ = mix(mix(digest_, id), outcome.token_ids[i]);
       if (last) {
+        if (live.request.finish == Finish::handover) {
+          ++handed_over;
+          const auto width = static_cast<std::size_t>(config_.block_tokens);
+          const std::size_t blocks = (live.request.tokens.size() + width - 1) / width;
+          const std::string_view state = scheduler.handle_state(id);
+          if (state == "Reserved" || state == "Offered" || state == "Claimed" || state == "Transferring") {
+            CHECK_EQUAL(scheduler.readable(id, 0).size(), blocks);
+            ++handles_complete;
+          }
+        }
         longest_ = std::max(longest_, step_ - live.submitted_step);
         end(id);
       }
@@ -323,6 +490,8 @@ class Simulator {
   std::set<std::uint64_t> over_;
   std::map<std::uint64_t, Text> texts_;
   std::deque<Launched> launched_;
+  std::map<std::uint64_t, Transfer> transfers_;
+  std::map<std::uint64_t, Seen> handles_;
   std::uint64_t step_ = 0;
   std::uint64_t digest_ = 0;
   std::uint64_t longest_ = 0;

@@ -2,7 +2,7 @@
 #include <set>
 
 #include "check.hpp"
-#include "tokenrelay/scheduler/request.hpp"
+#include "tokenrelay/scheduler/request_table.hpp"
 
 using namespace tokenrelay::scheduler;
 

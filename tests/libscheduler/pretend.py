@@ -11,7 +11,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tokenrelay.libscheduler import AbortAnswer, Config, Finish, Plan, RejectReason, Scheduler
+from tokenrelay.libscheduler import (
+    AbortAnswer,
+    Config,
+    Finish,
+    HandleEvent,
+    Handover,
+    ImportAnswer,
+    Plan,
+    RejectReason,
+    Scheduler,
+)
 
 VOCABULARY = 64
 MASK = (1 << 61) - 1
@@ -37,6 +47,7 @@ class Sequence:
     limit: int
     stops: frozenset[int]
     salt: bytes
+    handover: Handover = Handover.NONE
     kv: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     finish: Finish = Finish.NONE
@@ -58,11 +69,33 @@ class Sequence:
                 self.finish = Finish.STOP
             elif len(self.tokens) + len(self.outputs) == self.limit:
                 self.finish = Finish.LENGTH
+        if self.handover == Handover.SOURCE and len(self.outputs) > 1:
+            del self.outputs[1:]
+            self.finish = Finish.HANDOVER
 
     @property
     def known(self) -> int:
         """Tokens that the scheduler knows."""
         return len(self.tokens) + self.emitted
+
+
+@dataclass
+class Transfer:
+    """What writes the blocks of a destination: KV of its prompt behind what was found in the cache."""
+
+    blocks: list[int]
+    kv: list[int]
+    written: int = 0
+    aborted: bool = False
+
+
+@dataclass
+class Exported:
+    """A handle: what its peer was told, none of which may change as long as it is there."""
+
+    kv: list[int]  # expected, of the whole prompt
+    blocks: list[int] = field(default_factory=list)
+    generations: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -84,6 +117,8 @@ class World:
         self.live: dict[int, Sequence] = {}
         self.ended: set[int] = set()
         self.launched: deque[Launched] = deque()
+        self.transfers: dict[int, Transfer] = {}
+        self.exported: dict[int, Exported] = {}
         self.steps = 0
         self.history: list[object] = []  # everything that the scheduler decided
         self.waited_steps_max = 0
@@ -98,10 +133,13 @@ class World:
         stops: tuple[int, ...] = (),
         priority: int = 0,
         salt: bytes = b"",
+        handover: Handover = Handover.NONE,
     ) -> RejectReason | None:
         """Submit to the scheduler, which must refuse exactly what the model refuses."""
         start = len(tokens) if output_start is None else output_start
         expected = self.expected_reason(sequence_id, len(tokens), start, tokens_max)
+        if expected is None and handover == Handover.SOURCE and sequence_id in self.exported:
+            expected = RejectReason.DUPLICATE_ID
         reason = self.scheduler.submit(
             sequence_id,
             np.array(tokens, np.uint32),
@@ -110,14 +148,21 @@ class World:
             stop_token_ids=stops,
             priority=priority,
             salt=salt,
+            handover=handover,
             now_us=self.steps,
         )
+        if reason == RejectReason.QUEUE_FULL and handover == Handover.SOURCE and expected is None:
+            assert len(self.exported) == self.config.waiting_max + self.config.slots
+            return reason
         assert reason == expected
         if reason is None:
             limit = min(start + tokens_max, self.config.context_tokens)
-            self.live[sequence_id] = Sequence(
-                sequence_id, tokens, start, limit, frozenset(stops), salt, submitted_step=self.steps
+            sequence = Sequence(
+                sequence_id, tokens, start, limit, frozenset(stops), salt, handover, submitted_step=self.steps
             )
+            self.live[sequence_id] = sequence
+            if handover == Handover.SOURCE:
+                self.exported[sequence_id] = Exported(sequence.kv[: len(tokens)])
         self.verify()
         return reason
 
@@ -128,7 +173,7 @@ class World:
         if not 1 <= output_start <= size or tokens_max <= size - output_start:
             return RejectReason.INVALID
         resident = {int(i) for launched in self.launched for i in launched.plan.sequence_ids}
-        if sequence_id in self.live or sequence_id in resident:
+        if sequence_id in self.live or sequence_id in resident or sequence_id in self.transfers:
             return RejectReason.DUPLICATE_ID
         if self.scheduler.counts().sequences_waiting >= self.config.waiting_max:
             return RejectReason.QUEUE_FULL
@@ -137,6 +182,8 @@ class World:
     def abort(self, sequence_id: int) -> AbortAnswer:
         """Abort; the scheduler knows which sequences live."""
         answer = self.scheduler.abort(sequence_id, self.steps)
+        if sequence_id in self.transfers:
+            self.transfers[sequence_id].aborted = True
         if sequence_id in self.live:
             assert answer == AbortAnswer.ABORTED
             del self.live[sequence_id]
@@ -149,6 +196,7 @@ class World:
     def plan(self, *, late: bool = False) -> bool:
         """Plan a step; a late one is computed only when it must be committed."""
         plan = self.scheduler.plan(self.steps)
+        self.take_reserved()
         if plan is not None:
             self.steps += 1
             assert len(self.launched) < self.config.steps_in_flight
@@ -234,6 +282,72 @@ class World:
         self.verify()
         return True
 
+    # -- KV that passes between workers ----------------------------------------------------------------------
+    def take_reserved(self) -> None:
+        """Transfers begin where room was made."""
+        for sequence_id, cached in self.scheduler.take_reserved():
+            sequence = self.live[sequence_id]
+            blocks = self.scheduler.import_blocks(sequence_id).tolist()
+            kv = sequence.kv[cached : len(sequence.tokens)]
+            assert cached % self.config.block_tokens == 0
+            assert len(blocks) == -(-len(kv) // self.config.block_tokens)
+            self.transfers[sequence_id] = Transfer(blocks, kv)
+
+    def transfer_some(self, sequence_id: int, tokens: int) -> None:
+        """Write some more; into the blocks of a sequence that was aborted what must harm nobody."""
+        transfer, width = self.transfers[sequence_id], self.config.block_tokens
+        for at in range(transfer.written, min(transfer.written + tokens, len(transfer.kv))):
+            self.kv[transfer.blocks[at // width] * width + at % width] = 0 if transfer.aborted else transfer.kv[at]
+            transfer.written = 0 if transfer.aborted else at + 1
+
+    def end_transfer(self, sequence_id: int, *, well: bool, token: bool) -> None:
+        """The transfer ends: well, or in vain with the first token known or not."""
+        transfer = self.transfers[sequence_id]
+        if transfer.aborted:
+            answer = self.scheduler.imported(sequence_id, 0) if well else self.scheduler.import_stopped(sequence_id)
+            assert answer == ImportAnswer.DONE
+            del self.transfers[sequence_id]
+            self.verify()
+            return
+        sequence = self.live[sequence_id]
+        first, last = sequence.outputs[0], len(sequence.outputs) == 1
+        if well and not last:
+            self.transfer_some(sequence_id, len(transfer.kv))
+            assert self.scheduler.imported(sequence_id, first) == ImportAnswer.DONE
+            sequence.emitted = 1
+        else:
+            known = token and not last
+            assert self.scheduler.import_stopped(sequence_id, first if known else None) == ImportAnswer.DONE
+            sequence.emitted = int(known)
+        del self.transfers[sequence_id]
+        self.verify()
+
+    def handle_event(self, sequence_id: int, event: HandleEvent) -> None:
+        """Something happens to a handle; what is over is forgotten."""
+        before = self.scheduler.handle_state(sequence_id)
+        refused = self.scheduler.handle(sequence_id, event)
+        assert refused is None or self.scheduler.handle_state(sequence_id) == before
+        if self.scheduler.handle_state(sequence_id) == "":
+            assert before not in ("Claimed", "Transferring", "Quarantined") or event in (
+                HandleEvent.FENCE,
+                HandleEvent.LOSE,
+            )
+            del self.exported[sequence_id]
+        self.verify()
+
+    def check_exported(self) -> None:
+        """What a peer was told still holds, and its generations have not moved."""
+        width, generations = self.config.block_tokens, self.scheduler.generations
+        assert set(self.exported) == {i for i in self.exported if self.scheduler.handle_state(i)}
+        for sequence_id, exported in self.exported.items():
+            blocks = self.scheduler.readable(sequence_id).tolist()
+            assert blocks[: len(exported.blocks)] == exported.blocks
+            exported.generations += [int(generations[block]) for block in blocks[len(exported.blocks) :]]
+            exported.blocks = blocks
+            assert exported.generations == [int(generations[block]) for block in blocks]
+            cells = [block * width + i for block in blocks for i in range(width)][: len(exported.kv)]
+            assert [self.kv[cell] for cell in cells] == exported.kv[: len(cells)]
+
     def step(self) -> bool:
         """Plan as far ahead as allowed, then commit one step."""
         while self.plan():
@@ -242,9 +356,20 @@ class World:
 
     def drain(self) -> None:
         """Run until nothing is left, and find every block free or cached."""
-        while self.live or self.launched:
-            assert self.step(), "no progress:\n" + "\n".join(self.scheduler.explain(i) for i in self.live)
+        while self.live or self.launched or self.transfers:
+            for sequence_id in list(self.transfers):
+                self.end_transfer(sequence_id, well=True, token=True)
+            for sequence_id in list(self.exported):
+                for event in (HandleEvent.RECLAIM, HandleEvent.RELEASE, HandleEvent.FENCE):
+                    if sequence_id in self.exported:
+                        self.handle_event(sequence_id, event)
+            assert self.step() or self.transfers or not self.live, "no progress:\n" + "\n".join(
+                self.scheduler.explain(i) for i in self.live
+            )
+        for sequence_id in list(self.exported):
+            self.handle_event(sequence_id, HandleEvent.LOSE)
         counts = self.scheduler.counts()
+        assert (counts.handles_open, counts.sequences_importing) == (0, 0)
         assert (counts.blocks_active, counts.sequences_running, counts.sequences_waiting) == (0, 0, 0)
         assert counts.blocks_free + counts.blocks_cached == self.config.blocks
 
@@ -254,3 +379,6 @@ class World:
         counts = self.scheduler.counts()
         assert counts.blocks_free + counts.blocks_cached + counts.blocks_active == self.config.blocks
         assert counts.steps_in_flight == len(self.launched)
+        assert counts.sequences_importing == len(self.transfers)
+        assert counts.handles_open == len(self.exported)
+        self.check_exported()

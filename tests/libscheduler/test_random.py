@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from pretend import VOCABULARY, World
 from transcripts import KEY
 
-from tokenrelay.libscheduler import Config
+from tokenrelay.libscheduler import Config, HandleEvent, Handover
 
 TEXT = [(i * i * 31 + i * 7) % VOCABULARY for i in range(400)]  # prompts share beginnings of this
 
@@ -60,6 +60,7 @@ class Random(RuleBasedStateMachine):
         stops=st.lists(st.integers(0, VOCABULARY - 1), max_size=2).map(tuple),
         priority=st.sampled_from([0, 0, 0, -1, 1]),
         salt=st.sampled_from([b"", b"", b"x"]),
+        handover=st.sampled_from([Handover.NONE, Handover.NONE, Handover.SOURCE, Handover.DESTINATION]),
     )
     def submit(
         self,
@@ -71,6 +72,7 @@ class Random(RuleBasedStateMachine):
         stops: tuple[int, ...],
         priority: int,
         salt: bytes,
+        handover: Handover,
     ) -> None:
         tokens = TEXT[:shared] + own
         self.world.submit(
@@ -81,7 +83,24 @@ class Random(RuleBasedStateMachine):
             stops=stops,
             priority=priority,
             salt=salt,
+            handover=handover,
         )
+
+    @precondition(lambda self: self.world.transfers)
+    @rule(which=st.integers(0, 100), tokens=st.integers(1, 60))
+    def transfer_some(self, which: int, tokens: int) -> None:
+        self.world.transfer_some(sorted(self.world.transfers)[which % len(self.world.transfers)], tokens)
+
+    @precondition(lambda self: self.world.transfers)
+    @rule(which=st.integers(0, 100), well=st.booleans(), token=st.booleans())
+    def end_transfer(self, which: int, well: bool, token: bool) -> None:
+        sequence_id = sorted(self.world.transfers)[which % len(self.world.transfers)]
+        self.world.end_transfer(sequence_id, well=well, token=token)
+
+    @precondition(lambda self: self.world.exported)
+    @rule(which=st.integers(0, 100), event=st.sampled_from(list(HandleEvent)))
+    def handle_event(self, which: int, event: HandleEvent) -> None:
+        self.world.handle_event(sorted(self.world.exported)[which % len(self.world.exported)], event)
 
     @rule(late=st.booleans())
     def plan(self, late: bool) -> None:

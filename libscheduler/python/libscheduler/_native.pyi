@@ -33,6 +33,38 @@ class Finish(enum.IntEnum):
     NONE = 0
     STOP = 1
     LENGTH = 2
+    HANDOVER = 6
+
+class Handover(enum.IntEnum):
+    """What becomes of the KV of a prompt, in a worker that is not alone."""
+
+    NONE = 0
+    SOURCE = 1
+    DESTINATION = 2
+
+class HandleEvent(enum.IntEnum):
+    """What happens to the handle of a sequence; the table is `fsm_tables()["kv_handle"]`."""
+
+    OFFER = 0
+    CLAIM = 1
+    TRANSFER = 2
+    ADOPT = 3
+    DECLINE = 4
+    ACKNOWLEDGE = 5
+    RELEASE = 6
+    QUARANTINE = 7
+    EXPIRE = 8
+    RECLAIM = 9
+    FENCE = 10
+    LOSE = 11
+
+class ImportAnswer(enum.IntEnum):
+    """What the end of a transfer found."""
+
+    DONE = 0
+    UNKNOWN = 1
+    NOT_IMPORTING = 2
+    NOTHING_LEFT = 3
 
 class Why(enum.IntEnum):
     """What was decided about a sequence last. `words_of` says it for a person."""
@@ -57,6 +89,7 @@ class Why(enum.IntEnum):
     WAITS_ROOM = 17
     PREEMPTED = 18
     PREEMPTED_SELF = 19
+    IMPORTS = 20
 
 def words_of(why: Why) -> str:
     """A decision in words."""
@@ -256,6 +289,10 @@ class Counts:
     @property
     def steps_in_flight(self) -> int: ...
     @property
+    def sequences_importing(self) -> int: ...
+    @property
+    def handles_open(self) -> int: ...
+    @property
     def preemptions(self) -> int: ...
     @property
     def aborts(self) -> int: ...
@@ -273,7 +310,9 @@ class Counts:
 class Scheduler:
     """The state machine. Used from one thread; time comes in as `now_us`; the same calls give the same answers."""
 
-    def __init__(self, config: Config) -> None: ...
+    def __init__(self, config: Config, *, generations: NDArray[np.uint64] | None = None) -> None:
+        """`generations`: writable memory for a word per block, where peers read it; kept as long as the scheduler."""
+
     def submit(
         self,
         sequence_id: int,
@@ -287,6 +326,7 @@ class Scheduler:
         tenant: bytes = b"",
         parent: int | None = None,
         parent_tokens: int | None = None,
+        handover: Handover = Handover.NONE,
         now_us: int,
     ) -> RejectReason | None:
         """Queue a sequence: `token_ids` (uint32, copied) is the prompt up to `output_start`, then earlier output.
@@ -297,7 +337,35 @@ class Scheduler:
         With `parent` the prompt begins with the first `parent_tokens` tokens (None: all) of that sequence, live or
         ended, and `token_ids` is only what comes behind; `output_start` counts from the beginning all the same.
         PARENT_UNKNOWN: its text is gone or shorter, or it has another salt; submit again with all tokens.
+
+        `handover`: a SOURCE gets a handle of the same id, and ends with its first token (Finish.HANDOVER, or as it
+        would have); a DESTINATION waits for room, and then for `imported`.
         """
+
+    def handle(self, sequence_id: int, event: HandleEvent) -> str | None:
+        """Move the handle of a sequence, which may have ended: the table's reason when it is refused, else None."""
+
+    def handle_state(self, sequence_id: int) -> str:
+        """Where the handle is, in the table's words; empty when there is none."""
+
+    def readable(self, sequence_id: int, first: int = 0) -> NDArray[np.int32]:
+        """Blocks from the `first` on that the handle lets a peer read, in the order of the sequence's tokens."""
+
+    @property
+    def generations(self) -> NDArray[np.uint64]:
+        """How often each block was taken, [blocks]; a read-only view."""
+
+    def take_reserved(self) -> list[tuple[int, int]]:
+        """Destinations that got room since the last call: sequence, tokens found in the cache."""
+
+    def import_blocks(self, sequence_id: int) -> NDArray[np.int32]:
+        """The blocks that the transfer writes: of the tokens behind those that were found in the cache."""
+
+    def imported(self, sequence_id: int, token_id: int) -> ImportAnswer:
+        """The transfer has ended and was validated; `token_id` is the first one, sampled by the source."""
+
+    def import_stopped(self, sequence_id: int, token_id: int | None = None) -> ImportAnswer:
+        """There is no transfer, or it has ended in vain: the sequence computes its prompt (and `token_id`) itself."""
 
     def abort(self, sequence_id: int, now_us: int) -> AbortAnswer:
         """End a sequence; what it holds is given back at the commit of the last launched step that holds it."""

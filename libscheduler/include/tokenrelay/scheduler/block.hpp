@@ -106,6 +106,7 @@ struct Record {
   std::uint8_t writers = 0;  // launched steps that write it; > 0 exactly when in_flight or quarantined
   bool indexed = false;      // the prefix index maps `hash` to this block
   bool watched = false;      // a waiting sequence wants to know when it is sealed or given up
+  bool nameless = false;     // sealed without a hash: a prompt's partial last block, for a peer to read
 };
 using Records = std::vector<Record>;
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <optional>
 #include <span>
 #include <type_traits>
 #include <utility>
@@ -113,11 +114,19 @@ class BlockChain {
     writable_.push_back(std::move(block));
   }
 
-  /// A step that writes tokens [start, start + length) was planned.
+  /// A step that writes tokens [start, start + length) was planned, or a transfer that may write none.
   void launch(block::Records& records, int start, int length, int block_tokens) noexcept;
   /// That step was committed: its full blocks become Sealed.
   template <ContentSource Source>
   void land(BlockPool& pool, int start, int length, int block_tokens, Source& source) noexcept;
+
+  /// The partial last block of a prompt whose rows are all committed becomes readable; nothing when the prompt ends
+  /// with a full one.
+  [[nodiscard]] std::optional<SealedPin> seal_rest(BlockPool& pool) noexcept {
+    TR_ASSERT(in_flight_.empty() && writable_.size() <= 1, "a prompt that is not computed has no last block");
+    if (writable_.empty()) return std::nullopt;
+    return pool.seal_nameless(writable_.pop_back());
+  }
 
   /// Gives back what no launched step writes: no row of the sequence will be planned.
   void trim(BlockPool& pool) noexcept {
@@ -153,6 +162,7 @@ class Remains {
 
 template <ContentSource Source>
 void BlockChain::land(BlockPool& pool, int start, int length, int block_tokens, Source& source) noexcept {
+  if (length == 0) return;
   const auto first = static_cast<std::size_t>(start / block_tokens);
   const auto last = static_cast<std::size_t>((start + length - 1) / block_tokens);
   for (std::size_t index = first; index <= last; ++index) {

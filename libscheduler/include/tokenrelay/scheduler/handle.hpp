@@ -55,6 +55,7 @@ class Stake {
   /// In the order the blocks were sealed; for descriptors.
   [[nodiscard]] std::span<const SealedPin> pins() const noexcept { return pins_; }
   [[nodiscard]] bool empty() const noexcept { return pins_.empty(); }
+  [[nodiscard]] std::size_t size() const noexcept { return pins_.size(); }
   /// The last pin, for BlockPool::unpin: the end of a chain is given back first.
   [[nodiscard]] SealedPin take() noexcept {
     TR_ASSERT(!pins_.empty(), "a stake has no pin left");

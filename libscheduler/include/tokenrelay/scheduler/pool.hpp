@@ -40,6 +40,8 @@ class BlockPool {
   bool promise(const WritableBlock& block, const Content& content) noexcept;
   /// Makes a full block immutable; the caller is its first reader.
   [[nodiscard]] SealedPin seal(WritableBlock&& block, const Content& content) noexcept;
+  /// The same for a block that is not full: nobody finds it, and its last reader frees it.
+  [[nodiscard]] SealedPin seal_nameless(WritableBlock&& block) noexcept;
   void release(WritableBlock&& block) noexcept;
   /// A launched step writes the block and its owner is over: nobody shall wait for its content any more.
   [[nodiscard]] QuarantinedBlock abandon(InFlightBlock&& block) noexcept;
@@ -67,6 +69,11 @@ class BlockPool {
 
   [[nodiscard]] block::Records& records() noexcept { return records_; }
   [[nodiscard]] const block::Records& records() const noexcept { return records_; }
+  /// How often each block was taken, so that a peer's read can be validated after it was made (law 4): a block that was
+  /// taken since it was named has another generation. Bumped before the block's new owner can write. `words` lives as
+  /// long as the pool, may be shared memory, and has one for each block; before any block is taken.
+  void count_in(std::span<std::uint64_t> words) noexcept { generations_ = words; }
+  [[nodiscard]] std::span<const std::uint64_t> generations() const noexcept { return generations_; }
   [[nodiscard]] int blocks() const noexcept { return static_cast<int>(records_.size()); }
   [[nodiscard]] int free() const noexcept { return free_.size; }
   [[nodiscard]] int cached() const noexcept { return cached_.size; }
@@ -95,6 +102,8 @@ class BlockPool {
   const block::Record& at(BlockId id) const noexcept { return records_[static_cast<std::size_t>(id)]; }
 
   block::Records records_;
+  std::vector<std::uint64_t> own_generations_;
+  std::span<std::uint64_t> generations_;
   PrefixIndex index_;
   Lineage lineage_;
   List free_;

@@ -3,6 +3,9 @@
 //     Waiting <-> Held        Waiting -> Prefilling -> Decoding -> Finishing -> Ended
 //        ^---- Preempting <------/------------/  \-> Aborting -> Ended
 //
+// A sequence whose KV comes from a peer goes Waiting -> Importing -> Decoding: a transfer in flight holds it as a
+// launched step would.
+//
 // A launched step holds its sequences: Preempting, Finishing and Aborting are sequences that are over but for steps in
 // flight. What they keep is given back by `Settle`, after the commit of the last launched step that holds them.
 #pragma once
@@ -13,6 +16,7 @@
 
 #include "tokenrelay/scheduler/chain.hpp"
 #include "tokenrelay/scheduler/fsm.hpp"
+#include "tokenrelay/scheduler/handle.hpp"
 #include "tokenrelay/scheduler/hashed_tokens.hpp"
 #include "tokenrelay/scheduler/places.hpp"
 #include "tokenrelay/scheduler/pool.hpp"
@@ -109,6 +113,11 @@ struct Preempting {  // will wait again; launched steps still give tokens
   SequenceIndex index;
   Residence home;
 };
+struct Importing {  // resident; a transfer may write the blocks of its prompt
+  static constexpr std::string_view name = "Importing";
+  SequenceIndex index;
+  Residence home;
+};
 struct Finishing {  // ended by a stop or by its length; what launched steps sample is discarded
   static constexpr std::string_view name = "Finishing";
   Estate estate;
@@ -173,6 +182,29 @@ struct Preempt {  // its blocks are needed by a sequence of better rank
 struct Abort {  // the client, or whoever speaks for it, gave up
   static constexpr std::string_view name = "Abort";
   Resources& resources;
+};
+struct Import {  // a slot and blocks for its whole prompt are there, and a transfer will write them
+  static constexpr std::string_view name = "Import";
+  Resources& resources;
+  Residence home;
+};
+struct Imported {  // the transfer has ended, and all that it read was validated
+  static constexpr std::string_view name = "Imported";
+  Resources& resources;
+  HashedTokens& text;
+  int start;
+  int length;
+};
+struct Renounce {  // the transfer has ended, and what it wrote is worth nothing
+  static constexpr std::string_view name = "Renounce";
+  Resources& resources;
+  int start;
+  int length;
+};
+struct HandOver {  // it sampled its first token, and a peer goes on from its KV
+  static constexpr std::string_view name = "HandOver";
+  Resources& resources;
+  handle::Stake& stake;  // gets a pin on the partial last block; it has those on the full ones
 };
 struct Settle {  // no launched step holds it any more
   static constexpr std::string_view name = "Settle";
@@ -279,6 +311,35 @@ inline Waiting on(Preempting&& state, Settle&& event) noexcept {
   Estate::of(std::move(state.home), r.pool).settle(r);
   return {r.waiting.reenter(state.index)};
 }
+inline Importing on(Waiting&& state, Import&& event) noexcept {
+  return {event.resources.waiting.leave(std::move(state.place)), std::move(event.home)};
+}
+inline Decoding on(Importing&& state, Imported&& event) noexcept {
+  Resources& r = event.resources;
+  state.home.chain.land(r.pool, event.start, event.length, r.block_tokens, event.text);
+  state.home.flights.land();
+  return {r.decoding.enter(state.index), std::move(state.home)};
+}
+inline Waiting on(Importing&& state, Renounce&& event) noexcept {
+  Resources& r = event.resources;
+  Estate estate = Estate::of(std::move(state.home), r.pool);
+  estate.land(r, event.start, event.length);
+  std::move(estate).settle(r);
+  return {r.waiting.reenter(state.index)};
+}
+inline Aborting on(Importing&& state, Abort&& event) noexcept {
+  return {Estate::of(std::move(state.home), event.resources.pool)};
+}
+inline Finishing hand_over(Residence&& home, HandOver& event) noexcept {
+  BlockPool& pool = event.resources.pool;
+  if (std::optional<SealedPin> rest = home.chain.seal_rest(pool)) event.stake.add(std::move(*rest));
+  return {Estate::of(std::move(home), pool)};
+}
+inline Finishing on(Decoding&& state, HandOver&& event) noexcept {
+  event.resources.decoding.leave(std::move(state.place));
+  return hand_over(std::move(state.home), event);
+}
+inline Finishing on(Preempting&& state, HandOver&& event) noexcept { return hand_over(std::move(state.home), event); }
 inline Ended on(Finishing&& state, Settle&& event) noexcept {
   std::move(state.estate).settle(event.resources);
   return {};
@@ -288,123 +349,6 @@ inline Ended on(Aborting&& state, Settle&& event) noexcept {
   return {};
 }
 
-namespace why {
-inline constexpr std::string_view resident = "it holds a slot already";
-inline constexpr std::string_view not_resident = "it holds no slot";
-inline constexpr std::string_view not_held = "it waits for no block";
-inline constexpr std::string_view held = "it waits for a block that is being computed";
-inline constexpr std::string_view no_more_rows = "it is over; no row of it is planned any more";
-inline constexpr std::string_view leaving = "it gives its slot up; no row of it is planned any more";
-inline constexpr std::string_view not_launched = "no launched step holds it";
-inline constexpr std::string_view not_sampled = "nothing of it was sampled";
-inline constexpr std::string_view keeps = "it runs; it keeps what it holds";
-inline constexpr std::string_view planned = "its whole prompt is planned already";
-inline constexpr std::string_view over = "it ended already";
-inline constexpr std::string_view aborted = "it was aborted already";
-inline constexpr std::string_view preempted = "it was preempted already";
-}  // namespace why
-
-inline constexpr std::array table{
-    fsm::to<Waiting, Admit, Prefilling>(),
-    fsm::to<Waiting, Hold, Held>(),
-    fsm::reject<Waiting, Wake>(why::not_held),
-    fsm::reject<Waiting, Launch>(why::not_resident),
-    fsm::reject<Waiting, LaunchFinal>(why::not_resident),
-    fsm::reject<Waiting, Land>(why::not_launched),
-    fsm::reject<Waiting, Finish>(why::not_sampled),
-    fsm::reject<Waiting, Preempt>(why::not_resident),
-    fsm::to<Waiting, Abort, Ended>(),
-    fsm::reject<Waiting, Settle>(why::not_resident),
-
-    fsm::reject<Held, Admit>(why::held),
-    fsm::reject<Held, Hold>(why::held),
-    fsm::to<Held, Wake, Waiting>(),
-    fsm::reject<Held, Launch>(why::not_resident),
-    fsm::reject<Held, LaunchFinal>(why::not_resident),
-    fsm::reject<Held, Land>(why::not_launched),
-    fsm::reject<Held, Finish>(why::not_sampled),
-    fsm::reject<Held, Preempt>(why::not_resident),
-    fsm::to<Held, Abort, Ended>(),
-    fsm::reject<Held, Settle>(why::not_resident),
-
-    fsm::reject<Prefilling, Admit>(why::resident),
-    fsm::reject<Prefilling, Hold>(why::resident),
-    fsm::reject<Prefilling, Wake>(why::not_held),
-    fsm::to<Prefilling, Launch, Prefilling>(),
-    fsm::to<Prefilling, LaunchFinal, Decoding>(),
-    fsm::to<Prefilling, Land, Prefilling>(),
-    fsm::reject<Prefilling, Finish>(why::not_sampled),
-    fsm::to<Prefilling, Preempt, Preempting>(),
-    fsm::to<Prefilling, Abort, Aborting>(),
-    fsm::reject<Prefilling, Settle>(why::keeps),
-
-    fsm::reject<Decoding, Admit>(why::resident),
-    fsm::reject<Decoding, Hold>(why::resident),
-    fsm::reject<Decoding, Wake>(why::not_held),
-    fsm::to<Decoding, Launch, Decoding>(),
-    fsm::reject<Decoding, LaunchFinal>(why::planned),
-    fsm::to<Decoding, Land, Decoding>(),
-    fsm::to<Decoding, Finish, Finishing>(),
-    fsm::to<Decoding, Preempt, Preempting>(),
-    fsm::to<Decoding, Abort, Aborting>(),
-    fsm::reject<Decoding, Settle>(why::keeps),
-
-    fsm::reject<Preempting, Admit>(why::resident),
-    fsm::reject<Preempting, Hold>(why::resident),
-    fsm::reject<Preempting, Wake>(why::not_held),
-    fsm::reject<Preempting, Launch>(why::leaving),
-    fsm::reject<Preempting, LaunchFinal>(why::leaving),
-    fsm::to<Preempting, Land, Preempting>(),
-    fsm::to<Preempting, Finish, Finishing>(),
-    fsm::reject<Preempting, Preempt>(why::preempted),
-    fsm::to<Preempting, Abort, Aborting>(),
-    fsm::to<Preempting, Settle, Waiting>(),
-
-    fsm::reject<Finishing, Admit>(why::over),
-    fsm::reject<Finishing, Hold>(why::over),
-    fsm::reject<Finishing, Wake>(why::over),
-    fsm::reject<Finishing, Launch>(why::no_more_rows),
-    fsm::reject<Finishing, LaunchFinal>(why::no_more_rows),
-    fsm::to<Finishing, Land, Finishing>(),
-    fsm::reject<Finishing, Finish>(why::over),
-    fsm::reject<Finishing, Preempt>(why::over),
-    fsm::reject<Finishing, Abort>(why::over),
-    fsm::to<Finishing, Settle, Ended>(),
-
-    fsm::reject<Aborting, Admit>(why::aborted),
-    fsm::reject<Aborting, Hold>(why::aborted),
-    fsm::reject<Aborting, Wake>(why::aborted),
-    fsm::reject<Aborting, Launch>(why::no_more_rows),
-    fsm::reject<Aborting, LaunchFinal>(why::no_more_rows),
-    fsm::to<Aborting, Land, Aborting>(),
-    fsm::reject<Aborting, Finish>(why::aborted),
-    fsm::reject<Aborting, Preempt>(why::aborted),
-    fsm::reject<Aborting, Abort>(why::aborted),
-    fsm::to<Aborting, Settle, Ended>(),
-
-    fsm::reject<Ended, Admit>(why::over),
-    fsm::reject<Ended, Hold>(why::over),
-    fsm::reject<Ended, Wake>(why::over),
-    fsm::reject<Ended, Launch>(why::over),
-    fsm::reject<Ended, LaunchFinal>(why::over),
-    fsm::reject<Ended, Land>(why::over),
-    fsm::reject<Ended, Finish>(why::over),
-    fsm::reject<Ended, Preempt>(why::over),
-    fsm::reject<Ended, Abort>(why::over),
-    fsm::reject<Ended, Settle>(why::over),
-};
-
 }  // namespace request
-
-struct RequestFsm {
-  static constexpr std::string_view name = "request";
-  static constexpr std::string_view initial = "Waiting";
-  using States = fsm::Types<request::Waiting, request::Held, request::Prefilling, request::Decoding,
-                            request::Preempting, request::Finishing, request::Aborting, request::Ended>;
-  using Events = fsm::Types<request::Admit, request::Hold, request::Wake, request::Launch, request::LaunchFinal,
-                            request::Land, request::Finish, request::Preempt, request::Abort, request::Settle>;
-  static constexpr std::span<const fsm::Row> table{request::table};
-};
-static_assert(fsm::verified<RequestFsm>());
 
 }  // namespace tokenrelay::scheduler

@@ -16,9 +16,10 @@
 #include <vector>
 
 #include "tokenrelay/scheduler/cost_model.hpp"
+#include "tokenrelay/scheduler/exports.hpp"
 #include "tokenrelay/scheduler/floor.hpp"
 #include "tokenrelay/scheduler/id_map.hpp"
-#include "tokenrelay/scheduler/request.hpp"
+#include "tokenrelay/scheduler/request_table.hpp"
 #include "tokenrelay/scheduler/turns.hpp"
 #include "tokenrelay/scheduler/types.hpp"
 
@@ -48,6 +49,30 @@ class Scheduler {
   /// how long the device ran it, 0 when that says nothing (it failed); `by_clock`: the time between commits.
   void commit(std::uint64_t step, std::span<const TokenId> token_ids, std::int64_t now_us, Outcome& out,
               std::int64_t run_us = by_clock) noexcept;
+
+  // KV that passes between workers (docs/handover.md). The source:
+  /// `words`: a generation for each block, where peers read it; before the first submission.
+  void count_generations_in(std::span<std::uint64_t> words) noexcept { pool_.count_in(words); }
+  [[nodiscard]] std::span<const std::uint64_t> generations() const noexcept { return pool_.generations(); }
+  /// Moves the handle of a sequence (that may have ended). What refuses it, or nothing.
+  [[nodiscard]] std::optional<std::string_view> handle(std::uint64_t sequence_id, HandleEvent event) noexcept;
+  /// The state of that handle; empty when there is none.
+  [[nodiscard]] std::string_view handle_state(std::uint64_t sequence_id) const noexcept {
+    return exports_.state(sequence_id);
+  }
+  /// Its blocks from the `first` on that a peer may read, in the order of its tokens.
+  [[nodiscard]] std::vector<BlockId> readable(std::uint64_t sequence_id, std::size_t first) const;
+  // The destination:
+  /// Sequences that got room since the last call.
+  [[nodiscard]] std::vector<Reserved> take_reserved();
+  /// The blocks of such a sequence that the transfer writes, in the order of its tokens.
+  [[nodiscard]] std::vector<BlockId> import_blocks(std::uint64_t sequence_id) const;
+  /// The transfer has ended and what it read was validated; `token` is the first one, sampled by the peer. A sequence
+  /// that was aborted meanwhile gives its blocks back.
+  ImportAnswer imported(std::uint64_t sequence_id, TokenId token) noexcept;
+  /// There is no transfer, or it has ended in vain: the sequence computes its prompt itself (and `token`, if one knows
+  /// it). One that was aborted gives its blocks back.
+  ImportAnswer import_stopped(std::uint64_t sequence_id, std::optional<TokenId> token) noexcept;
 
   // Views.
   [[nodiscard]] const Config& config() const noexcept { return config_; }
@@ -89,6 +114,9 @@ class Scheduler {
     std::int64_t due_us = not_due;  // its next decode row's token, by the TPS floor's schedule
     Why why = Why::none;
     bool emitted = false;
+    Handover handover = Handover::none;
+    bool importing = false;  // a transfer may write its blocks
+    bool arrived = false;    // it was imported, and had no row since
   };
   struct Row {
     SequenceIndex index;
@@ -159,12 +187,22 @@ class Scheduler {
   [[nodiscard]] bool fits(Sequence& sequence, const Budget& budget) const noexcept;
   [[nodiscard]] Match match(Sequence& sequence) noexcept;
   void reside(SequenceIndex index, const Match& match, int blocks, Plan& out) noexcept;
+  [[nodiscard]] request::Residence settle_in(SequenceIndex index, const Match& match, int blocks,
+                                             std::size_t launched_max) noexcept;
+  void announce(Sequence& sequence, Plan& out) noexcept;
 
   // pressure.cpp
   bool make_room(SequenceIndex for_index) noexcept;
   [[nodiscard]] SequenceIndex victim() const noexcept;
   [[nodiscard]] double recompute_us(SequenceIndex index) const noexcept;
   void preempt(SequenceIndex index, SequenceIndex for_index) noexcept;
+
+  // handover.cpp
+  void seal_exports(const Sequence& sequence);
+  void hand_over(Sequence& sequence);
+  void reside_import(SequenceIndex index, const Match& match, int blocks) noexcept;
+  void import_over(Sequence& sequence) noexcept;
+  static void continue_from(Sequence& sequence, TokenId token) noexcept;
 
   // commit.cpp
   void measure(const Flight& flight, std::int64_t now_us, std::int64_t run_us) noexcept;
@@ -197,6 +235,9 @@ class Scheduler {
   std::size_t ended_next_ = 0;
   std::size_t ended_size_ = 0;
   Turns turns_;
+  Exports exports_;
+  std::vector<Reserved> reserved_;  // room for every slot
+  int importing_ = 0;               // sequences whose blocks a transfer may write
 
   std::vector<Flight> flights_;  // a ring of steps_in_flight
   std::size_t flights_first_ = 0;

@@ -46,8 +46,44 @@ enum class RejectReason : std::uint8_t {
   invalid = 5,
   parent_unknown = 6,  // submit it again with all its tokens
 };
+enum class ImportAnswer : std::uint8_t {
+  done = 0,
+  unknown = 1,        // no live sequence has this id
+  not_importing = 2,  // no transfer writes its blocks
+  nothing_left = 3,   // with this token it has all it may have: its source should not have handed it over
+};
 enum class AbortAnswer : std::uint8_t { aborted = 0, unknown = 1, already_ended = 2 };
-enum class Finish : std::uint8_t { none = 0, stop = 1, length = 2 };
+/// `handover`: its first token was not its last, and a peer goes on from its KV (Submission::handover).
+enum class Finish : std::uint8_t { none = 0, stop = 1, length = 2, handover = 6 };
+
+/// What becomes of the KV of a prompt in a worker that is not alone.
+enum class Handover : std::uint8_t {
+  none,
+  source,       // a peer reads it: a handle of the sequence's id keeps it, and the sequence ends with its first token
+  destination,  // a peer has it: room is made, a transfer writes there, and the sequence decodes from then on
+};
+
+/// What happens to the handle of a sequence, after libscheduler's table; in the order of handle::Events from Offer on.
+enum class HandleEvent : std::uint8_t {
+  offer,
+  claim,
+  transfer,
+  adopt,
+  decline,
+  acknowledge,
+  release,
+  quarantine,
+  expire,
+  reclaim,
+  fence,
+  lose,
+};
+
+/// A sequence that has room now for what a transfer will write.
+struct Reserved {
+  std::uint64_t sequence_id;
+  std::int32_t cached_tokens;  // of its prompt, found here: the transfer writes what comes behind
+};
 
 /// A request as it comes in. The spans live as long as the call.
 struct Submission {
@@ -62,6 +98,7 @@ struct Submission {
   int priority = 0;  // lower goes first; clamped to [-16, 15]
   std::span<const std::uint8_t> salt;
   std::span<const std::uint8_t> tenant;  // tenants of a class get equal shares; empty: the salt tells them apart
+  Handover handover = Handover::none;
 };
 
 /// One step, as a structure of arrays; see docs/contracts.md. Rows [0, decodes) decode, the others prefill.
@@ -116,6 +153,8 @@ struct Counts {
   int sequences_waiting = 0;  // held ones included
   int sequences_running = 0;  // in a slot, those that only wait for launched steps included
   int steps_in_flight = 0;
+  int sequences_importing = 0;  // of those that run: a transfer may write their blocks
+  int handles_open = 0;         // whose blocks a peer may read
   std::uint64_t preemptions = 0;
   std::uint64_t aborts = 0;
   std::uint64_t prompt_tokens = 0;  // of sequences admitted for the first time

@@ -34,6 +34,8 @@ enum class Why : std::uint8_t {
   waits_room,
   preempted,
   preempted_self,
+  // Its KV comes from a peer.
+  imports,
 };
 
 struct WhyWords {
@@ -65,12 +67,13 @@ inline constexpr std::array why_table{
     WhyWords{Why::waits_room, "WAITS_ROOM", "it waits for a block for its next token"},
     WhyWords{Why::preempted, "PREEMPTED", "its blocks were needed by another sequence"},
     WhyWords{Why::preempted_self, "PREEMPTED_SELF", "it found no block for its next token"},
+    WhyWords{Why::imports, "IMPORTS", "a peer's KV of its prompt is being read"},
 };
 static_assert([] {
   for (std::size_t i = 0; i < why_table.size(); ++i) {
     if (static_cast<std::size_t>(why_table[i].why) != i || why_table[i].words.empty()) return false;
   }
-  return static_cast<std::size_t>(Why::preempted_self) + 1 == why_table.size();
+  return static_cast<std::size_t>(Why::imports) + 1 == why_table.size();
 }());
 
 [[nodiscard]] constexpr std::string_view words_of(Why why) noexcept {
