@@ -285,6 +285,9 @@ class Run:
         self._deadline = asyncio.get_running_loop().call_later(timeout_s, self._expire, timeout_s)
         self._ends_s = time.monotonic() + timeout_s
         self._inherited = [self._turns.find(prompt.packed, self.wanted.salt) for prompt in self.prompts]
+        turn = next((one.turn for one in self._inherited if one is not None), None)
+        if turn is not None and turn.at(turn.client):
+            self._places.preferred = turn.client
         for choice in self.choices:
             self._places.begin(self, choice)
             self._open += 1

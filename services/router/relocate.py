@@ -58,6 +58,7 @@ class Relocation(Generic[SequenceT]):
     def __init__(self, pool: WorkerPool, metrics: Metrics) -> None:
         self._pool = pool
         self._metrics = metrics
+        self.preferred: WorkerClient | None = None  # it has the beginning of the prompt in its cache
         self._client: WorkerClient | None = None  # where this request's sequences go: they share their prompt's KV
         self._parked: list[tuple[Owner[SequenceT], SequenceT]] = []  # no worker is usable, but one may come back
         self._timer: asyncio.TimerHandle | None = None
@@ -78,7 +79,7 @@ class Relocation(Generic[SequenceT]):
         refused = sequence.refused_by
         client = self._client
         if client is None or client.target in refused or client not in self._pool.usable:
-            client = self._client = self._pool.choose(without=refused)
+            client = self._client = self._pool.choose(without=refused, preferred=self.preferred)
         sequence.handle = self._pool.submit(client, owner.submission(sequence, client), sequence.on_output)
 
     def move(self, owner: Owner[SequenceT], sequence: SequenceT, output: worker_pb2.SequenceOutput) -> bool:

@@ -25,6 +25,9 @@ from tokenrelay.services.router.turns import TurnMemory
 
 log = get_logger("router")
 
+# A worker that has the prompt's beginning may have so many times the open sequences of the least busy one, and so many
+# more: a prompt that is computed again costs more than a place in a batch.
+AFFINITY_FACTOR, AFFINITY_SLACK = 2, 4
 LOAD_RETRY_S = 2.0  # a folder that cannot be used may be repaired
 
 
@@ -54,6 +57,8 @@ class WorkerPool:
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._problems: dict[str, str] = {}  # target -> why it is not used although it is connected
         self._usable: set[str] = set()
+        self._choices = 0
+        self._chosen: dict[str, int] = {}
         self._avoided: set[str] = set()  # they drain: used again when they come back
         self._last_usable_s = -math.inf  # when there was one, if there is none
         self._waiting: dict[Callable[[], None], None] = {}  # called when a worker becomes usable, in order
@@ -113,6 +118,7 @@ class WorkerPool:
 
     def _drop(self, client: WorkerClient) -> None:
         self._retired.discard(client.target)
+        self._chosen.pop(client.target, None)
         self._clients.remove(client)
         log.info("worker gone", target=client.target)
         self._later(client.close())
@@ -139,12 +145,23 @@ class WorkerPool:
             raise Unavailable(f"no worker is ready: {self.why_not()}")
         return self.model
 
-    def choose(self, without: Collection[str] = ()) -> WorkerClient:
-        """The usable worker with the fewest open sequences, none of `without` (targets). Raises Unavailable."""
+    def choose(self, without: Collection[str] = (), preferred: WorkerClient | None = None) -> WorkerClient:
+        """The usable worker with the fewest open sequences, none of `without` (targets). Raises Unavailable.
+
+        `preferred` has the beginning of the prompt in its cache: it is chosen unless it has far more to do than others.
+        """
         usable = [client for client in self.usable if client.target not in without]
         if not usable:
             raise Unavailable(f"no worker is ready: {self.why_not()}")
-        return usable[0] if len(usable) == 1 else min(usable, key=lambda client: client.open_count)
+        if len(usable) == 1:
+            return usable[0]
+        least = min(usable, key=lambda client: (client.open_count, self._chosen.get(client.target, 0)))
+        bound = AFFINITY_FACTOR * least.open_count + AFFINITY_SLACK
+        if preferred is not None and preferred in usable and preferred.open_count <= bound:
+            return preferred
+        self._choices += 1
+        self._chosen[least.target] = self._choices  # among equals, the one that was not chosen for the longest time
+        return least
 
     def submit(self, client: WorkerClient, submit: worker_pb2.Submit, on_output: OnOutput) -> Handle:
         """Send one sequence to a worker. Raises Unavailable or Overloaded."""

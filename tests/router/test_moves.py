@@ -278,3 +278,38 @@ async def test_random_deaths(start_fleet: StartFleet, seed: int) -> None:
         assert spoken(events) == TEXT
     await until(lambda: fleet.service.state.metrics.requests_open == 0)
     await until(lambda: not any(worker.running for worker in fleet.workers))
+
+
+async def test_a_next_turn_goes_where_its_prompt_is_cached(start_fleet: StartFleet) -> None:
+    fleet = await start_fleet(3)
+    for worker in fleet.workers:
+        worker.host.reply.next_turns = True
+    for client in fleet.service.pool.clients:
+        assert client.handshake is not None
+        client.handshake.next_turns = True
+    system = {"role": "system", "content": "The quick brown fox. " * 300}
+    conversations = [[system, {"role": "user", "content": f"question {number}"}] for number in range(6)]
+    homes: dict[int, set[int]] = {}
+    for turn in range(4):
+        for number, messages in enumerate(conversations):
+            before = [len(worker.submits) for worker in fleet.workers]
+            status, reply = await fleet.post(CHAT, {"messages": messages})
+            assert status == 200
+            went = [len(worker.submits) > had for worker, had in zip(fleet.workers, before, strict=True)].index(True)
+            homes.setdefault(number, set()).add(went)
+            messages += [reply["choices"][0]["message"], {"role": "user", "content": f"and then, {turn}"}]
+    assert all(len(visited) == 1 for visited in homes.values()), "a conversation stays with one worker"
+    assert len(set.union(*homes.values())) > 1, "conversations spread over the workers"
+
+
+async def test_affinity_gives_way_to_load(start_fleet: StartFleet) -> None:
+    fleet = await start_fleet(2)
+    pool = fleet.service.pool
+    first, second = pool.clients
+    assert pool.choose(preferred=second) is second
+    for worker in fleet.workers:
+        worker.host.answer = lambda submit: Script([], finish=worker_pb2.FINISH_NONE)
+    for _ in range(5):
+        second.submit(worker_pb2.Submit(token_ids=b"\0" * 4, output_start=1, tokens_max=2), lambda output: None)
+    assert pool.choose(preferred=second) is first
+    assert pool.choose(without={first.target}, preferred=second) is second
