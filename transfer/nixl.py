@@ -24,7 +24,7 @@ from tokenrelay.transfer.metrics import Metrics
 from tokenrelay.transfer.nixl_agent import Descriptors, NixlAgent
 from tokenrelay.transfer.owner import Owner
 from tokenrelay.transfer.runs import Runs, Span, bounded, coalesce, split
-from tokenrelay.transfer.security import Security
+from tokenrelay.transfer.security import Security, token_of
 from tokenrelay.transfer.transport import Connection, Endpoint, Identity, Proof, Transport
 
 READ_BYTES = 64 << 20  # of one NIXL transfer: some ten milliseconds, so that a deadline or a fence is noticed
@@ -53,7 +53,7 @@ class NixlTransport(Transport):
         if len(devices) != 1:
             raise ConfigError(f"regions on several devices ({devices}): NIXL takes one pool of one device")
         self.device = next(iter(devices))
-        self._token = token
+        self._token = token_of(token, security)
         self._owner = Owner(self, listen, self._welcome, gated=False, security=security, on_change=self._peers_changed)
         self._opened: NixlAgent | None = None
         self._metadata = b""

@@ -26,6 +26,7 @@ from tokenrelay.base.logging import get_logger
 log = get_logger("transfer")
 
 POLL_S = 50e-6
+WORKED_S = 20e-6  # a poll that took longer has moved data (UCX copies in it), so the next one follows at once
 SLOW_POLL_S = 1e-3  # once nothing was heard for FAST_S: a peer is stopped, or the network is
 FAST_S = 5.0
 COMMANDS_MAX = 4096
@@ -199,8 +200,11 @@ class NixlAgent:
             for command in commands:
                 command()
             if self._reads or self._peers_read:
+                began_s = time.monotonic()
                 self._poll()
-                time.sleep(POLL_S if time.monotonic() < self._fast_until_s else SLOW_POLL_S)
+                ended_s = time.monotonic()
+                if ended_s - began_s < WORKED_S:
+                    time.sleep(POLL_S if ended_s < self._fast_until_s else SLOW_POLL_S)
         for read in self._reads:
             read.future.set_exception(TransferFailed("the NIXL agent was closed", reason="closed"))
         self._reads.clear()

@@ -171,6 +171,9 @@ class Owner:
             log.warning("control connection closed", transport=kind, error=error.message)
         except ConnectionError:
             log.info("control connection broke", transport=kind)
+        except asyncio.CancelledError:
+            if not self._closing:  # asyncio.streams (3.11) reports a cancelled callback as a crash
+                raise
         finally:
             if session is None:
                 writer.close()

@@ -51,4 +51,11 @@ class Open:
         return True
 
 
+def token_of(token: str, security: Security | None) -> str:
+    """What a control connection shows: the token that was given, or the one that gRPC calls carry."""
+    if token or security is None:
+        return token
+    return dict(security.metadata).get("authorization", "").removeprefix("Bearer ")
+
+
 MESSAGE_OPTIONS = [("grpc.max_send_message_length", 64 << 20), ("grpc.max_receive_message_length", 64 << 20)]

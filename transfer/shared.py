@@ -23,10 +23,11 @@ from tokenrelay.transfer.memory import WORD_BYTES, Memory, Words, address_of
 from tokenrelay.transfer.metrics import Metrics
 from tokenrelay.transfer.owner import Owner
 from tokenrelay.transfer.runs import Runs, bounded, split
-from tokenrelay.transfer.security import Security
+from tokenrelay.transfer.security import Security, token_of
 from tokenrelay.transfer.transport import Connection, Endpoint, Identity, Proof, Transport
 
 CHUNK_BYTES = 8 << 20  # copied behind the gate at a time: about a millisecond
+INLINE_BYTES = 512 << 10  # copied on the loop itself: that takes less than waking a thread
 
 
 class SharedTransport(Transport):
@@ -51,7 +52,7 @@ class SharedTransport(Transport):
             raise ConfigError(f"shared memory listens on unix:PATH, not on {listen!r}")
         super().__init__(identity, memory, metrics)
         self._pool = memory.shared
-        self._token = token
+        self._token = token_of(token, security)
         self._owner = Owner(self, listen, self._welcome, gated=True, security=security)
 
     async def open(self) -> None:
@@ -125,10 +126,13 @@ class SharedConnection(Connection):
         control.listen(self._break, self.settled)
 
     async def _read(self, runs: Runs, deadline: Deadline) -> None:
-        await self._in_thread(lambda stop: self._copy(runs, deadline, stop))
+        if runs.bytes(self.transport.memory.layout.block_bytes) <= INLINE_BYTES:
+            self._copy(runs, deadline, threading.Event())
+        else:
+            await self._in_thread(lambda stop: self._copy(runs, deadline, stop))
 
     def _copy(self, runs: Runs, deadline: Deadline, stop: threading.Event) -> None:
-        """In a thread; ctypes lets the GIL go while it copies."""
+        """In a thread, if it is much; ctypes lets the GIL go while it copies."""
         regions, sizes, remote = self.transport.memory.regions, self.transport.memory.layout.block_bytes, self._remote
         runs = bounded(runs, sizes, CHUNK_BYTES)
         for start, end in split(runs, sizes, CHUNK_BYTES):

@@ -20,6 +20,7 @@ from processes import PeerError, PeerProcess
 
 from tokenrelay.base.deadlines import Deadline
 from tokenrelay.base.errors import DeadlineExceeded, HandshakeRefused, TokenRelayError, TransferFailed
+from tokenrelay.services.chassis.security import Security
 from tokenrelay.transfer import control
 from tokenrelay.transfer.memory import SharedPool
 from tokenrelay.transfer.runs import Span
@@ -283,24 +284,18 @@ async def test_a_reader_that_talks_nonsense_counts_as_reading_until_it_is_gone(c
         await asyncio.sleep(0.01)
 
 
-class OneToken:
-    """A fleet's security, as far as control connections go."""
-
-    metadata = ()
-
-    def allows(self, metadata: Any) -> bool:
-        """Only the token."""
-        return ("authorization", "Bearer right-token-of-the-fleet") in metadata
+TOKEN = "a-token-of-the-whole-fleet"
 
 
-@pytest.mark.parametrize("kind", ["shared"])
-async def test_the_fleets_token_is_asked_for(kind: str, stage: Stage, pool: Pool) -> None:
-    owner = await stage.transport(Pool(layout(), 4), "prefill-0", security=OneToken())
-    wrong = await stage.transport(pool, "decode-0", token="wrong")
-    with pytest.raises(HandshakeRefused, match="token is missing or wrong"):
-        await wrong.connect(owner.endpoint(), soon())
-    right = await stage.transport(pool, "decode-1", token="right-token-of-the-fleet")
-    await (await right.connect(owner.endpoint(), soon())).pull([Span(0, 3, [1], [1])], soon())
+async def test_the_fleets_token_is_asked_for(stage: Stage, pool: Pool) -> None:
+    owner = await stage.transport(Pool(layout(), 4), "prefill-0", security=Security(token=TOKEN))
+    for name, options in (("decode-0", {}), ("decode-1", {"token": TOKEN + "?"})):
+        reader = await stage.transport(pool, name, **options)
+        with pytest.raises(HandshakeRefused, match="token is missing or wrong"):
+            await reader.connect(owner.endpoint(), soon())
+    for name, options in (("decode-2", {"token": TOKEN}), ("decode-3", {"security": Security(token=TOKEN)})):
+        reader = await stage.transport(pool, name, **options)
+        await (await reader.connect(owner.endpoint(), soon())).pull([Span(0, 3, [1], [1])], soon())
 
 
 # What an owner may answer.
