@@ -283,9 +283,8 @@ def main() -> None:
     figures, results = asyncio.run(measure(options.quick))
     for name, value in figures.items():
         print(f"{name:44} {value:10.2f}")
-    print(
-        f"{'transport':10} {'case':24} {'runs':>6} {'ms':>10} {'GB/s':>8} {'of raw':>8} {'best':>6} {'cpu ms':>9} {'by raw':>6} {'validate ms':>12}"
-    )
+    print(f"{'transport':10} {'case':24} {'runs':>6} {'ms':>10} {'GB/s':>8}", end="")
+    print(f" {'of raw':>8} {'best':>6} {'cpu ms':>9} {'by raw':>6} {'validate ms':>12}")
     for row in results:
         print(
             f"{row['transport']:10} {row['case']:24} {row['descriptors']:6} {row['ms']:10.3f} {row['gb_per_s']:8.2f} "
