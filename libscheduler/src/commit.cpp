@@ -39,6 +39,7 @@ void Scheduler::measure(const Flight& flight, std::int64_t now_us, std::int64_t 
   committed_us_ = now_us;
   model_.observe(flight.shape, static_cast<double>(run_us == by_clock ? wall_us : run_us));
   if (run_us > 0) floor_.gap(static_cast<double>(wall_us - run_us));
+  floor_.missed(static_cast<double>(wall_us) - flight.predicted_us);
 }
 
 void Scheduler::take_token(SequenceIndex index, TokenId token, std::int32_t row, std::int64_t now_us,

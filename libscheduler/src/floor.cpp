@@ -1,11 +1,13 @@
 #include "tokenrelay/scheduler/floor.hpp"
 
 #include <algorithm>
+#include <cmath>
 
 namespace tokenrelay::scheduler {
 namespace {
 
 constexpr double gap_follows = 1.0 / 16;
+constexpr double error_follows = 1.0 / 32;
 constexpr double credit_periods = 4;  // prompts are owed this much at most; then they get a smallest chunk in any case
 constexpr int learning_tokens = 64;   // prefill tokens beside decoding users before any were measured
 constexpr int learning_rows = 2;      // users before so many were measured
@@ -34,7 +36,8 @@ Budget Floor::budget(const CostModel& model, const StepShape& decodes, int token
   budget.learning = known < tokens;
   budget.tokens = std::min(tokens, known);
   if (due_us_ == not_due) return budget;
-  budget.us = static_cast<double>(due_us_ - start_us_) - model.predict_us(decodes) - gap_us_;
+  const double reserve = 2 * error_us_;  // or every second step would be late, on a device whose steps vary
+  budget.us = static_cast<double>(due_us_ - start_us_) - model.predict_us(decodes) - gap_us_ - reserve;
   // Users who are behind, or new ones without end, must not keep prompts out for ever.
   const auto period = static_cast<double>(period_us_);
   if (budget.us <= 0) {
@@ -84,6 +87,12 @@ void Floor::token(std::int64_t& due_us, int in_flight, std::int64_t now_us) noex
 void Floor::gap(double gap_us) noexcept {
   gap_us = std::clamp(gap_us, 0.0, 4 * gap_us_ + 1000);  // a pause is not a gap
   gap_us_ += gap_follows * (gap_us - gap_us_);
+}
+
+void Floor::missed(double us) noexcept {
+  if (period_us_ == 0) return;
+  const double error = std::min(std::abs(us - gap_us_), static_cast<double>(period_us_));  // a pause says nothing
+  error_us_ += error_follows * (error - error_us_);
 }
 
 void Floor::committed(const CostModel& model, const StepShape& shape) noexcept {

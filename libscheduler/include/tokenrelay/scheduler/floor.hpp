@@ -64,6 +64,8 @@ class Floor {
   void token(std::int64_t& due_us, int in_flight, std::int64_t now_us) noexcept;
   /// The step took `gap_us` longer than it ran: planning, waking up, handing over.
   void gap(double gap_us) noexcept;
+  /// It took so much longer than was predicted, the gap left out.
+  void missed(double us) noexcept;
   void committed(const CostModel& model, const StepShape& shape) noexcept;
 
   [[nodiscard]] double gap_us() const noexcept { return gap_us_; }
@@ -77,6 +79,7 @@ class Floor {
 
   std::int64_t period_us_ = 0;  // of the floor in force; 0: not known yet
   double gap_us_ = 0;
+  double error_us_ = 0;   // of predictions, in the mean: twice as much is kept in reserve
   double credit_us_ = 0;  // what prompts are owed of the device's time while users were behind
   double decodes_max_ = 0;
   double prefill_max_ = 0;  // tokens of one step
