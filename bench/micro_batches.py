@@ -1,4 +1,4 @@
-"""Does it pay to cut a step into micro-batches of rows that are alike, or to order its rows? CPU time of the forward pass.
+"""Does it pay to cut a step into micro-batches of rows that are alike, or to order its rows? The forward's CPU time.
 
     python bench/micro_batches.py [MODEL]
 
@@ -61,9 +61,7 @@ class Forward:
             slots=np.arange(count, dtype=np.int32),
             starts=starts.copy(),
             lengths=lengths.copy(),
-            token_ids=np.random.default_rng(0).integers(
-                0, self.model.config.vocab_size, lengths.sum(), dtype=np.uint32
-            ),
+            token_ids=np.arange(lengths.sum(), dtype=np.uint32) % self.model.config.vocab_size,
             feedback=np.zeros(count, np.uint8),
             samples=np.ones(count, np.uint8),
         )
