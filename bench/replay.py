@@ -270,7 +270,7 @@ def workloads(traces: Sequence[Path], count: int, quick: bool) -> list[Load]:
             sys.exit(f"there is no trace {path}")
         spec = {"kind": "trace", "path": str(path.resolve()), "count": 200 if quick else count}
         # Mooncake's own bound for the first token of these traces is 30 s (FAST'25, section 8).
-        loads.append(Load(path.stem.removesuffix("_trace"), spec, 0.1, 30.0, unit="x"))
+        loads.append(Load(path.stem.removesuffix("_trace"), spec, 0.2, 30.0, unit="x"))
     return loads
 
 

@@ -1,15 +1,17 @@
-"""libscheduler as the engine drives it: two plans are launched at once, arrays are read without a copy."""
+"""libscheduler as the engine drives it: two plans are launched at once, arrays are read without a copy, and the TPS
+floor is at its default of 70 tokens/s, on a device whose steps take some 8 ms: the cost model learns at each commit."""
 
 from __future__ import annotations
 
 import time
 
 import numpy as np
-from protocol import BLOCK_TOKENS, Case, serve, tokens
+from protocol import BLOCK_TOKENS, SESSIONS, Case, serve, tokens
 
 from tokenrelay.libscheduler import Config, Plan, Scheduler
 
 PLAN_ARRAYS = ("sequence_ids", "slots", "starts", "lengths", "token_ids", "feedback", "samples", "admitted_ids")
+STEP_US, TOKEN_US = 8_000, 2  # what the device takes
 OUTCOME_ARRAYS = ("sequence_ids", "token_ids", "finish", "rows", "first", "cached_tokens")
 
 
@@ -21,7 +23,9 @@ class Ours:
     def prepare(self, case: Case) -> None:
         self._case = case
         self._ids = 0
+        self._now_us = 0
         self._launched: list[Plan] = []
+        self._sessions: list[tuple[int, np.ndarray]] = []  # ids of those that ended, and what comes next
         self._scheduler = Scheduler(
             Config(
                 block_tokens=BLOCK_TOKENS,
@@ -33,6 +37,7 @@ class Ours:
                 hash_key=bytes(range(16)),
                 model_identity=bytes(16),
                 steps_in_flight=2 if case.kind == "decode" else 1,
+                tps_floor=70.0,
             )
         )
         if case.full:
@@ -62,25 +67,29 @@ class Ours:
         plan = self._launch()
         planned = time.thread_time()
         sampled = np.full(case.sequences or 1, 11, np.uint32)
+        self._now_us += STEP_US + TOKEN_US * len(plan.token_ids)
         applying = time.thread_time()
-        outcome = self._scheduler.commit(self._launched.pop(0).step, sampled, 0)
+        outcome = self._scheduler.commit(self._launched.pop(0).step, sampled, self._now_us, STEP_US)
         for name in OUTCOME_ARRAYS:
             getattr(outcome, name)
         applied = time.thread_time()
         rows = case.sequences or 1
         assert len(plan.lengths) == rows and len(outcome.rows) == rows, "another number of rows than the case has"
         if case.kind != "decode":
-            self._scheduler.abort(self._ids, 0)
+            self._scheduler.abort(self._ids, self._now_us)
             assert plan.lengths.sum() < 4 * BLOCK_TOKENS + max(case.prompt - case.cached, case.appended)
         return submitted - began, planned - submitted, applied - applying
 
     def _next_turn(self) -> float:
-        """A session of `prompt` tokens ends; its next turn names it, and brings what it appends. When that began."""
-        self._submit(tokens(self._case.prompt - 1), 1)
-        self._settle()
-        appended = np.array(tokens(self._case.appended), np.uint32)
+        """The next turn of a session that ended names it, and brings what it appends. When that began."""
+        if not self._sessions:
+            for _ in range(SESSIONS):
+                self._submit(tokens(self._case.prompt - 1), 1)
+                self._settle()
+                self._sessions.insert(0, (self._ids, np.array(tokens(self._case.appended), np.uint32)))
+        parent, appended = self._sessions.pop()
         began = time.thread_time()
-        self._submit(appended, 2, parent=self._ids, output_start=self._case.prompt + self._case.appended)
+        self._submit(appended, 2, parent=parent, output_start=self._case.prompt + self._case.appended)
         return began
 
     def _submit(
@@ -99,12 +108,12 @@ class Ours:
             output_start=output_start or len(token_ids),
             tokens_max=output_max,
             parent=parent,
-            now_us=0,
+            now_us=self._now_us,
         )
         assert refused is None, refused
 
     def _launch(self) -> Plan:
-        plan = self._scheduler.plan(0)
+        plan = self._scheduler.plan(self._now_us)
         assert plan is not None, "nothing can run"
         for name in PLAN_ARRAYS:
             getattr(plan, name)
@@ -113,8 +122,10 @@ class Ours:
 
     def _settle(self) -> None:
         """Run until every prompt is computed."""
-        while (plan := self._scheduler.plan(0)) is not None:
-            self._scheduler.commit(plan.step, np.full(int(plan.samples.sum()), 11, np.uint32), 0)
+        while (plan := self._scheduler.plan(self._now_us)) is not None:
+            ran_us = STEP_US + TOKEN_US * len(plan.token_ids)
+            self._now_us += ran_us
+            self._scheduler.commit(plan.step, np.full(int(plan.samples.sum()), 11, np.uint32), self._now_us, ran_us)
             if plan.decodes == len(plan.lengths) == self._case.sequences:
                 break
 

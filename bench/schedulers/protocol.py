@@ -18,6 +18,7 @@ from typing import Protocol, TextIO
 
 BLOCK_TOKENS = 64
 VOCABULARY = 32_000
+SESSIONS = 16  # end before the next turn of the first one comes: 12,500 blocks, which the pool holds
 SAMPLES_MIN = 3
 
 
@@ -27,7 +28,7 @@ class Case:
 
     decode: a sample is one step: plan, and take the sampled tokens.
     admit: a sample is a prompt whose beginning is cached: submit, the plan that admits it, take its first token.
-    turn: as admit, but the prompt is what a session held, with `appended` tokens behind.
+    turn: as admit, but the prompt is what one of SESSIONS sessions held, with `appended` tokens behind.
     """
 
     name: str

@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import Any
 
 import tokenspeed_scheduler as ts
-from protocol import BLOCK_TOKENS, Case, serve, tokens
+from protocol import BLOCK_TOKENS, SESSIONS, Case, serve, tokens
 
 
 class TokenSpeed:
@@ -21,6 +21,7 @@ class TokenSpeed:
     def prepare(self, case: Case) -> None:
         self._case = case
         self._ids = 0
+        self._sessions: list[list[int]] = []  # what those that ended held
         config = ts.SchedulerConfig()
         config.prefix_granularity = BLOCK_TOKENS
         config.max_scheduled_tokens = case.step_tokens
@@ -55,9 +56,11 @@ class TokenSpeed:
         if case.kind == "admit":
             spec = self._spec([*self._prefix, *tokens(case.prompt - case.cached)], 2)
         elif case.kind == "turn":
-            session = tokens(case.prompt - 1)
-            self._run_one(session)
-            spec = self._spec([*session, 11, *tokens(case.appended)], 2)
+            if not self._sessions:
+                self._sessions = [tokens(case.prompt - 1) for _ in range(SESSIONS)]
+                for session in reversed(self._sessions):
+                    self._run_one(session)
+            spec = self._spec([*self._sessions.pop(), 11, *tokens(case.appended)], 2)
         began = time.thread_time()
         if spec is not None:
             self._scheduler.submit_requests([spec])

@@ -14,7 +14,7 @@ from typing import Any
 os.environ.update(HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="1")
 
 import torch
-from protocol import BLOCK_TOKENS, Case, serve, tokens
+from protocol import BLOCK_TOKENS, SESSIONS, Case, serve, tokens
 from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -102,6 +102,7 @@ class Vllm:
     def prepare(self, case: Case) -> None:
         self._case = case
         self._ids = 0
+        self._sessions: list[list[int]] = []  # what those that ended held
         self._scheduler = make_scheduler(
             blocks=case.blocks,
             block_tokens=BLOCK_TOKENS,
@@ -126,9 +127,11 @@ class Vllm:
         if case.kind == "admit":
             prompt = [*self._prefix, *tokens(case.prompt - case.cached)]
         elif case.kind == "turn":
-            session = tokens(case.prompt - 1)
-            self._run_one(session)
-            prompt = [*session, 11, *tokens(case.appended)]
+            if not self._sessions:
+                self._sessions = [tokens(case.prompt - 1) for _ in range(SESSIONS)]
+                for session in reversed(self._sessions):
+                    self._run_one(session)
+            prompt = [*self._sessions.pop(), 11, *tokens(case.appended)]
         began = time.thread_time()
         if prompt is not None:
             request = self._request(prompt, 2)

@@ -67,14 +67,13 @@ class Trace:
         if not self._rows:
             raise ValueError(f"{path} has no requests")
         self._load = load
+        self._at_ms = spread([row["timestamp"] for row in self._rows])
 
     def begin(self) -> Iterable[Request]:
         """Prompts are made of their hash ids: equal ids are equal tokens."""
-        first_ms = self._rows[0]["timestamp"]
-        for number, row in enumerate(self._rows, 1):
-            arrives_s = (row["timestamp"] - first_ms) / 1000 / self._load
+        for number, (row, at_ms) in enumerate(zip(self._rows, self._at_ms, strict=True), 1):
             prompt = trace_prompt(row["hash_ids"], row["input_length"])
-            yield Request(number, prompt, max(1, row["output_length"]), arrives_s, user=number)
+            yield Request(number, prompt, max(1, row["output_length"]), at_ms / 1000 / self._load, user=number)
 
     def after(self, request: Request) -> Request | None:
         """Open: what comes next is in the trace."""
@@ -83,8 +82,21 @@ class Trace:
     @property
     def window_s(self) -> tuple[float, float]:
         """From a fifth of the way to the last arrival."""
-        span_s = (self._rows[-1]["timestamp"] - self._rows[0]["timestamp"]) / 1000 / self._load
+        span_s = self._at_ms[-1] / 1000 / self._load
         return 0.2 * span_s, span_s
+
+
+def spread(timestamps_ms: list[int]) -> list[float]:
+    """From the first one on. Those of one instant are spread evenly up to the next: the conversation trace has instants
+    of 3 s, and at a fraction of its rate they would come as bursts that nobody saw.
+    """
+    instants = sorted(set(timestamps_ms))
+    until = dict(zip(instants, [*instants[1:], instants[-1]], strict=True))
+    found: list[float] = []
+    for instant in instants:
+        count = timestamps_ms.count(instant)
+        found += [instant - instants[0] + (until[instant] - instant) * n / count for n in range(count)]
+    return found
 
 
 def trace_prompt(hash_ids: list[int], length: int) -> TokenIds:

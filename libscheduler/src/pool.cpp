@@ -110,8 +110,11 @@ BlockPool::Found BlockPool::find(const Hash128& hash) const noexcept {
 }
 
 BlockPool::Found BlockPool::find_after(BlockId previous, const Hash128& hash) const noexcept {
-  const BlockId id = previous == no_block ? no_block : lineage_.next(previous);
-  if (id == no_block || !at(id).indexed || !(at(id).hash == hash)) return find(hash);
+  if (previous == no_block) return find(hash);
+  const auto holds = [&](BlockId id) { return at(id).indexed && at(id).hash == hash; };
+  BlockId id = previous + 1;  // runs are preferred: mostly it is the neighbour
+  if (id == blocks() || !holds(id)) id = lineage_.next(previous);
+  if (id == no_block || !holds(id)) return find(hash);
   const Kind kind = at(id).kind;
   return {id, kind == Kind::sealed || kind == Kind::cached, kind == Kind::sealed};
 }

@@ -53,7 +53,7 @@ class BlockPool {
     bool pinned = false;
   };
   [[nodiscard]] Found find(const Hash128& hash) const noexcept;
-  /// The same, for one that comes after `previous`: the one that followed last is tried first, which spares the index.
+  /// The same, for one that comes after `previous`: its neighbour and the one that followed last are tried first.
   [[nodiscard]] Found find_after(BlockId previous, const Hash128& hash) const noexcept;
   /// The block after `parent` (one that was found) that holds these tokens, if it is the one that followed last.
   [[nodiscard]] BlockId find_child(BlockId parent, std::span<const TokenId> tokens) const noexcept {
