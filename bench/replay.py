@@ -38,6 +38,7 @@ from scheduler import Subject, about, all_subjects  # noqa: E402 - bench/schedul
 from simulation.plot import draw  # noqa: E402
 
 DEVICE = "h200-llama8b"
+TRACE_BLOCK = 512  # tokens of a hash id
 FLOORS = (70, 200)  # tokens per second of one user
 WITHIN = 0.99  # a floor counts as held down to so much of it: percentiles of whole tokens are not exact
 CACHE = ROOT / ".cache/bench/replay.jsonl"
@@ -261,14 +262,36 @@ def show(rows: Sequence[dict[str, Any]], loads: Sequence[Load], out: Console) ->
         out.print(table)
 
 
+def check_trace(path: Path, count: int) -> None:
+    """SystemExit names the line and the field that is not as Mooncake's traces have it."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()[:count]
+    except OSError as error:
+        sys.exit(f"trace {path} cannot be read: {error.strerror}")
+    if not lines:
+        sys.exit(f"trace {path} has no requests")
+    before_ms = 0
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            at_ms, ids = row["timestamp"], row["hash_ids"]
+            lengths_ok = row["input_length"] > 0 and row["output_length"] >= 0
+        except (ValueError, KeyError, TypeError) as error:
+            sys.exit(f"{path}:{number}: expected timestamp, input_length, output_length and hash_ids ({error!r})")
+        if at_ms < before_ms or not lengths_ok or len(ids) * TRACE_BLOCK < row["input_length"]:
+            sys.exit(
+                f"{path}:{number}: expected growing timestamps, lengths, and a hash id for each {TRACE_BLOCK} tokens"
+            )
+        before_ms = at_ms
+
+
 def workloads(traces: Sequence[Path], count: int, quick: bool) -> list[Load]:
     """Generated agents, and the traces that were named. SystemExit names a trace that is not there."""
     agents = {"kind": "agents", "seconds": 90.0 if quick else 300.0}
     loads = [Load("agents", agents, 8, 10.0, whole=True, unit="users")]
     for path in traces:
-        if not path.is_file():
-            sys.exit(f"there is no trace {path}")
-        spec = {"kind": "trace", "path": str(path.resolve()), "count": 200 if quick else count}
+        check_trace(path, count)
+        spec = {"kind": "trace", "path": str(path.resolve()), "count": min(count, 200) if quick else count}
         # Mooncake's own bound for the first token of these traces is 30 s (FAST'25, section 8).
         loads.append(Load(path.stem.removesuffix("_trace"), spec, 0.2, 30.0, unit="x"))
     return loads
@@ -278,7 +301,7 @@ def main() -> int:
     """Exit code 1 when ours could not run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", action="append", default=[], type=Path, metavar="FILE", help="repeatable")
-    parser.add_argument("--count", type=int, default=800, help="requests of each trace [800]")
+    parser.add_argument("--count", type=int, default=300, help="requests of each trace [300]")
     parser.add_argument("--quick", action="store_true", help="less time and fewer schedulers: figures are rough")
     parser.add_argument("--json", metavar="FILE", help="write the result here (-: stdout)")
     parser.add_argument("--only", choices=["tokenrelay", "vllm"], help="the schedulers of this subject alone")
