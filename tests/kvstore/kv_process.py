@@ -24,7 +24,9 @@ class KvProcess:
             command += [f"--{flag.replace('_', '-')}", text]
         self.log = folder / f"{name}.log"
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, pass_fds=(write_fd,), stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, pass_fds=(write_fd,), stdout=log, stderr=log, start_new_session=True
+            )
         os.close(write_fd)
         with os.fdopen(read_fd, "rb") as status:
             line = status.readline()

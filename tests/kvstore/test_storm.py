@@ -166,7 +166,7 @@ class Life:
                 continue
             self.mine.add(handle)
             memory.read(handle, me.name)
-            await asyncio.sleep(rng.uniform(0, 0.3))
+            await asyncio.sleep(rng.choice([0.02, 0.05, 0.2, 3.0]))  # a slow network outlives a takeover
             adopted = rng.random() < 0.8 and await ledger.adopt(handle, me) is None
             memory.done(handle)
             if not adopted:
@@ -245,12 +245,16 @@ async def revive(
         life = Life(name, role, targets, memory, offers)
         lives.append(life)
         running = asyncio.create_task(life.run(rng, stop))
-        done, _ = await asyncio.wait([running], timeout=rng.uniform(4, 15))
-        if not done and rng.random() < 0.5 and not stop.is_set():
-            running.cancel()  # it dies
-            memory.counts["deaths"] += 1
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
+        try:
+            done, _ = await asyncio.wait([running], timeout=rng.uniform(4, 15))
+            if not done and rng.random() < 0.5 and not stop.is_set():
+                running.cancel()  # it dies
+                memory.counts["deaths"] += 1
+            await asyncio.wait([running])
+        finally:
+            running.cancel()
+        if not running.cancelled():
+            running.result()
 
 
 @pytest.mark.slow
@@ -285,9 +289,10 @@ async def test_handovers_in_a_storm(seed: int, tmp_path: Path, own_etcd: EtcdSer
                 await asyncio.sleep(0.2)
         await late.close()
     finally:
+        stop.set()
         for task in members:
             task.cancel()
         await asyncio.gather(*members, return_exceptions=True)
         storm.close()
     print(f"seed {seed}: {dict(memory.counts)}, {len(lives)} lives")
-    assert memory.counts["released"] > 50 and memory.counts["reclaimed"] > 0
+    assert memory.counts["released"] > 20 and memory.counts["reclaimed"] > 0
