@@ -11,7 +11,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -25,11 +24,10 @@ from tokenrelay.transfer.nixl_agent import Descriptors, NixlAgent
 from tokenrelay.transfer.owner import Owner
 from tokenrelay.transfer.runs import Runs, Span, bounded, coalesce, split
 from tokenrelay.transfer.security import Security, token_of
-from tokenrelay.transfer.transport import Connection, Endpoint, Identity, Proof, Transport
+from tokenrelay.transfer.transport import Connection, Identity, Proof, Transport
 
 READ_BYTES = 64 << 20  # of one NIXL transfer: some ten milliseconds, so that a deadline or a fence is noticed
 READ_DESCRIPTORS = 8192
-CLOSE_S = 5.0
 
 
 class NixlTransport(Transport):
@@ -46,9 +44,10 @@ class NixlTransport(Transport):
         token: str = "",
         security: Security | None = None,
         metrics: Metrics | None = None,
+        advertise: str = "",
     ) -> None:
         """`listen`: of the control connection, `unix:PATH` or `HOST:PORT`. Raises ConfigError."""
-        super().__init__(identity, memory, metrics)
+        super().__init__(identity, memory, metrics, advertise)
         devices = {region.device for region in memory.regions}
         if len(devices) != 1:
             raise ConfigError(f"regions on several devices ({devices}): NIXL takes one pool of one device")
@@ -85,7 +84,7 @@ class NixlTransport(Transport):
 
     def endpoint(self) -> bytes:
         """For a peer's `connect`; it names this incarnation."""
-        return msgspec.msgpack.encode(Endpoint(self.kind, self._owner.address, self.identity))
+        return self.endpoint_at(self._owner.address)
 
     def _welcome(self, hello: Hello) -> tuple[Welcome, list[int]]:
         regions = self.memory.regions

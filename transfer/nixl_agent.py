@@ -49,7 +49,7 @@ class NixlAgent:
     def __init__(self, name: str) -> None:
         """Raises ConfigError when NIXL or its UCX plugin does not load."""
         self._condition = threading.Condition()
-        self._commands: deque[Callable[[], None]] = deque()
+        self._commands: deque[tuple[Callable[[], None], Future[Any]]] = deque()
         self._reads: list[_Read] = []  # of the thread
         self._peers_read = False
         self._fast_until_s = 0.0
@@ -82,7 +82,7 @@ class NixlAgent:
         with self._condition:
             if self._closing or len(self._commands) >= COMMANDS_MAX:
                 raise TransferFailed("the NIXL agent is closed or overrun", reason="transport")
-            self._commands.append(run)
+            self._commands.append((run, future))
             self._condition.notify()
         return future
 
@@ -125,14 +125,14 @@ class NixlAgent:
     ) -> Future[None]:
         """Start a read, inside `gate`; done when the data is here, or nothing of it will come any more."""
         done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # it cannot be taken back
 
-        def start() -> None:
-            try:
-                self._start(peer, source, target, gate, done)
-            except BaseException as error:
-                done.set_exception(_translated(error))
+        def started(command: Future[None]) -> None:
+            error = command.exception()
+            if error is not None:
+                done.set_exception(error)
 
-        self.call(start)
+        self.call(lambda: self._start(peer, source, target, gate, done)).add_done_callback(started)
         return done
 
     def peers_read(self, reading: bool) -> None:
@@ -197,7 +197,7 @@ class NixlAgent:
                     break
                 commands = list(self._commands)
                 self._commands.clear()
-            for command in commands:
+            for command, _ in commands:
                 command()
             if self._reads or self._peers_read:
                 began_s = time.monotonic()
@@ -205,9 +205,14 @@ class NixlAgent:
                 ended_s = time.monotonic()
                 if ended_s - began_s < WORKED_S:
                     time.sleep(POLL_S if ended_s < self._fast_until_s else SLOW_POLL_S)
+        closed = TransferFailed("the NIXL agent was closed", reason="closed")
         for read in self._reads:
-            read.future.set_exception(TransferFailed("the NIXL agent was closed", reason="closed"))
+            read.future.set_exception(closed)
+        for _, future in self._commands:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(closed)
         self._reads.clear()
+        self._commands.clear()
 
     def _poll(self) -> None:
         self.polls += 1

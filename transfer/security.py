@@ -35,7 +35,7 @@ class Open:
     def open_channel(self, target: str) -> grpc.aio.Channel:
         """To a peer."""
         return grpc.aio.insecure_channel(
-            target, options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0), *MESSAGE_OPTIONS]
+            target, options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0), *COMMON_OPTIONS]
         )
 
     def add_port(self, server: grpc.aio.Server, address: str) -> int:
@@ -59,3 +59,16 @@ def token_of(token: str, security: Security | None) -> str:
 
 
 MESSAGE_OPTIONS = [("grpc.max_send_message_length", 64 << 20), ("grpc.max_receive_message_length", 64 << 20)]
+# An attachment is silent between pulls: keepalive finds a dead host after 15 s, and has to be allowed by the other end.
+COMMON_OPTIONS = [
+    *MESSAGE_OPTIONS,
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+SERVER_OPTIONS = [
+    *COMMON_OPTIONS,
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.so_reuseport", 0),
+]

@@ -35,13 +35,20 @@ def open_transport(
     token: str = "",
     security: Security | None = None,
     metrics: Metrics | None = None,
+    advertise: str = "",
 ) -> Transport:
     """A transport that does not listen yet. Raises ConfigError for a kind that is not there.
 
     `listen`: `unix:PATH` or `HOST:PORT` (port 0: any), of the kind's own socket. `token` is shown to peers, `security`
-    checks theirs and opens gRPC channels.
+    checks theirs and opens gRPC channels. `advertise`: the host that peers are told, where it listens on 0.0.0.0.
     """
-    options: dict[str, Any] = {"listen": listen, "token": token, "security": security, "metrics": metrics}
+    options: dict[str, Any] = {
+        "listen": listen,
+        "token": token,
+        "security": security,
+        "metrics": metrics,
+        "advertise": advertise,
+    }
     if kind not in KINDS:
         raise ConfigError(f"transport {kind!r}: expected one of {', '.join(KINDS)}")
     if kind == "stream":

@@ -11,7 +11,6 @@ import mmap
 import os
 import threading
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -24,7 +23,7 @@ from tokenrelay.transfer.metrics import Metrics
 from tokenrelay.transfer.owner import Owner
 from tokenrelay.transfer.runs import Runs, bounded, split
 from tokenrelay.transfer.security import Security, token_of
-from tokenrelay.transfer.transport import Connection, Endpoint, Identity, Proof, Transport
+from tokenrelay.transfer.transport import Connection, Identity, Proof, Transport
 
 CHUNK_BYTES = 8 << 20  # copied behind the gate at a time: about a millisecond
 INLINE_BYTES = 512 << 10  # copied on the loop itself: that takes less than waking a thread
@@ -44,13 +43,14 @@ class SharedTransport(Transport):
         token: str = "",
         security: Security | None = None,
         metrics: Metrics | None = None,
+        advertise: str = "",
     ) -> None:
         """`listen`: `unix:PATH`. Raises ConfigError when the memory cannot be shared."""
         if memory.shared is None:
             raise ConfigError("shared memory needs its KV pool in a SharedPool")
         if not listen.startswith("unix:"):
             raise ConfigError(f"shared memory listens on unix:PATH, not on {listen!r}")
-        super().__init__(identity, memory, metrics)
+        super().__init__(identity, memory, metrics, advertise)
         self._pool = memory.shared
         self._token = token_of(token, security)
         self._owner = Owner(self, listen, self._welcome, gated=True, security=security)
@@ -61,7 +61,7 @@ class SharedTransport(Transport):
 
     def endpoint(self) -> bytes:
         """For a peer's `connect`; it names this incarnation."""
-        return msgspec.msgpack.encode(Endpoint(self.kind, self._owner.address, self.identity))
+        return self.endpoint_at(self._owner.address)
 
     def _welcome(self, hello: Hello) -> tuple[Welcome, list[int]]:
         base, regions = self._pool.address, self.memory.regions

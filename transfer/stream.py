@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -34,8 +33,8 @@ from tokenrelay.proto import transfer_pb2, transfer_pb2_grpc
 from tokenrelay.transfer.memory import Layout, Memory, Words
 from tokenrelay.transfer.metrics import Metrics
 from tokenrelay.transfer.runs import RUNS_MAX, Runs
-from tokenrelay.transfer.security import MESSAGE_OPTIONS, Open, Security
-from tokenrelay.transfer.transport import Connection, Endpoint, Identity, Proof, Transport
+from tokenrelay.transfer.security import MESSAGE_OPTIONS, SERVER_OPTIONS, Open, Security
+from tokenrelay.transfer.transport import Connection, Identity, Proof, Transport
 
 VERSION = 1
 CHUNK_BYTES = 1 << 20
@@ -70,12 +69,13 @@ class StreamTransport(Transport):
         token: str = "",
         security: Security | None = None,
         metrics: Metrics | None = None,
+        advertise: str = "",
         checksums: bool = False,
     ) -> None:
         """`checksums`: the owner adds a CRC-32 to each chunk (about 1 GB/s); readers check what has one."""
         if any(region.device is not None for region in memory.regions):
             raise ConfigError("the stream transport reads host memory only")
-        super().__init__(identity, memory, metrics)
+        super().__init__(identity, memory, metrics, advertise)
         self._listen = listen
         self._security: Security = security or Open()
         self.metadata = self._security.metadata or ((("authorization", f"Bearer {token}"),) if token else ())
@@ -86,9 +86,7 @@ class StreamTransport(Transport):
 
     async def open(self) -> None:
         """Listen. Raises ConfigError that names the address."""
-        server = grpc.aio.server(
-            options=[*MESSAGE_OPTIONS, ("grpc.so_reuseport", 0)], interceptors=self._security.interceptors()
-        )
+        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=self._security.interceptors())
         transfer_pb2_grpc.add_TransferServicer_to_server(_Servicer(self), server)  # type: ignore[no-untyped-call]
         try:
             port = self._security.add_port(server, self._listen)
@@ -101,7 +99,7 @@ class StreamTransport(Transport):
 
     def endpoint(self) -> bytes:
         """For a peer's `connect`; it names this incarnation."""
-        return msgspec.msgpack.encode(Endpoint(self.kind, self._address, self.identity))
+        return self.endpoint_at(self._address)
 
     def peers(self) -> list[Identity]:
         """Who is attached."""

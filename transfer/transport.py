@@ -35,6 +35,7 @@ from tokenrelay.base.errors import (
     TokenRelayError,
     TransferFailed,
 )
+from tokenrelay.base.logging import get_logger
 from tokenrelay.transfer.memory import Blocks, Layout, Memory, Words
 from tokenrelay.transfer.metrics import Metrics
 from tokenrelay.transfer.runs import Runs, Span, coalesce
@@ -43,6 +44,8 @@ PULLS_MAX = 256  # of one transport, running and waiting for a thread
 THREADS = 2  # that copy or wait for a device, per transport
 FENCED_MAX = 65_536  # incarnations remembered as fenced
 PEERS_MAX = 256
+CLOSE_S = 5.0  # for a connection, when its transport closes
+log = get_logger("transfer")
 Result = TypeVar("Result")
 
 
@@ -89,6 +92,7 @@ class Connection(abc.ABC):
         self._broken: TransferFailed | None = None
         self._reads: set[asyncio.Future[None]] = set()
         self._stop = threading.Event()  # set once: ends what reads
+        self._closed = False
 
     async def pull(self, spans: Sequence[Span], deadline: Deadline) -> None:
         """Copy the extents into local blocks. Cancelling waits for the thread that copies (it looks up every few ms).
@@ -141,7 +145,10 @@ class Connection(abc.ABC):
             await asyncio.wait(list(self._reads))
 
     async def close(self) -> None:
-        """Stop reading, wait until nothing is written here, then give up the right to read."""
+        """Stop reading, wait until nothing is written here, then give up the right to read. Once is enough."""
+        if self._closed:
+            return
+        self._closed = True
         self._break(TransferFailed(f"the connection to {self.peer.name} was closed here", reason="closed"))
         await self.settled()
         await self._release()
@@ -206,8 +213,9 @@ class Transport(abc.ABC):
 
     kind: str
 
-    def __init__(self, identity: Identity, memory: Memory, metrics: Metrics | None = None) -> None:
+    def __init__(self, identity: Identity, memory: Memory, metrics: Metrics | None = None, advertise: str = "") -> None:
         self.identity = identity
+        self._advertise = advertise
         self.memory = memory
         self.metrics = metrics or Metrics()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix=f"transfer-{self.kind}")
@@ -253,7 +261,10 @@ class Transport(abc.ABC):
     async def close(self) -> None:
         """Close the connections, then stop serving. Peers see the end of their connection."""
         for connection in list(self._connections):
-            await connection.close()
+            try:
+                await asyncio.wait_for(connection.close(), CLOSE_S)
+            except TimeoutError:  # a read that cannot be taken back; its right to read ends with this process
+                log.warning("a connection did not settle", transport=self.kind, peer=connection.peer.name)
         await self._shut()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -276,6 +287,12 @@ class Transport(abc.ABC):
         except HandshakeRefused as error:
             return error
         return None
+
+    def endpoint_at(self, address: str) -> bytes:
+        """The endpoint of a transport that listens there; peers of other machines are told `advertise` as the host."""
+        if self._advertise and not address.startswith("unix:"):
+            address = f"{self._advertise}:{address.rpartition(':')[2]}"
+        return msgspec.msgpack.encode(Endpoint(self.kind, address, self.identity))
 
     def wanted(self, endpoint: bytes) -> Endpoint:
         """The endpoint, if it is one of this kind. Raises HandshakeRefused."""

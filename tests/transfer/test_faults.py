@@ -82,7 +82,11 @@ async def test_a_paused_reader_is_fenced_or_stays_quarantined(stage: Stage, big:
         assert stage.kind != "stream", "the owner reads for it, so nothing has to be waited for"
         with pytest.raises(DeadlineExceeded, match="stay in quarantine"):
             await transport.fence(life, Deadline.after(0.2))
-        assert (await transport.fence(life, soon(), kill=True)).value in {"dead", "gone"}
+        assert (await transport.fence(life, soon(), kill=True)).value in {
+            "dead",
+            "gone",
+            "revoked",
+        }  # its lock goes too
         return
     assert proof.value == "revoked"
     peer.signal(signal.SIGCONT)  # when it goes on, it finds the door shut
@@ -382,3 +386,49 @@ async def test_over_tcp_a_paused_reader_stays_quarantined(kind: str, stage: Stag
     fence = asyncio.create_task(owner.fence(life, soon()))
     peer.signal(signal.SIGKILL)
     assert (await fence).value == "gone"
+
+
+async def test_closing_ends_what_is_under_way(stage: Stage, big: Pool) -> None:
+    """A pull that runs ends as closed, nothing is written after, and closing twice is closing once."""
+    peer = await stage.peer(BIG_BLOCKS, layout={"block_bytes": [BIG]})
+    transport = await stage.transport(big)
+    connection = await transport.connect(await peer.endpoint(), soon())
+
+    async def pull() -> None:
+        while True:
+            await connection.pull([Span(0, 1, range(BIG_BLOCKS), range(BIG_BLOCKS))], soon())
+
+    task = asyncio.create_task(pull())
+    await asyncio.sleep(0.05)
+    await asyncio.wait_for(asyncio.gather(connection.close(), connection.close()), 10)
+    big.block(0, 0)[:] = 255
+    with pytest.raises(TransferFailed) as failed:
+        await asyncio.wait_for(task, 10)
+    assert failed.value.reason == "closed"
+    assert (big.block(0, 0) == 255).all()
+    await connection.close()
+    deadline = soon()
+    while await peer.ask("peers"):
+        assert not deadline.passed
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in available() if kind != "shared"])
+async def test_peers_are_told_the_advertised_host(kind: str, stage: Stage, pool: Pool) -> None:
+    owner = await stage.transport(Pool(layout(), 4), "prefill-0", listen="0.0.0.0:0", advertise="localhost")
+    host, _, port = Endpoint.decode(owner.endpoint()).address.rpartition(":")
+    assert host == "localhost"
+    assert int(port) > 0
+    reader = await stage.transport(pool)
+    await (await reader.connect(owner.endpoint(), soon())).pull([Span(0, 3, [1], [1])], soon())
+
+
+@pytest.mark.slow
+async def test_a_connection_that_was_silent_for_long_is_still_there(stage: Stage, pool: Pool) -> None:
+    """gRPC ends a connection whose keepalive the other end does not allow, after the third ping."""
+    security = Security(token=TOKEN)
+    owner = await stage.transport(Pool(layout(), 4), "prefill-0", security=security)
+    connection = await (await stage.transport(pool, security=security)).connect(owner.endpoint(), soon())
+    await asyncio.sleep(45)
+    await connection.pull([Span(0, 3, [1], [1])], soon())
+    await connection.validate([1], [0], soon())
