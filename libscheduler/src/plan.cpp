@@ -254,6 +254,8 @@ Scheduler::Match Scheduler::match(Sequence& sequence) noexcept {
 
 /// What keeps one more user out for the sake of those that run, if anything does.
 Why Scheduler::floor_admits(const Sequence& sequence, const Flight& flight) const noexcept {
+  if (sequence.length_limit - sequence.text.size() <= 1)
+    return Why::none;  // it ends with its prompt, and never decodes
   const int rows = prefilling_.size() + decoding_.size() + importing_ + 1;
   const auto context = static_cast<double>(prefilling_tokens_ + final_tokens_ + sequence.text.size());
   return floor_.admits(model_, rows, flight.shape.decode_context + context);

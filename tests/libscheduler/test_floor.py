@@ -173,6 +173,15 @@ def test_prompts_get_their_share_of_a_device_that_cannot_hold_the_floor() -> Non
     assert len(begun) == 30
 
 
+def test_who_never_decodes_is_not_held_back_for_the_floor() -> None:
+    """Requests for one token (classification, a prefill role) share steps at once, before anything was learned."""
+    served = Served(make_config(), Device())
+    for _ in range(60):
+        served.arrive(0, prompt=30, output=1)
+    served.run()
+    assert served.steps <= 2
+
+
 def test_a_prompt_beside_a_running_user_says_what_its_chunks_are() -> None:
     """They are what the user leaves, and none while he has not run ahead far enough."""
     served = Served(make_config(tps_floor=150.0, floor_wait_us=0), Device(prefill_token=200.0))
