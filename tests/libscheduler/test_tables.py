@@ -35,7 +35,7 @@ def test_every_state_is_reached_and_every_sequence_can_end() -> None:
     assert ends == set(fsm_tables()["request"].states)
 
 
-@pytest.mark.parametrize(("name", "parts"), [("scheduler.md", 4), ("kv-ownership.md", 4)])
+@pytest.mark.parametrize(("name", "parts"), [("scheduler.md", 4), ("kv-ownership.md", 4), ("model-checking.md", 1)])
 def test_the_pages_show_the_tables_as_they_are(name: str, parts: int) -> None:
     page = (DOCS / name).read_text(encoding="utf-8")
     assert page.count("<!-- generated: end -->") == parts

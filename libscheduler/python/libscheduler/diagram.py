@@ -5,8 +5,8 @@
     print(markdown(tables["request"]))
 
 `python -m tokenrelay.libscheduler.diagram FILE…` rewrites the generated parts of pages, between
-`<!-- generated: diagram|table|states|events NAME -->` and `<!-- generated: end -->`; with `--check` it names stale
-ones. `tokenrelay fsm show` prints `document`.
+`<!-- generated: diagram|table|states|events|mutations NAME -->` and `<!-- generated: end -->`; with `--check` it names
+stale ones. `tokenrelay fsm show` prints `document`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tokenrelay.libscheduler._native import Table, fsm_tables
+from tokenrelay.libscheduler.promela import MUTATIONS
 
 
 def mermaid(table: Table) -> str:
@@ -78,6 +79,14 @@ def events(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
+def mutations(table: Table) -> str:
+    """The guards that the model is searched without, and the law that then breaks (promela.py)."""
+    lines = ["| guard that is taken away | law | search with `tools/model_check.py` |", "|---|---|---|"]
+    for mutation in MUTATIONS:
+        lines.append(f"| {mutation.without} | {mutation.law} | `{mutation.name}` |")
+    return "\n".join(lines) + "\n"
+
+
 def _diagram(table: Table) -> str:
     return f"```mermaid\n{mermaid(table)}```\n"
 
@@ -87,6 +96,7 @@ _PARTS: dict[str, Callable[[Table], str]] = {
     "table": markdown,
     "states": states,
     "events": events,
+    "mutations": mutations,
 }
 
 
