@@ -10,6 +10,7 @@
 
 #include <memory>
 
+#include "memory.hpp"
 #include "policy.hpp"
 #include "tables.hpp"
 #include "tokenrelay/scheduler/scheduler.hpp"
@@ -122,7 +123,7 @@ class PyScheduler {
                                          std::int64_t tokens_max, const std::vector<ts::TokenId>& stop_token_ids,
                                          std::int64_t priority, const py::bytes& salt, const py::bytes& tenant,
                                          std::optional<std::uint64_t> parent, std::optional<std::int64_t> parent_tokens,
-                                         ts::Handover handover, std::int64_t now_us) {
+                                         ts::Handover handover, bool tools, std::int64_t now_us) {
     const TokenBuffer buffer(token_ids);
     ts::Submission submission;
     submission.handover = handover;
@@ -134,6 +135,7 @@ class PyScheduler {
     submission.priority = static_cast<int>(std::clamp<std::int64_t>(priority, -1000, 1000));
     submission.salt = bytes_of(salt);
     submission.parent = parent;
+    submission.tools = tools;
     // A number below 0 must not read as all of them.
     if (parent_tokens) submission.parent_tokens = std::clamp<std::int64_t>(*parent_tokens, -2, 1 << 30);
     if (submission.parent_tokens == ts::Submission::all_tokens && parent_tokens) --submission.parent_tokens;
@@ -190,7 +192,8 @@ class PyScheduler {
 ts::Config make_config(int block_tokens, int blocks, int slots, int context_tokens, int step_tokens, int chunk_tokens,
                        int waiting_max, const py::bytes& hash_key, const py::bytes& model_identity, int steps_in_flight,
                        int overtakes_max, int class_overtakes_max, int preemptions_max, double tps_floor,
-                       double tps_fraction, double prefill_share, std::int64_t floor_wait_us) {
+                       double tps_fraction, double prefill_share, std::int64_t floor_wait_us,
+                       const std::string& eviction) {
   ts::Config config;
   config.block_tokens = block_tokens;
   config.blocks = blocks;
@@ -209,6 +212,10 @@ ts::Config make_config(int block_tokens, int blocks, int slots, int context_toke
   config.tps_fraction = tps_fraction;
   config.prefill_share = prefill_share;
   config.floor_wait_us = floor_wait_us;
+  if (eviction != "lru" && eviction != "reuse") {
+    throw py::value_error("eviction is \"" + eviction + "\", expected \"lru\" or \"reuse\"");
+  }
+  config.eviction = eviction == "lru" ? ts::Eviction::lru : ts::Eviction::reuse;
   if (auto wrong = config.check()) throw py::value_error(*wrong);
   return config;
 }
@@ -378,7 +385,9 @@ void bind_scheduler(py::module_& m) {
            py::arg("waiting_max") = 1024, py::arg("hash_key"), py::arg("model_identity"),
            py::arg("steps_in_flight") = 2, py::arg("overtakes_max") = 16, py::arg("class_overtakes_max") = 256,
            py::arg("preemptions_max") = 3, py::arg("tps_floor") = 0.0, py::arg("tps_fraction") = 0.5,
-           py::arg("prefill_share") = 0.125, py::arg("floor_wait_us") = 10'000'000)
+           py::arg("prefill_share") = 0.125, py::arg("floor_wait_us") = 10'000'000, py::arg("eviction") = "reuse")
+      .def_property_readonly(
+          "eviction", [](const ts::Config& self) { return self.eviction == ts::Eviction::lru ? "lru" : "reuse"; })
       .def_readonly("block_tokens", &ts::Config::block_tokens)
       .def_readonly("blocks", &ts::Config::blocks)
       .def_readonly("slots", &ts::Config::slots)
@@ -402,7 +411,7 @@ void bind_scheduler(py::module_& m) {
            py::arg("output_start"), py::arg("tokens_max"), py::arg("stop_token_ids") = std::vector<ts::TokenId>(),
            py::arg("priority") = 0, py::arg("salt") = py::bytes(), py::arg("tenant") = py::bytes(),
            py::arg("parent") = py::none(), py::arg("parent_tokens") = py::none(),
-           py::arg("handover") = ts::Handover::none, py::arg("now_us"))
+           py::arg("handover") = ts::Handover::none, py::arg("tools") = false, py::arg("now_us"))
       .def(
           "handle",
           [](PyScheduler& self, std::uint64_t id, ts::HandleEvent event) { return self.scheduler.handle(id, event); },
@@ -443,6 +452,9 @@ void bind_scheduler(py::module_& m) {
       .def("token_ids", &sequence_tokens, py::arg("sequence_id"))
       .def("take_cache_events", &cache_events)
       .def("check", &PyScheduler::check)
+      .def("reuse", [](const PyScheduler& self) { return reuse_rows(self.scheduler); })
+      .def_property_readonly("bookkeeping_bytes_per_block",
+                             [](const PyScheduler& self) { return self.scheduler.bookkeeping_bytes_per_block(); })
       .def(
           "why", [](const PyScheduler& self, std::uint64_t id) { return self.scheduler.why(id); },
           py::arg("sequence_id"))
@@ -459,6 +471,7 @@ PYBIND11_MODULE(_native, m) {
   bind_values(m);
   bind_handover(m);
   bind_policy(m);
+  bind_memory(m);
   bind_steps(m);
   bind_scheduler(m);
   m.def("block_hashes", &block_hashes, py::arg("token_ids"), py::kw_only(), py::arg("block_tokens"),

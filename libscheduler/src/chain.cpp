@@ -44,7 +44,10 @@ void Remains::land(BlockPool& pool, int start, int length, int block_tokens) noe
 
 void Remains::release(BlockPool& pool) && noexcept {
   TR_ASSERT(quarantined_.empty(), "a launched step may still write a quarantined block");
-  while (!pins_.empty()) pool.unpin(pins_.pop_back());
+  while (!pins_.empty()) {
+    SealedPin pin = pins_.pop_back();
+    pool.unpin(std::move(pin), pins_.size());
+  }
 }
 
 }  // namespace tokenrelay::scheduler

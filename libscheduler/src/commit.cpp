@@ -9,6 +9,7 @@ namespace tokenrelay::scheduler {
 void Scheduler::commit(std::uint64_t step, std::span<const TokenId> token_ids, std::int64_t now_us, Outcome& out,
                        std::int64_t run_us) noexcept {
   out.clear();
+  pool_.clock(now_us);
   TR_ASSERT(flights_size_ > 0, "nothing is launched");
   Flight& flight = flights_[flights_first_];
   TR_ASSERT(flight.step == step, "steps are committed in the order they were planned");
@@ -84,6 +85,7 @@ void Scheduler::settle(SequenceIndex index) noexcept {
     rank.priority_class = std::min(rank.priority_class, sequence.climbs_to);
     expect_service(index);
   }
+  pool_.releasing({sequence.origin, static_cast<std::size_t>(sequence.output_start / config_.block_tokens)});
   if (fsm::dispatch<RequestFsm>(sequence.state, request::Settle{resources_})) return;  // it runs on
   settling_ -= sequence.importing ? 0 : 1;
   sequence.importing = false;

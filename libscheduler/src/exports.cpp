@@ -4,6 +4,7 @@ namespace tokenrelay::scheduler {
 namespace {
 
 void give_back(handle::Stake&& stake, BlockPool& pool) noexcept {
+  pool.releasing({});
   while (!stake.empty()) pool.unpin(stake.take());
 }
 

@@ -8,6 +8,7 @@ namespace tokenrelay::scheduler {
 
 bool Scheduler::plan(std::int64_t now_us, Plan& out) noexcept {
   if (flights_size_ == flights_.size()) return false;
+  pool_.clock(now_us);
   Flight& flight = flights_[(flights_first_ + flights_size_) % flights_.size()];
   // A pass without rows may still have made room or woken somebody: then there is something for another pass.
   for (int pass = 0; pass < 3; ++pass) {
@@ -364,6 +365,9 @@ void Scheduler::reside(SequenceIndex index, const Match& match, int blocks, Plan
     totals_.prompt_tokens += static_cast<std::uint64_t>(sequence.output_start);
     totals_.cached_tokens += static_cast<std::uint64_t>(sequence.cached_tokens);
     waiting_.served(index, sequence.text.size() - sequence.planned, true);
+    if (sequence.origin == Origin::prompt && 2 * sequence.cached_tokens >= sequence.output_start) {
+      sequence.origin = Origin::turn;
+    }
   }
   announce(sequence, out);
   prefilling_tokens_ += sequence.text.size();

@@ -9,22 +9,23 @@ using block::Access;
 using block::Kind;
 using block::Record;
 
-BlockPool::BlockPool(int blocks, int block_tokens)
+BlockPool::BlockPool(int blocks, int block_tokens, Eviction eviction)
     : records_(static_cast<std::size_t>(blocks)),
       own_generations_(static_cast<std::size_t>(blocks)),
       generations_(own_generations_),
       index_(static_cast<std::size_t>(blocks)),
       lineage_(static_cast<std::size_t>(blocks), static_cast<std::size_t>(block_tokens)),
-      events_(2 * static_cast<std::size_t>(blocks) + 64) {
+      evictor_(eviction, static_cast<std::size_t>(blocks)),
+      events_(std::min(2 * static_cast<std::size_t>(blocks) + 64, static_cast<std::size_t>(blocks) / 4 + 1024)) {
   fired_.reserve(static_cast<std::size_t>(blocks));
-  for (BlockId id = 0; id < blocks; ++id) push_back(free_, id);
+  for (BlockId id = 0; id < blocks; ++id) free_.push_back(id, records_);
 }
 
 std::optional<WritableBlock> BlockPool::take(BlockId previous) noexcept {
   BlockId id = previous + 1;
   if (previous == no_block || id >= blocks() || at(id).kind != Kind::free) id = free_.head;
   if (id != no_block) {
-    unlink(free_, id);
+    free_.unlink(id, records_);
   } else {
     id = evict();
     if (id == no_block) return std::nullopt;
@@ -35,9 +36,8 @@ std::optional<WritableBlock> BlockPool::take(BlockId previous) noexcept {
 }
 
 BlockId BlockPool::evict() noexcept {
-  const BlockId id = cached_.head;
+  const BlockId id = evictor_.evict(records_);
   if (id == no_block) return no_block;
-  unlink(cached_, id);
   forget(at(id), id);
   emit(CacheEvent::Kind::evicted, at(id).hash);
   return Access::dissolve(on(Access::make<block::Cached>(id), block::Evict{records_}));
@@ -57,6 +57,7 @@ void BlockPool::index(BlockId id, const Content& content) noexcept {
   index_.insert(content.hash, id);
   const BlockId parent = index_.find(content.parent, records_);
   if (parent != no_block) lineage_.follow(parent, id);
+  evictor_.indexed(id, parent, records_);
 }
 
 SealedPin BlockPool::seal(WritableBlock&& block, const Content& content) noexcept {
@@ -99,7 +100,7 @@ QuarantinedBlock BlockPool::abandon(InFlightBlock&& block) noexcept {
 
 void BlockPool::put(block::Free&& block) noexcept {
   const BlockId id = Access::dissolve(std::move(block));
-  push_back(free_, id);
+  free_.push_back(id, records_);
 }
 
 BlockPool::Found BlockPool::find(const Hash128& hash) const noexcept {
@@ -120,8 +121,9 @@ BlockPool::Found BlockPool::find_after(BlockId previous, const Hash128& hash) co
 }
 
 SealedPin BlockPool::pin(BlockId id) noexcept {
+  Evictor::shared(at(id));
   if (at(id).kind == Kind::cached) {
-    unlink(cached_, id);
+    evictor_.taken(id, records_);
     Access::dissolve(on(Access::make<block::Cached>(id), block::Pin{records_}));
   } else {
     Access::dissolve(on(Access::make<block::Sealed>(id), block::Pin{records_}));
@@ -129,7 +131,7 @@ SealedPin BlockPool::pin(BlockId id) noexcept {
   return Access::make<SealedPin>(id);
 }
 
-void BlockPool::unpin(SealedPin&& pin) noexcept {
+void BlockPool::unpin(SealedPin&& pin, std::size_t index) noexcept {
   const BlockId id = Access::dissolve(std::move(pin));
   Record& record = at(id);
   if (record.pins > 1) {
@@ -140,11 +142,12 @@ void BlockPool::unpin(SealedPin&& pin) noexcept {
     // The block that had this content first is gone: this one takes its place.
     record.indexed = true;
     index_.insert(record.hash, id);
+    evictor_.indexed(id, index_.find(lineage_.parent(id), records_), records_);
     emit(CacheEvent::Kind::sealed, record.hash);
   }
   if (record.indexed) {
     Access::dissolve(on(Access::make<block::Sealed>(id), block::UnpinLast{records_}));
-    push_back(cached_, id);
+    evictor_.cached(id, index, records_);
   } else {
     record.nameless = false;
     put(on(Access::make<block::Sealed>(id), block::Discard{records_}));
@@ -155,6 +158,7 @@ void BlockPool::forget(Record& record, BlockId id) noexcept {
   if (!record.indexed) return;
   index_.erase(record.hash, id, records_);
   record.indexed = false;
+  evictor_.forgotten(id, lineage_.parent(id), records_);
 }
 
 void BlockPool::fire(Record& record, BlockId id) noexcept {
@@ -183,34 +187,26 @@ std::vector<CacheEvent> BlockPool::take_events() {
   return out;
 }
 
-void BlockPool::push_back(List& list, BlockId id) noexcept {
-  at(id).previous = list.tail;
-  at(id).next = no_block;
-  (list.tail == no_block ? list.head : at(list.tail).next) = id;
-  list.tail = id;
-  ++list.size;
-}
-
-void BlockPool::unlink(List& list, BlockId id) noexcept {
-  const Record& record = at(id);
-  (record.previous == no_block ? list.head : at(record.previous).next) = record.next;
-  (record.next == no_block ? list.tail : at(record.next).previous) = record.previous;
-  --list.size;
-}
-
-std::optional<std::string> BlockPool::check_list(const List& list, Kind kind) const {
+std::optional<std::string> BlockPool::check_free() const {
   int walked = 0;
-  for (BlockId id = list.head; id != no_block; id = at(id).next) {
-    if (at(id).kind != kind) return "block " + std::to_string(id) + " is in the list of another state";
-    if (++walked > list.size) break;
+  for (BlockId id = free_.head; id != no_block; id = at(id).next) {
+    if (at(id).kind != Kind::free) return "block " + std::to_string(id) + " is in the list of another state";
+    if (++walked > free_.size) break;
   }
-  if (walked != list.size) return "a list of blocks has another length than its count";
+  if (walked != free_.size) return "a list of blocks has another length than its count";
   return std::nullopt;
 }
 
+BlockPool::Bytes BlockPool::bytes() const noexcept {
+  return {sizeof(*this) + records_.capacity() * sizeof(Record) + index_.bytes() + lineage_.bytes() + evictor_.bytes() +
+              fired_.capacity() * sizeof(BlockId) + own_generations_.capacity() * sizeof(std::uint64_t) +
+              events_.capacity() * sizeof(CacheEvent),
+          lineage_.token_bytes()};
+}
+
 std::optional<std::string> BlockPool::check() const {
-  if (auto broken = check_list(free_, Kind::free)) return broken;
-  if (auto broken = check_list(cached_, Kind::cached)) return broken;
+  if (auto broken = check_free()) return broken;
+  if (auto broken = evictor_.check(records_)) return broken;
   int free = 0;
   int cached = 0;
   for (BlockId id = 0; id < blocks(); ++id) {
@@ -227,7 +223,7 @@ std::optional<std::string> BlockPool::check() const {
     if (record.nameless && record.kind != Kind::sealed) return which + " is nameless and not sealed";
     if (record.indexed && nobody) return which + " can be found though it holds nothing";
   }
-  if (free != free_.size || cached != cached_.size) return "the counts of free and cached blocks are wrong";
+  if (free != free_.size || cached != evictor_.size()) return "the counts of free and cached blocks are wrong";
   return std::nullopt;
 }
 

@@ -21,7 +21,7 @@ Scheduler::Scheduler(const Config& config)
       key_(key_from_bytes(config.hash_key)),
       table_width_((config.context_tokens + config.block_tokens - 1) / config.block_tokens),
       block_table_(static_cast<std::size_t>(config.slots) * static_cast<std::size_t>(table_width_), 0),
-      pool_(config.blocks, config.block_tokens),
+      pool_(config.blocks, config.block_tokens, config.eviction),
       slots_(config.slots),
       links_(sequences_max(config)),
       ranks_(sequences_max(config)),
@@ -189,6 +189,7 @@ std::optional<RejectReason> Scheduler::submit(const Submission& s, std::int64_t 
   sequence.emitted = false;
   sequence.handover = s.handover;
   sequence.importing = sequence.arrived = false;
+  sequence.origin = s.tools ? Origin::tool_turn : s.parent ? Origin::turn : Origin::prompt;
   ranks_[static_cast<std::size_t>(index)] = {WaitingQueue::class_of(s.priority), ++tickets_};
   waiting_.welcome(index, tenant_key(s));
   expect_service(index);
@@ -197,7 +198,8 @@ std::optional<RejectReason> Scheduler::submit(const Submission& s, std::int64_t 
   return std::nullopt;
 }
 
-AbortAnswer Scheduler::abort(std::uint64_t sequence_id, std::int64_t /*now_us*/) noexcept {
+AbortAnswer Scheduler::abort(std::uint64_t sequence_id, std::int64_t now_us) noexcept {
+  pool_.clock(now_us);
   const SequenceIndex index = ids_.find(sequence_id);
   if (index == IdMap::none) {
     return ended_.find(sequence_id) == IdMap::none ? AbortAnswer::unknown : AbortAnswer::already_ended;
@@ -221,6 +223,10 @@ std::optional<Scheduler::Expected> Scheduler::expected() const noexcept {
   if (flights_size_ == 0) return std::nullopt;
   const Flight& flight = flights_[flights_first_];
   return Expected{flight.step, flight.sampled};
+}
+
+double Scheduler::bookkeeping_bytes_per_block() const noexcept {
+  return static_cast<double>(pool_.bytes().bookkeeping + holds_.bytes()) / static_cast<double>(pool_.blocks());
 }
 
 Counts Scheduler::counts() const noexcept {

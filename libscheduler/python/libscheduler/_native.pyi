@@ -164,6 +164,7 @@ class Config:
         tps_fraction: float = 0.5,
         prefill_share: float = 0.125,
         floor_wait_us: int = 10_000_000,
+        eviction: str = "reuse",
     ) -> None: ...
     @property
     def block_tokens(self) -> int: ...
@@ -195,6 +196,9 @@ class Config:
     def prefill_share(self) -> float: ...
     @property
     def floor_wait_us(self) -> int: ...
+    @property
+    def eviction(self) -> str:
+        """ "lru" or "reuse": which cached block goes when room is needed."""
 
 class Plan:
     """One step: rows [0, decodes) decode one token each, the others prefill. Views live as long as the plan."""
@@ -307,6 +311,24 @@ class Counts:
     @property
     def floor(self) -> FloorCounts: ...
 
+class ReuseRow:
+    """One kind of block as the reuse model sees it; counts are of a sample, and decayed."""
+
+    @property
+    def origin(self) -> str:
+        """Whose it was: "prompt", "turn", "output" or "tool_turn"."""
+    @property
+    def level(self) -> int:
+        """How often it was wanted again: never, once, two or three times, more often."""
+    @property
+    def reused(self) -> float: ...
+    @property
+    def gone(self) -> float:
+        """Given up on: nobody came while it was watched."""
+    @property
+    def watched(self) -> int:
+        """Idle now, or evicted not long ago."""
+
 class Scheduler:
     """The state machine. Used from one thread; time comes in as `now_us`; the same calls give the same answers."""
 
@@ -327,6 +349,7 @@ class Scheduler:
         parent: int | None = None,
         parent_tokens: int | None = None,
         handover: Handover = Handover.NONE,
+        tools: bool = False,
         now_us: int,
     ) -> RejectReason | None:
         """Queue a sequence: `token_ids` (uint32, copied) is the prompt up to `output_start`, then earlier output.
@@ -340,6 +363,8 @@ class Scheduler:
 
         `handover`: a SOURCE gets a handle of the same id, and ends with its first token (Finish.HANDOVER, or as it
         would have); a DESTINATION waits for room, and then for `imported`.
+
+        `tools`: a hint that it may end with a tool call, whose results come back as the next turn.
         """
 
     def handle(self, sequence_id: int, event: HandleEvent) -> str | None:
@@ -399,6 +424,13 @@ class Scheduler:
 
     def check(self) -> None:
         """Check every invariant; AssertionError says which one is broken. O(everything)."""
+
+    def reuse(self) -> list[ReuseRow]:
+        """What was learned about which blocks come back, a row for each kind."""
+
+    @property
+    def bookkeeping_bytes_per_block(self) -> float:
+        """What a block costs beside its KV and its token ids, what every pool has included."""
 
     def why(self, sequence_id: int) -> Why | None:
         """What was decided about the sequence last; None when it is not live."""

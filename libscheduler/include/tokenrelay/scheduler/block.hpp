@@ -99,15 +99,22 @@ struct SealedPin : Handle {
 /// too.
 struct Record {
   Hash128 hash;                 // when promised or sealed
+  std::int64_t used_us = 0;     // when the last reader left, of a cached block (evictor.hpp, as what is marked so)
   std::int32_t pins = 0;        // > 0 exactly when sealed
   BlockId previous = no_block;  // neighbours in the list of free or of cached blocks
   BlockId next = no_block;
+  BlockId parent = no_block;  // [evictor] the block before it, when it was indexed; that one may be gone
+  std::int32_t children = 0;  // [evictor] blocks in the index that have it as parent
   Kind kind = Kind::free;
-  std::uint8_t writers = 0;  // launched steps that write it; > 0 exactly when in_flight or quarantined
-  bool indexed = false;      // the prefix index maps `hash` to this block
-  bool watched = false;      // a waiting sequence wants to know when it is sealed or given up
-  bool nameless = false;     // sealed without a hash: a prompt's partial last block, for a peer to read
+  std::uint8_t writers = 0;     // launched steps that write it; > 0 exactly when in_flight or quarantined
+  bool indexed = false;         // the prefix index maps `hash` to this block
+  bool watched = false;         // a waiting sequence wants to know when it is sealed or given up
+  bool nameless = false;        // sealed without a hash: a prompt's partial last block, for a peer to read
+  bool covered = false;         // [evictor] it is cached and has children: they are evicted first
+  std::uint8_t uses = 0;        // [evictor] readers that found it, beyond the sequence that computed it
+  std::uint8_t reuse_kind = 0;  // [evictor] of a cached block
 };
+static_assert(sizeof(Record) == 56);
 using Records = std::vector<Record>;
 
 struct Access {

@@ -23,40 +23,45 @@ struct Content {
 class Lineage {
  public:
   Lineage(std::size_t blocks, std::size_t block_tokens)
-      : width_(block_tokens), tokens_(blocks * block_tokens), entries_(blocks) {}
+      : width_(block_tokens), tokens_(blocks * block_tokens), parents_(blocks), children_(blocks, no_block) {}
 
   /// The block has, or will have, this content.
   void remember(BlockId id, const Content& content) noexcept {
     TR_ASSERT(content.tokens.size() == width_, "only full blocks have a hash");
     std::copy(content.tokens.begin(), content.tokens.end(), tokens_.begin() + offset(id));
-    entry(id) = {content.parent, no_block};
+    parents_[at(id)] = content.parent;
+    children_[at(id)] = no_block;
   }
-  void follow(BlockId parent, BlockId child) noexcept { entry(parent).child = child; }
+  /// What the block's parent has as hash; of a block that was remembered.
+  [[nodiscard]] const Hash128& parent(BlockId id) const noexcept { return parents_[at(id)]; }
+  void follow(BlockId parent, BlockId child) noexcept { children_[at(parent)] = child; }
 
   /// The block that followed last after this one, or no_block; what it holds now may be something else.
-  [[nodiscard]] BlockId next(BlockId id) const noexcept { return entries_[static_cast<std::size_t>(id)].child; }
+  [[nodiscard]] BlockId next(BlockId id) const noexcept { return children_[at(id)]; }
   /// The block that followed last after one with hash `parent`, if it holds just these tokens.
   [[nodiscard]] BlockId child(BlockId id, const Hash128& parent, std::span<const TokenId> tokens,
                               const block::Records& records) const noexcept {
-    const BlockId child = entries_[static_cast<std::size_t>(id)].child;
-    if (child == no_block || !records[static_cast<std::size_t>(child)].indexed) return no_block;
-    if (!(entries_[static_cast<std::size_t>(child)].parent == parent)) return no_block;
+    const BlockId child = children_[at(id)];
+    if (child == no_block || !records[at(child)].indexed || !(parents_[at(child)] == parent)) return no_block;
     return std::equal(tokens.begin(), tokens.end(), tokens_.begin() + offset(child)) ? child : no_block;
   }
 
+  /// Without the tokens themselves.
+  [[nodiscard]] std::size_t bytes() const noexcept {
+    return parents_.capacity() * sizeof(Hash128) + children_.capacity() * sizeof(BlockId);
+  }
+  [[nodiscard]] std::size_t token_bytes() const noexcept { return tokens_.capacity() * sizeof(TokenId); }
+
  private:
-  struct Entry {
-    Hash128 parent;
-    BlockId child = no_block;
-  };
+  static std::size_t at(BlockId id) noexcept { return static_cast<std::size_t>(id); }
   [[nodiscard]] std::ptrdiff_t offset(BlockId id) const noexcept {
     return static_cast<std::ptrdiff_t>(id) * static_cast<std::ptrdiff_t>(width_);
   }
-  Entry& entry(BlockId id) noexcept { return entries_[static_cast<std::size_t>(id)]; }
 
   std::size_t width_;
   std::vector<TokenId> tokens_;  // [blocks, block_tokens]
-  std::vector<Entry> entries_;
+  std::vector<Hash128> parents_;
+  std::vector<BlockId> children_;  // the one that followed last
 };
 
 }  // namespace tokenrelay::scheduler

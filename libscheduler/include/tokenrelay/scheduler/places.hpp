@@ -175,6 +175,8 @@ class HoldBoard {
     return block_of_[static_cast<std::size_t>(index)];
   }
   [[nodiscard]] int size() const noexcept { return size_; }
+  /// Of what it keeps for blocks.
+  [[nodiscard]] std::size_t bytes() const noexcept { return heads_.capacity() * sizeof(SequenceIndex); }
 
  private:
   RankedList::Link& link(SequenceIndex index) noexcept { return links_[static_cast<std::size_t>(index)]; }

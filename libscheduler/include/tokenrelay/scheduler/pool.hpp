@@ -1,6 +1,6 @@
-// The block pool: free blocks, cached blocks in the order of their last use, and the prefix index.
+// The block pool: free blocks, cached blocks in the order of their eviction, and the prefix index.
 //
-//     std::optional<WritableBlock> block = pool.take(previous);     // evicts the oldest cached block if none is free
+//     std::optional<WritableBlock> block = pool.take(previous);     // evicts a cached block if none is free
 //     SealedPin pin = pool.seal(std::move(writable), content);
 //     pool.unpin(std::move(pin));                                  // the last reader leaves it as cache
 //
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "tokenrelay/scheduler/block.hpp"
+#include "tokenrelay/scheduler/evictor.hpp"
 #include "tokenrelay/scheduler/lineage.hpp"
 #include "tokenrelay/scheduler/prefix_index.hpp"
 
@@ -28,12 +29,12 @@ struct CacheEvent {
 
 class BlockPool {
  public:
-  BlockPool(int blocks, int block_tokens);
+  BlockPool(int blocks, int block_tokens, Eviction eviction = Eviction::reuse);
   BlockPool(const BlockPool&) = delete;
   BlockPool& operator=(const BlockPool&) = delete;
 
-  /// A block for one owner: the one after `previous` if it is free (runs coalesce), else any free one, else the cached
-  /// one that was used least recently. Empty when every block is active.
+  /// A block for one owner: the one after `previous` if it is free (runs coalesce), else any free one, else a cached
+  /// one, by the policy. Empty when every block is active.
   [[nodiscard]] std::optional<WritableBlock> take(BlockId previous) noexcept;
   /// Announces what a writable block will hold, so that others wait for it. False: the index knows that content
   /// already.
@@ -61,7 +62,12 @@ class BlockPool {
   }
   /// One more reader of a sealed or cached block.
   [[nodiscard]] SealedPin pin(BlockId id) noexcept;
-  void unpin(SealedPin&& pin) noexcept;
+  /// `index`: which block of its reader's sequence it was.
+  void unpin(SealedPin&& pin, std::size_t index = 0) noexcept;
+  /// A sequence gives its pins back, from the last one to the first.
+  void releasing(const Usage& usage) noexcept { evictor_.releasing(usage); }
+  /// What happens from here on happens at this time.
+  void clock(std::int64_t now_us) noexcept { evictor_.clock(now_us); }
 
   /// Asks for the block's number in `fired` when it is sealed or given up.
   void watch(BlockId id) noexcept { records_[static_cast<std::size_t>(id)].watched = true; }
@@ -76,28 +82,28 @@ class BlockPool {
   [[nodiscard]] std::span<const std::uint64_t> generations() const noexcept { return generations_; }
   [[nodiscard]] int blocks() const noexcept { return static_cast<int>(records_.size()); }
   [[nodiscard]] int free() const noexcept { return free_.size; }
-  [[nodiscard]] int cached() const noexcept { return cached_.size; }
-  [[nodiscard]] int available() const noexcept { return free_.size + cached_.size; }
+  [[nodiscard]] int cached() const noexcept { return evictor_.size(); }
+  [[nodiscard]] int available() const noexcept { return free_.size + evictor_.size(); }
 
   /// The events since the last call. When nobody called for too long the oldest are dropped, and the first one says so.
   [[nodiscard]] std::vector<CacheEvent> take_events();
+  [[nodiscard]] const ReuseModel& reuse() const noexcept { return evictor_.model(); }
+  /// What the pool keeps beside the KV, `token_ids` apart: the tokens of each block.
+  struct Bytes {
+    std::size_t bookkeeping = 0;
+    std::size_t token_ids = 0;
+  };
+  [[nodiscard]] Bytes bytes() const noexcept;
   /// What is wrong with the pool's own books, or nothing. O(pool).
   [[nodiscard]] std::optional<std::string> check() const;
 
  private:
-  struct List {  // intrusive, through Record::previous and next
-    BlockId head = no_block;
-    BlockId tail = no_block;
-    int size = 0;
-  };
-  void push_back(List& list, BlockId id) noexcept;
-  void unlink(List& list, BlockId id) noexcept;
   BlockId evict() noexcept;
   void index(BlockId id, const Content& content) noexcept;
   void forget(block::Record& record, BlockId id) noexcept;
   void fire(block::Record& record, BlockId id) noexcept;
   void emit(CacheEvent::Kind kind, const Hash128& hash) noexcept;
-  std::optional<std::string> check_list(const List& list, block::Kind kind) const;
+  std::optional<std::string> check_free() const;
   block::Record& at(BlockId id) noexcept { return records_[static_cast<std::size_t>(id)]; }
   const block::Record& at(BlockId id) const noexcept { return records_[static_cast<std::size_t>(id)]; }
 
@@ -106,8 +112,8 @@ class BlockPool {
   std::span<std::uint64_t> generations_;
   PrefixIndex index_;
   Lineage lineage_;
-  List free_;
-  List cached_;                     // head: used least recently
+  BlockList free_;
+  Evictor evictor_;
   std::vector<BlockId> fired_;      // room for every block
   std::vector<CacheEvent> events_;  // a ring of fixed size
   std::size_t events_first_ = 0;

@@ -2,7 +2,6 @@
 // its own; it compares with the blocks' records.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 #include <vector>
 
@@ -12,11 +11,11 @@ namespace tokenrelay::scheduler {
 
 class PrefixIndex {
  public:
-  explicit PrefixIndex(std::size_t blocks) : mask_(std::bit_ceil(2 * blocks + 2) - 1), cells_(mask_ + 1) {}
+  explicit PrefixIndex(std::size_t blocks) : cells_(blocks + blocks / 2 + 2) {}
 
   /// The block with this hash, or no_block. O(1).
   [[nodiscard]] BlockId find(const Hash128& hash, const block::Records& records) const noexcept {
-    for (std::size_t at = hash.low & mask_; cells_[at].id != no_block; at = (at + 1) & mask_) {
+    for (std::size_t at = home(hash); cells_[at].id != no_block; at = after(at)) {
       if (cells_[at].tag == tag(hash) && records[static_cast<std::size_t>(cells_[at].id)].hash == hash) {
         return cells_[at].id;
       }
@@ -26,22 +25,22 @@ class PrefixIndex {
 
   /// The hash must not be in the table.
   void insert(const Hash128& hash, BlockId id) noexcept {
-    std::size_t at = hash.low & mask_;
-    while (cells_[at].id != no_block) at = (at + 1) & mask_;
+    std::size_t at = home(hash);
+    while (cells_[at].id != no_block) at = after(at);
     cells_[at] = {tag(hash), id};
   }
 
   /// Removes the entry of `id`, whose record still has its hash. Later entries move up, so there are no tombstones.
   void erase(const Hash128& hash, BlockId id, const block::Records& records) noexcept {
-    std::size_t at = hash.low & mask_;
+    std::size_t at = home(hash);
     while (cells_[at].id != id) {
       TR_ASSERT(cells_[at].id != no_block, "the prefix index lost a block");
-      at = (at + 1) & mask_;
+      at = after(at);
     }
     std::size_t hole = at;
-    for (at = (at + 1) & mask_; cells_[at].id != no_block; at = (at + 1) & mask_) {
-      const std::size_t home = records[static_cast<std::size_t>(cells_[at].id)].hash.low & mask_;
-      if (((at - home) & mask_) >= ((at - hole) & mask_)) {
+    for (at = after(at); cells_[at].id != no_block; at = after(at)) {
+      const std::size_t from = home(records[static_cast<std::size_t>(cells_[at].id)].hash);
+      if (distance(from, at) >= distance(hole, at)) {
         cells_[hole] = cells_[at];
         hole = at;
       }
@@ -49,15 +48,24 @@ class PrefixIndex {
     cells_[hole] = {};
   }
 
+ public:
+  [[nodiscard]] std::size_t bytes() const noexcept { return cells_.capacity() * sizeof(Cell); }
+
  private:
   struct Cell {
     std::uint32_t tag = 0;
     BlockId id = no_block;
   };
+  [[nodiscard]] std::size_t home(const Hash128& hash) const noexcept {
+    return static_cast<std::size_t>((hash.low >> 32) * cells_.size() >> 32);
+  }
+  [[nodiscard]] std::size_t after(std::size_t at) const noexcept { return at + 1 == cells_.size() ? 0 : at + 1; }
+  [[nodiscard]] std::size_t distance(std::size_t from, std::size_t to) const noexcept {
+    return to >= from ? to - from : to + cells_.size() - from;
+  }
   static std::uint32_t tag(const Hash128& hash) noexcept { return static_cast<std::uint32_t>(hash.high); }
 
-  std::size_t mask_;
-  std::vector<Cell> cells_;
+  std::vector<Cell> cells_;  // at most two thirds are taken
 };
 
 }  // namespace tokenrelay::scheduler

@@ -80,6 +80,11 @@ class Scheduler {
   [[nodiscard]] const std::int32_t* block_table() const noexcept { return block_table_.data(); }
   [[nodiscard]] int table_width() const noexcept { return table_width_; }
   [[nodiscard]] Counts counts() const noexcept;
+  /// What was learned about which blocks come back.
+  [[nodiscard]] const ReuseModel& reuse() const noexcept { return pool_.reuse(); }
+  /// Beside the KV, for one block of the pool, the tables that are the same for every pool included; its token ids
+  /// (4 bytes a token, by which a prompt's blocks are recognised without hashing) are not.
+  [[nodiscard]] double bookkeeping_bytes_per_block() const noexcept;
   /// Prompt and output known so far; nothing when the id is not live.
   [[nodiscard]] std::optional<std::span<const TokenId>> token_ids(std::uint64_t sequence_id) const noexcept;
   [[nodiscard]] std::vector<CacheEvent> take_cache_events() { return pool_.take_events(); }
@@ -115,8 +120,9 @@ class Scheduler {
     Why why = Why::none;
     bool emitted = false;
     Handover handover = Handover::none;
-    bool importing = false;  // a transfer may write its blocks
-    bool arrived = false;    // it was imported, and had no row since
+    bool importing = false;          // a transfer may write its blocks
+    bool arrived = false;            // it was imported, and had no row since
+    Origin origin = Origin::prompt;  // what its blocks are when it leaves them
   };
   struct Row {
     SequenceIndex index;

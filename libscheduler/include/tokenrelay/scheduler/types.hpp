@@ -13,6 +13,12 @@
 
 namespace tokenrelay::scheduler {
 
+/// Which cached block goes when room is needed (evictor.hpp).
+enum class Eviction : std::uint8_t {
+  lru,    // the one that was used least recently
+  reuse,  // the one that is least likely to come back soon, by what was learned of its kind
+};
+
 /// Every field has a bound that `Config::check` names.
 struct Config {
   int block_tokens = 64;          // 16, 32, 64 or 128
@@ -31,6 +37,7 @@ struct Config {
   double prefill_share = 0.125;   // of the device's time that prompts get though users are behind the floor; 0: none
   // A request that waited longer is admitted though the floor breaks; 0: never.
   std::int64_t floor_wait_us = 10'000'000;
+  Eviction eviction = Eviction::reuse;
   std::array<std::uint8_t, 16> hash_key{};
   std::array<std::uint8_t, 16> model_identity{};
 
@@ -99,6 +106,7 @@ struct Submission {
   std::span<const std::uint8_t> salt;
   std::span<const std::uint8_t> tenant;  // tenants of a class get equal shares; empty: the salt tells them apart
   Handover handover = Handover::none;
+  bool tools = false;  // a hint: it may end with a tool call, whose results come back as its next turn
 };
 
 /// One step, as a structure of arrays; see docs/contracts.md. Rows [0, decodes) decode, the others prefill.
