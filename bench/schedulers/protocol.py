@@ -59,8 +59,8 @@ CASES = (
     Case("decode64_100k_full", "decode", 100_000, 64, 4_096, full=True),
     Case("decode256_100k", "decode", 100_000, 256, 4_096),
     Case("decode64_ctx32k", "decode", 36_000, 64, 32_768),
-    # 64 blocks each and three to grow, and 90 beside: a waiting prompt needs 300.
-    Case("waiting200_19k", "decode", 64 * 67 + 90, 64, 4_096, waiting=200, prompt=19_200, output=192),
+    # 64 blocks each and four to grow, and 30 beside: a waiting prompt needs 300.
+    Case("waiting200_19k", "decode", 64 * 68 + 30, 64, 4_096, waiting=200, prompt=19_200, output=256),
     Case("admit_50k_48k_cached", "admit", 20_000, prompt=50_000, cached=48_000),
     Case("next_turn_800", "turn", 20_000, prompt=50_000, appended=800),
 )
