@@ -122,14 +122,25 @@ def client_of(*addresses: str) -> KvstoreClient:
     return client
 
 
-async def bench_remote(name: str, address: str, open_counts: list[int], seconds: float) -> list[dict[str, Any]]:
-    """Cases of one kvstore."""
+def cpu_s(pid: int) -> float:
+    """Processor time of a process so far (proc(5))."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def bench_remote(name: str, process: Any, open_counts: list[int], seconds: float) -> list[dict[str, Any]]:
+    """Cases of one kvstore; `cpu_us` is its process's processor time per transition."""
+    address, cases = process.address, []
     prefill, decode = client_of(address), client_of(address)
     assert await prefill.wait_ready(20) and await decode.wait_ready(20)
     load = Load(prefill, decode)
     await load.join()
     await load.run(8, 0.5)  # warm
-    cases = [{"case": name, "open": count, **await load.run(count, seconds)} for count in open_counts]
+    for count in open_counts:
+        before_s = cpu_s(process.process.pid)
+        case = {"case": name, "open": count, **await load.run(count, seconds)}
+        case["cpu_us"] = (cpu_s(process.process.pid) - before_s) * 1e6 / case["transitions"]
+        cases.append(case)
     await load.leave()
     await prefill.close()
     await decode.close()
@@ -217,8 +228,8 @@ async def bench(quick: bool) -> tuple[list[dict[str, Any]], dict[str, float]]:
 
         try:
             cases = await bench_local(seconds)
-            cases += await bench_remote("kvstore", start("plain", "embedded").address, open_counts, seconds)
-            cases += await bench_remote("kvstore, etcd", start("etcd").address, open_counts, seconds)
+            cases += await bench_remote("kvstore", start("plain", "embedded"), open_counts, seconds)
+            cases += await bench_remote("kvstore, etcd", start("etcd"), open_counts, seconds)
             cases += await bench_etcd_alone(etcd.endpoint, open_counts, seconds)
             taken_s = await bench_takeover(start)
         finally:
@@ -235,6 +246,8 @@ def figures(cases: list[dict[str, Any]], taken_s: float) -> dict[str, float]:
         where = f"{case['case']}, {case['open']} open"
         found[f"{where}: transitions/s"] = case["per_s"]
         found[f"{where}: p99, us"] = case["p99_us"]
+        if "cpu_us" in case:
+            found[f"{where}: processor time of the kvstore, us/transition"] = case["cpu_us"]
     best = {name: max(c["per_s"] for c in cases if c["case"] == name) for name in ("kvstore, etcd", "etcd alone")}
     plain = max(c["per_s"] for c in cases if c["case"] == "kvstore")
     found["kvstore with etcd / kvstore without: transitions/s"] = best["kvstore, etcd"] / plain
@@ -273,7 +286,7 @@ def main() -> None:
     for key in ("date", "commit", "machine", "load_average", "versions", "seconds"):
         print(f"{key}: {result[key]}", file=out)
     for figure, value in found.items():
-        print(f"{figure:<60} {value:12.2f}", file=out)
+        print(f"{figure:<75} {value:12.2f}", file=out)
     if options.json == "-":
         print(json.dumps(result))
     elif options.json:

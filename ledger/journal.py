@@ -21,6 +21,7 @@ from tokenrelay.ledger.etcd import OPERATIONS_MAX, EtcdStore, StoreError, end_ta
 log = get_logger("journal")
 
 RETRY_MIN_S, RETRY_MAX_S = 0.05, 1.0
+GATHER_S = 0.005  # between two batches: a handle that comes and goes within is written once, or not at all
 
 
 @dataclass(slots=True)
@@ -48,6 +49,7 @@ class Journal:
         self._dirty: dict[bytes, _Entry] = {}  # in the order of `since`
         self._put = 0  # how often something was put
         self._waiting = asyncio.Event()
+        self._hurry = asyncio.Event()  # somebody waits for it
         self._written = asyncio.Condition()
         self._task: asyncio.Task[None] | None = None
 
@@ -87,6 +89,7 @@ class Journal:
     async def flushed(self, timeout_s: float) -> bool:
         """Whether all that was put so far is written, within `timeout_s`."""
         wanted = self._put
+        self._hurry.set()
         try:
             async with asyncio.timeout(timeout_s), self._written:
                 await self._written.wait_for(lambda: self._done() >= wanted)
@@ -100,11 +103,21 @@ class Journal:
             await self._waiting.wait()
             self._waiting.clear()
             while self._dirty:
+                if len(self._dirty) < OPERATIONS_MAX:
+                    await self._gather()
                 if await self._write_some():
                     pause_s = RETRY_MIN_S
                 else:
                     await asyncio.sleep(pause_s * (0.5 + random.random()))
                     pause_s = min(2 * pause_s, RETRY_MAX_S)
+
+    async def _gather(self) -> None:
+        try:
+            async with asyncio.timeout(GATHER_S):
+                await self._hurry.wait()
+        except TimeoutError:
+            return
+        self._hurry.clear()
 
     async def _write_some(self) -> bool:
         batch = {
