@@ -22,6 +22,7 @@ log = get_logger("feed")
 
 WAITING_MAX = 1 << 16  # events; above this all is told anew
 RETRY_MIN_S, RETRY_MAX_S = 0.1, 5.0
+RENEW_SPREAD_S = 0.5  # the workers of a fleet do not tell everything in one instant
 
 
 class DirectoryFeed:
@@ -35,6 +36,7 @@ class DirectoryFeed:
         self._sequence = 0  # of the last batch sent
         self._waiting: list[CacheEvent] = []
         self._tell_all = False
+        self._renewed = False
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -71,8 +73,8 @@ class DirectoryFeed:
         self._wake()
 
     def renew(self) -> None:
-        """Tell everything again."""
-        self._tell_all = True
+        """Tell everything again, soon."""
+        self._tell_all = self._renewed = True
         self._waiting.clear()
         self._wake()
 
@@ -92,6 +94,9 @@ class DirectoryFeed:
                 await self._work.wait()
                 self._work.clear()
                 continue
+            if self._renewed:
+                self._renewed = False
+                await asyncio.sleep(RENEW_SPREAD_S * random.random())
             code = await self._send()
             if code is None:
                 pause_s = RETRY_MIN_S

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from tokenrelay.base.logging import get_logger
 from tokenrelay.base.version import version
@@ -83,7 +84,10 @@ class KvstoreServicer(kvstore_pb2_grpc.KvstoreServicer):
             for task in tasks:
                 task.cancel()
             for result in await asyncio.gather(*tasks, return_exceptions=True):
-                if isinstance(result, Exception):
+                if isinstance(result, DecodeError):
+                    self._store.malformed["unreadable"] += 1
+                    reason = reason or f"a message that cannot be read: {result}"
+                elif isinstance(result, Exception):
                     log.error("a session failed", client=hello.client, error=repr(result))
         if reason:
             await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
@@ -108,7 +112,7 @@ class KvstoreServicer(kvstore_pb2_grpc.KvstoreServicer):
     async def _hello(self, context: grpc.aio.ServicerContext[Any, Any]) -> pb.KvHello:
         try:
             message = await asyncio.wait_for(context.read(), HELLO_TIMEOUT_S)
-        except TimeoutError:
+        except (TimeoutError, DecodeError):
             message = None
         if not isinstance(message, pb.KvCalls) or not message.hello.client or len(message.hello.client) > 64:
             self._store.malformed["hello"] += 1

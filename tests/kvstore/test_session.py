@@ -115,6 +115,13 @@ async def test_what_no_client_sends_is_refused_and_counted(empty_fleet: Fleet) -
         await broken.call.write(what)
         assert await broken.status() is not grpc.StatusCode.OK
         await broken.close()
+    assert service.store.malformed["hello"] == 2
+    broken = RawSession(service.address)
+    await broken.hello("broken")
+    await broken.call.write(pb.KvCalls(calls=[reserve_call(1)]).SerializeToString()[:-3])
+    assert await broken.status() is grpc.StatusCode.UNAVAILABLE
+    assert service.store.malformed["unreadable"] == 1
+    await broken.close()
     oversize = RawSession(service.address)
     await oversize.hello("oversize")
     with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
