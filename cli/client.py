@@ -63,6 +63,14 @@ class ApiClient:
         with self._request("GET", "/v1/models") as response:
             return [str(model["id"]) for model in json.loads(response.read())["data"]]
 
+    def get_json(self, path: str) -> dict[str, Any]:
+        """What a GET answers. Raises Unavailable, ApiError."""
+        with self._request("GET", path) as response:
+            reply = json.loads(response.read())
+        if not isinstance(reply, dict):
+            raise ApiError(f"{self.url}{path} did not answer with an object")
+        return reply
+
     def stream_chat(self, body: dict[str, Any]) -> Iterator[Delta]:
         """Stream a chat completion; ends after the last chunk. Errors in mid-stream are raised as ApiError."""
         body = {**body, "stream": True, "stream_options": {"include_usage": True}}

@@ -7,6 +7,7 @@ transfer; that costs some microseconds a request and nothing per token. Event lo
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 
 from tokenrelay.base.errors import DeadlineExceeded
@@ -15,6 +16,7 @@ from tokenrelay.ledger.directory import CacheEvent, CacheFeed, PrefixDirectory
 from tokenrelay.ledger.ledger import Actor, EmbeddedLedger, Handle
 from tokenrelay.proto import worker_pb2
 from tokenrelay.runtime.engine import Engine
+from tokenrelay.runtime.explain import Answer
 from tokenrelay.runtime.requests import EngineOutput, EngineStats
 from tokenrelay.services.chassis.mailbox import LoopMailbox
 from tokenrelay.services.chassis.session import WorkerServicer
@@ -24,6 +26,7 @@ from tokenrelay.services.prefill.service import PrefillRole
 
 log = get_logger("colocated")
 
+EXPLAIN_TIMEOUT_S = 4.0  # less than what a router waits
 Posts = list[tuple[list[EngineOutput], EngineStats]]
 
 
@@ -148,6 +151,15 @@ class Colocated:
         """Counters as of the last step."""
         return stats_message(self._engine.stats)
 
+    async def explain(self, request_id: str) -> worker_pb2.ExplainReply:
+        """What the scheduler says about the open sequences of a request, or about all. Raises TokenRelayError."""
+        future = asyncio.wrap_future(self._engine.explain(request_id))
+        try:
+            answer = await asyncio.wait_for(future, EXPLAIN_TIMEOUT_S)
+        except TimeoutError:
+            raise DeadlineExceeded(f"the engine did not answer in {EXPLAIN_TIMEOUT_S:.0f} s") from None
+        return explain_reply(answer)
+
     # -- from the engine ----------------------------------------------------------------------------------------------
     def take(self, posts: Posts) -> None:
         """Outputs of the steps since the last call (the mailbox's reader)."""
@@ -191,6 +203,22 @@ class Colocated:
         self._timer = None
         if self.ledger.open_count:  # what was aborted just now stays listed until the engine has answered
             self._timer = asyncio.get_running_loop().call_later(1.0, self._set_timer)
+
+
+def explain_reply(answer: Answer) -> worker_pb2.ExplainReply:
+    """The engine's answer for the wire."""
+    return worker_pb2.ExplainReply(
+        sequences=[
+            worker_pb2.SequenceExplanation(
+                request_id=one.request_id,
+                choice=one.choice,
+                text=one.explanation["text"],
+                json=json.dumps({name: value for name, value in one.explanation.items() if name != "text"}),
+            )
+            for one in answer.sequences
+        ],
+        left_out=answer.left_out,
+    )
 
 
 def stats_message(stats: EngineStats) -> worker_pb2.Stats:

@@ -199,6 +199,14 @@ def serve(
         int | None,
         _option("--threads", panel=STEPS, metavar="N", help="CPU threads of a step. Default: one per usable CPU."),
     ] = None,
+    debug_endpoints: Annotated[
+        Literal["auto", "on", "off"] | None,
+        _option(
+            "--debug-endpoints",
+            panel=OTHER,
+            help="/debug/requests, which `tokenrelay explain` asks. Default: auto, when only this machine can connect.",
+        ),
+    ] = None,
     log_level: Annotated[LogLevel | None, _option("--log-level", panel=OTHER, help="Default: info.")] = None,
     config: ConfigOption = None,
     print_config: Annotated[
@@ -227,7 +235,7 @@ def serve(
 
     options = ServeOptions(
         file=config,
-        router={"host": host, "port": port, "log_level": log_level},
+        router={"host": host, "port": port, "debug_endpoints": debug_endpoints, "log_level": log_level},
         worker={
             "model": None if model is None else str(model),
             "dtype": dtype,
@@ -413,6 +421,29 @@ def fsm_show(
     from tokenrelay.cli.introspect import print_fsm
 
     print_fsm(name)
+
+
+@app.command(rich_help_panel="Looking inside")
+def explain(
+    request_id: Annotated[
+        str | None,
+        typer.Argument(metavar="REQUEST_ID", help="Its X-Request-Id. Default: every open request.", show_default=False),
+    ] = None,
+    url: Annotated[
+        str | None, _option("--url", metavar="URL", help="The server. Default: http://127.0.0.1:8000.")
+    ] = None,
+    json: Annotated[bool, _option("--json", help="All numbers, as JSON.")] = False,
+    api_key: Annotated[str, _option("--api-key", metavar="KEY", help="Sent as a bearer token.")] = "",
+) -> None:
+    """Say why open requests wait, were preempted, or got chunks of the size they got.
+
+    [cyan]tokenrelay explain[/cyan]
+
+    [cyan]tokenrelay explain req-5f2a --url http://127.0.0.1:9000 --json[/cyan]
+    """
+    from tokenrelay.cli.explain import run_explain
+
+    run_explain(request_id, url, as_json=json, api_key=api_key)
 
 
 @app.command(rich_help_panel="Looking inside")

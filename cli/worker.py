@@ -127,7 +127,7 @@ async def run(options: WorkerSettings, status: StatusPipe) -> tuple[int, bool]:
     if model is None:
         return 0, True
     host, pool = mount(model, options, lifecycle.fail)
-    servicer = WorkerServicer(host)
+    servicer = WorkerServicer(host, explain=host.explain)
     host.bind(servicer)
     server = WorkerServer(servicer, address)
     host.start()

@@ -49,6 +49,11 @@ class WorkerStub:
                 request_serializer=tokenrelay_dot_proto_dot_worker__pb2.StatsRequest.SerializeToString,
                 response_deserializer=tokenrelay_dot_proto_dot_worker__pb2.Stats.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/tokenrelay.v1.Worker/Explain',
+                request_serializer=tokenrelay_dot_proto_dot_worker__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=tokenrelay_dot_proto_dot_worker__pb2.ExplainReply.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -75,6 +80,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Why open sequences are where they are, for a person who asks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +104,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.GetStats,
                     request_deserializer=tokenrelay_dot_proto_dot_worker__pb2.StatsRequest.FromString,
                     response_serializer=tokenrelay_dot_proto_dot_worker__pb2.Stats.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=tokenrelay_dot_proto_dot_worker__pb2.ExplainRequest.FromString,
+                    response_serializer=tokenrelay_dot_proto_dot_worker__pb2.ExplainReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +192,33 @@ class Worker:
             '/tokenrelay.v1.Worker/GetStats',
             tokenrelay_dot_proto_dot_worker__pb2.StatsRequest.SerializeToString,
             tokenrelay_dot_proto_dot_worker__pb2.Stats.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenrelay.v1.Worker/Explain',
+            tokenrelay_dot_proto_dot_worker__pb2.ExplainRequest.SerializeToString,
+            tokenrelay_dot_proto_dot_worker__pb2.ExplainReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ from tokenrelay.base.errors import DeadlineExceeded, InvalidRequest, Overloaded,
 from tokenrelay.base.logging import get_logger
 from tokenrelay.libscheduler import FloorCounts, Plan, RejectReason, Scheduler
 from tokenrelay.runtime.executor.executor import Step, StepResult
+from tokenrelay.runtime.explain import Answer, Questions
 from tokenrelay.runtime.floor_watch import FloorWatch
 from tokenrelay.runtime.integrity import Books
 from tokenrelay.runtime.requests import (
@@ -112,6 +114,7 @@ class Engine:
         self._submitted: deque[EngineRequest] = deque()
         self._aborts: dict[int, TokenRelayError | None] = {}  # of accepted sequences only, so bounded by them
         self._accepted: set[int] = set()  # owed one terminal output
+        self._questions = Questions()
         self._step_ended = False
         self._draining = False
         self._closing = False
@@ -156,6 +159,15 @@ class Engine:
             if sequence_id in self._accepted:
                 self._aborts.setdefault(sequence_id, error)
                 self._wake.notify()
+
+    def explain(self, request_id: str = "") -> Future[Answer]:
+        """Why the sequences of a request, or all open ones, are where they are. Raises Overloaded, Unavailable."""
+        with self._lock:
+            if self._dead is not None or self._closing:
+                raise self._dead or Unavailable("the engine is closed")
+            future = self._questions.ask(request_id)
+            self._wake.notify()
+            return future
 
     @property
     def stats(self) -> EngineStats:
@@ -212,11 +224,14 @@ class Engine:
                     return commands
                 idle = not self._open and not self._launched
                 check_s = self._books.due_s() if idle else None
-                if check_s != 0.0:
+                if check_s != 0.0 and not self._questions:
                     waits = [wait_s for wait_s in (timeout_s, check_s) if wait_s is not None]
                     self._wake.wait(min(waits, default=None))
                     continue
-            self._check_books()
+            if self._questions:
+                self._questions.answer(self._scheduler, self._open)
+            else:
+                self._check_books()
 
     def _check_books(self) -> None:
         """While idle. A failure is counted and told before it ends the loop."""
@@ -381,6 +396,7 @@ class Engine:
             self._dead = error
             owed = sorted(self._accepted)
             self._submitted.clear()
+            self._questions.fail(error)
         outputs = [self._ended(EngineOutput(sequence_id, finish=Finish.ERROR, error=error)) for sequence_id in owed]
         if outputs:
             self._on_step(outputs, self._stats)

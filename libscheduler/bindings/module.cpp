@@ -10,6 +10,7 @@
 
 #include <memory>
 
+#include "explain.hpp"
 #include "memory.hpp"
 #include "policy.hpp"
 #include "tables.hpp"
@@ -459,6 +460,9 @@ void bind_scheduler(py::module_& m) {
           "why", [](const PyScheduler& self, std::uint64_t id) { return self.scheduler.why(id); },
           py::arg("sequence_id"))
       .def("cost_model", [](const PyScheduler& self) { return self.scheduler.cost_model(); })
+      .def(
+          "explanation", [](const PyScheduler& self, std::uint64_t id) { return explanation(self.scheduler, id); },
+          py::arg("sequence_id"))
       .def(
           "explain", [](const PyScheduler& self, std::uint64_t id) { return self.scheduler.explain(id); },
           py::arg("sequence_id"));

@@ -124,6 +124,7 @@ bool Scheduler::wake() noexcept {
   for (const BlockId id : pool_.fired()) {
     for (SequenceIndex index = holds_.first(id); index != no_sequence; index = holds_.first(id)) {
       expect_service(index);
+      at(index).why = Why::none;  // to be looked at anew
       send(at(index), request::Wake{resources_});
       woke = true;
     }

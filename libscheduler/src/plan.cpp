@@ -150,6 +150,7 @@ void Scheduler::plan_prefill(SequenceIndex index, Budget& budget, Plan& out, Fli
   const Chunk chunk = chunk_of(start, left, budget);
   const int length = chunk.length;
   sequence.why = chunk.why;
+  sequence.chunk = length > 0 ? length : sequence.chunk;
   if (length == 0) {  // saved up for a chunk that is worth its while; later prompts do not take it away
     budget.us = 0;
     return;
@@ -268,9 +269,7 @@ Scheduler::Admission Scheduler::admit(SequenceIndex index, std::int64_t now_us, 
   sequence.why = Why::waits_step;
   const bool imports = sequence.handover == Handover::destination;  // computes nothing
   if (!imports && budget.tokens <= 0) return Admission::paced;
-  // Room for running ones to grow, against thrashing. When nothing runs there is none: a whole pool must be had by one.
-  const int running = prefilling_.size() + decoding_.size();
-  const int available = pool_.available() - (running == 0 ? 0 : std::max(1, running / 4));
+  const int available = pool_.available() - blocks_reserved();
   sequence.why = Why::waits_blocks;
   if (sequence.blocks_wanted > available) return Admission::blocked;
   sequence.why = floor_admits(sequence, flight);

@@ -48,7 +48,10 @@ bool Scheduler::make_room(SequenceIndex for_index) noexcept {
   if (settling_ > 0) return false;  // a commit will give blocks back; do not preempt more than needed
   const SequenceIndex index = victim();
   preempt(index, for_index);
-  if (index == for_index) at(index).why = Why::preempted_self;
+  Sequence& sequence = at(index);
+  if (index == for_index) sequence.why = Why::preempted_self;
+  sequence.preempted_why = sequence.why;
+  sequence.preempted_for = at(for_index).id;
   return index != for_index;
 }
 

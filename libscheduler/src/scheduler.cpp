@@ -186,6 +186,8 @@ std::optional<RejectReason> Scheduler::submit(const Submission& s, std::int64_t 
   sequence.matched = -1;
   sequence.due_us = not_due;
   sequence.why = Why::none;
+  sequence.chunk = 0;
+  sequence.preempted_why = Why::none;
   sequence.emitted = false;
   sequence.handover = s.handover;
   sequence.importing = sequence.arrived = false;
@@ -253,33 +255,6 @@ std::optional<Why> Scheduler::why(std::uint64_t sequence_id) const noexcept {
   const SequenceIndex index = ids_.find(sequence_id);
   if (index == IdMap::none) return std::nullopt;
   return at(index).why;
-}
-
-std::string Scheduler::explain(std::uint64_t sequence_id) const {
-  const SequenceIndex index = ids_.find(sequence_id);
-  if (index == IdMap::none) {
-    return ended_.find(sequence_id) == IdMap::none ? "unknown: never seen, or ended long ago" : "Ended";
-  }
-  const Sequence& s = at(index);
-  const std::string_view state = std::visit([]<class S>(const S&) { return S::name; }, s.state);
-  const int output = s.text.size() - s.output_start;
-  std::string text(state);
-  text += ": prompt " + std::to_string(s.output_start) + " tokens, output " + std::to_string(output) + " of " +
-          std::to_string(s.length_limit - s.output_start);
-  if (std::holds_alternative<request::Waiting>(s.state)) {
-    if (slots_.free() == 0) text += "; no slot is free";
-    if (s.blocks_wanted > pool_.available()) {
-      text += "; wants " + std::to_string(s.blocks_wanted) + " blocks, " + std::to_string(pool_.available()) +
-              " are free or cached";
-    }
-    if (s.overtaken > 0) text += "; overtaken " + std::to_string(s.overtaken) + " times";
-  } else if (std::holds_alternative<request::Held>(s.state)) {
-    text += "; waits for block " + std::to_string(holds_.block_of(index)) + ", which another sequence computes";
-  } else if (s.slot >= 0) {
-    text += "; slot " + std::to_string(s.slot) + ", " + std::to_string(s.planned) + " tokens computed or launched, " +
-            std::to_string(s.flights) + " steps in flight";
-  }
-  return text;
 }
 
 }  // namespace tokenrelay::scheduler

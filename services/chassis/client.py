@@ -153,6 +153,18 @@ class WorkerClient:
         self._take_stats(stats)
         return stats
 
+    async def explain(self, request_id: str, timeout_s: float) -> worker_pb2.ExplainReply:
+        """Why the sequences of a request (all open ones, if it is empty) are where they are. Raises Unavailable."""
+        if self._stub is None:
+            raise Unavailable(f"worker {self.target} is not connected{_because(self.last_error)}")
+        try:
+            reply: worker_pb2.ExplainReply = await self._stub.Explain(
+                worker_pb2.ExplainRequest(request_id=request_id), timeout=timeout_s, metadata=self._security.metadata
+            )
+        except grpc.aio.AioRpcError as error:
+            raise Unavailable(f"worker {self.target} did not explain: {error.details()}") from error
+        return reply
+
     def _take_stats(self, stats: worker_pb2.Stats) -> None:
         """A worker's counters end with its life; a failure that ended it is counted here."""
         self.integrity_failures += max(0, stats.integrity_failures - self.stats.integrity_failures)

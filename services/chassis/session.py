@@ -8,14 +8,14 @@ loop, and each Session sends at most one message. A Session that ends, however i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
 
 from tokenrelay.base.deadlines import Deadline
-from tokenrelay.base.errors import Unavailable
+from tokenrelay.base.errors import TokenRelayError, Unavailable
 from tokenrelay.base.logging import get_logger
 from tokenrelay.proto import worker_pb2, worker_pb2_grpc
 from tokenrelay.services.chassis.channel import ROUTER_INCARNATION_KEY, WORKER_INCARNATION_KEY, encode_error
@@ -27,6 +27,9 @@ log = get_logger("session")
 OUTBOX_TOKENS_MAX = 1 << 18
 # Ended sequences of one router that a next turn can name; the scheduler keeps the texts of as many.
 ENDED_MAX = 1024
+
+
+Explain = Callable[[str], Awaitable[worker_pb2.ExplainReply]]  # request id; empty: all. Raises TokenRelayError
 
 
 class WorkerHost(Protocol):
@@ -60,8 +63,12 @@ class _Session:
 class WorkerServicer(worker_pb2_grpc.WorkerServicer):
     """Serves `tokenrelay.v1.Worker` for a host."""
 
-    def __init__(self, host: WorkerHost, *, outbox_tokens_max: int = OUTBOX_TOKENS_MAX) -> None:
+    def __init__(
+        self, host: WorkerHost, *, outbox_tokens_max: int = OUTBOX_TOKENS_MAX, explain: Explain | None = None
+    ) -> None:
+        """`explain` answers the rpc of that name; without it this worker has nothing to say."""
         self._host = host
+        self._explain = explain
         self._outbox_tokens_max = outbox_tokens_max
         self._routes: dict[int, tuple[_Session, int]] = {}  # the host's id -> session, the router's id
         self._sessions: set[_Session] = set()
@@ -144,6 +151,17 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
     async def GetStats(self, request: worker_pb2.StatsRequest, context: Any) -> worker_pb2.Stats:
         """Counters, for a scrape."""
         return self._host.stats()
+
+    async def Explain(self, request: worker_pb2.ExplainRequest, context: Any) -> worker_pb2.ExplainReply:
+        """Why open sequences are where they are."""
+        if self._explain is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this worker does not explain")
+            raise AssertionError("abort raises")
+        try:
+            return await self._explain(request.request_id)
+        except TokenRelayError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, error.message)
+            raise AssertionError("abort raises") from error
 
     async def Session(self, request_iterator: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """All requests of one router, until either side ends it."""

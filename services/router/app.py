@@ -16,7 +16,7 @@ from tokenrelay.base.logging import get_logger
 from tokenrelay.base.version import version
 from tokenrelay.proto import worker_pb2
 from tokenrelay.services.chassis.client import WorkerClient
-from tokenrelay.services.router import metrics
+from tokenrelay.services.router import debug, metrics
 from tokenrelay.services.router.body import read_body, render_messages, request_id_of
 from tokenrelay.services.router.generate import chat_completions, completions
 from tokenrelay.services.router.model import ServedModel
@@ -52,6 +52,7 @@ def create_app(state: RouterState) -> web.Application:
             web.get("/metrics", metrics_page),
             web.get("/version", version_of),
             web.get("/workers", workers),
+            *debug.routes(state.config),
         ]
     )
     return app

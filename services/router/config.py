@@ -58,6 +58,9 @@ class RouterConfig:
         1.0, "a stream without a first token sends its headers after this, seconds", minimum=0.001
     )
     ping_every_s: float = setting(15.0, "SSE comments while a stream waits for its first token, seconds", minimum=0.01)
+    debug_endpoints: Literal["auto", "on", "off"] = setting(
+        "auto", "/debug/requests: why each open request is where it is; auto: when only this machine can connect"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "how much is logged")
     log_style: Literal["auto", "json", "terminal"] = setting("auto", "how it is logged")
 

@@ -37,6 +37,7 @@ COMMANDS = [
     ["kernels", "explain"],
     ["fsm"],
     ["fsm", "show"],
+    ["explain"],
     ["version"],
     ["config"],
 ]

@@ -12,7 +12,7 @@ from siphash_model import block_hashes as model_hashes
 from siphash_model import siphash128
 from transcripts import KEY, make_config
 
-from tokenrelay.libscheduler import AbortAnswer, Config, RejectReason, Scheduler, block_hashes
+from tokenrelay.libscheduler import AbortAnswer, Config, Explanation, RejectReason, Scheduler, block_hashes
 
 
 def text(seed: int, size: int) -> list[int]:
@@ -324,5 +324,22 @@ def test_explain_says_what_a_sequence_waits_for() -> None:
         scheduler.submit(sequence_id, tokens, output_start=40, tokens_max=3, now_us=0)
     scheduler.plan(0)
     assert re.search(r"^Decoding: prompt 40 tokens, output 0 of 3; slot 0, 40 tokens", scheduler.explain(1))
-    assert scheduler.explain(2).endswith("no slot is free")
+    assert scheduler.explain(2).endswith("next in line; no slot is free (1 in use)")
     assert scheduler.explain(3).startswith("unknown")
+
+
+def test_an_explanation_has_the_same_as_numbers() -> None:
+    scheduler = Scheduler(make_config(slots=2, blocks=16))
+    for sequence_id, size in ((1, 100), (2, 100), (3, 200), (4, 20)):
+        tokens = np.arange(size, dtype=np.uint32) + 1000 * (0 if sequence_id < 3 else sequence_id)
+        scheduler.submit(sequence_id, tokens, output_start=size, tokens_max=3, now_us=sequence_id)
+    scheduler.plan(0)
+    running, held, waiting = (scheduler.explanation(i) for i in (1, 2, 3))
+    assert running is not None and held is not None and waiting is not None
+    assert (running["state"], running["why"], running["chunk_tokens"]) == ("Decoding", "CHUNK_REST", 100)
+    assert (held["state"], held["why"], held["held_by"], held["holds"]) == ("Held", "WAITS_PREFIX", 1, 1)
+    assert (waiting["state"], waiting["why"], waiting["ahead"]) == ("Waiting", "WAITS_BLOCKS", 0)
+    assert (waiting["blocks_wanted"], waiting["blocks_available"], waiting["blocks_reserved"]) == (13, 6, 2 // 4 + 1)
+    assert all(one["text"] == scheduler.explain(one["sequence_id"]) for one in (running, held, waiting))
+    assert set(running) == set(Explanation.__annotations__)
+    assert scheduler.explanation(99) is None

@@ -23,6 +23,7 @@ from tokenrelay.libscheduler._native import (
     fsm_tables,
     words_of,
 )
+from tokenrelay.libscheduler.explanation import Explanation
 
 __all__ = [
     "AbortAnswer",
@@ -30,6 +31,7 @@ __all__ = [
     "CostModel",
     "Counts",
     "EventFacts",
+    "Explanation",
     "Finish",
     "FloorCounts",
     "HandleEvent",

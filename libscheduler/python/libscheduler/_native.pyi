@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenrelay.libscheduler.explanation import Explanation
+
 # uint32 in a contiguous buffer, or packed little-endian bytes as they come from the wire.
 TokenIds: TypeAlias = NDArray[Any] | bytes | bytearray | memoryview | array[int]
 
@@ -437,6 +439,9 @@ class Scheduler:
 
     def cost_model(self) -> CostModel:
         """A copy of the model of what steps cost, as fitted until now."""
+
+    def explanation(self, sequence_id: int) -> Explanation | None:
+        """Where a live sequence stands and why; None for another id. O(sequences), nothing until somebody asks."""
 
     def explain(self, sequence_id: int) -> str:
         """What the sequence is doing and what it waits for, for a person."""

@@ -8,6 +8,7 @@
 // Cost follows the change: a step costs O(its rows), an admission O(its prompt), whatever waits or is cached.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -16,6 +17,7 @@
 #include <vector>
 
 #include "tokenrelay/scheduler/cost_model.hpp"
+#include "tokenrelay/scheduler/explain.hpp"
 #include "tokenrelay/scheduler/exports.hpp"
 #include "tokenrelay/scheduler/floor.hpp"
 #include "tokenrelay/scheduler/id_map.hpp"
@@ -90,6 +92,9 @@ class Scheduler {
   [[nodiscard]] std::vector<CacheEvent> take_cache_events() { return pool_.take_events(); }
   /// Every invariant that can be checked from outside the types. What is broken, or nothing. O(everything).
   [[nodiscard]] std::optional<std::string> check() const;
+  /// Where a sequence stands and why, when somebody asks; nothing when the id is not live. O(sequences).
+  [[nodiscard]] std::optional<Explanation> explanation(std::uint64_t sequence_id) const;
+  /// The same in words, for any id.
   [[nodiscard]] std::string explain(std::uint64_t sequence_id) const;
   /// What was decided about it last; nothing when the id is not live.
   [[nodiscard]] std::optional<Why> why(std::uint64_t sequence_id) const noexcept;
@@ -116,8 +121,11 @@ class Scheduler {
     std::int32_t blocks_wanted = 0;   // blocked until so many are available: spares looking again each step
     std::int32_t matched = -1;        // blocks found in the cache when it was looked at last; -1: it was not
     std::int64_t submitted_us = 0;
-    std::int64_t due_us = not_due;  // its next decode row's token, by the TPS floor's schedule
+    std::int64_t due_us = not_due;    // its next decode row's token, by the TPS floor's schedule
+    std::uint64_t preempted_for = 0;  // the sequence that needed its blocks the last time
+    std::int32_t chunk = 0;           // its last chunk, tokens
     Why why = Why::none;
+    Why preempted_why = Why::none;  // the last time
     bool emitted = false;
     Handover handover = Handover::none;
     bool importing = false;          // a transfer may write its blocks
@@ -196,6 +204,17 @@ class Scheduler {
   [[nodiscard]] request::Residence settle_in(SequenceIndex index, const Match& match, int blocks,
                                              std::size_t launched_max) noexcept;
   void announce(Sequence& sequence, Plan& out) noexcept;
+
+  /// Room for running ones to grow, against thrashing. When nothing runs there is none: a whole pool must be had by
+  /// one.
+  [[nodiscard]] int blocks_reserved() const noexcept {
+    const int running = prefilling_.size() + decoding_.size();
+    return running == 0 ? 0 : std::max(1, running / 4);
+  }
+
+  // explain.cpp
+  void explain_queue(SequenceIndex index, Explanation& out) const;
+  [[nodiscard]] std::uint64_t writer_of(BlockId id) const;
 
   // pressure.cpp
   bool make_room(SequenceIndex for_index) noexcept;
