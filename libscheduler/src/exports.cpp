@@ -29,9 +29,8 @@ void Exports::reserve(std::uint64_t id, std::size_t blocks_max) {
 
 void Exports::seal(std::uint64_t id, handle::Stake&& sealed, BlockPool& pool) noexcept {
   const std::int32_t at = ids_.find(id);
-  handle::Seal event{std::move(sealed)};
-  if (at == IdMap::none || fsm::dispatch<HandleFsm>(handles_[static_cast<std::size_t>(at)], std::move(event))) {
-    give_back(std::move(event.sealed), pool);
+  if (at == IdMap::none || fsm::dispatch<HandleFsm>(handles_[static_cast<std::size_t>(at)], handle::Seal{sealed})) {
+    give_back(std::move(sealed), pool);
   }
 }
 

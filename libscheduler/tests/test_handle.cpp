@@ -36,15 +36,19 @@ Slot offered(std::size_t blocks) {
   return slot;
 }
 
+std::optional<fsm::Rejected> seal(Slot& slot, handle::Stake&& stake) {
+  return fsm::dispatch<HandleFsm>(slot, handle::Seal{stake});
+}
+
 }  // namespace
 
 TEST(a_handover_gives_every_pin_back_at_its_end) {
   BlockPool pool(4, block_tokens);
   Slot slot = offered(2);
   CHECK(!fsm::dispatch<HandleFsm>(slot, handle::Fill{}));
-  CHECK(!fsm::dispatch<HandleFsm>(slot, handle::Seal{stake_of(sealed_block(pool, 1))}));
+  CHECK(!seal(slot, stake_of(sealed_block(pool, 1))));
   CHECK(!fsm::dispatch<HandleFsm>(slot, handle::Claim{}));
-  CHECK(!fsm::dispatch<HandleFsm>(slot, handle::Seal{stake_of(sealed_block(pool, 2))}));
+  CHECK(!seal(slot, stake_of(sealed_block(pool, 2))));
   CHECK(!fsm::dispatch<HandleFsm>(slot, handle::Transfer{}));
   CHECK(!fsm::dispatch<HandleFsm>(slot, handle::Transfer{}));
   CHECK_EQUAL(std::get<handle::Transferring>(slot).stake.pins().size(), 2U);
@@ -65,7 +69,7 @@ TEST(a_quarantine_keeps_the_pins_until_an_answer_or_a_fence) {
   BlockPool pool(4, block_tokens);
   for (const bool answers : {true, false}) {
     Slot slot = offered(1);
-    CHECK(!fsm::dispatch<HandleFsm>(slot, handle::Seal{stake_of(sealed_block(pool, answers))}));
+    CHECK(!seal(slot, stake_of(sealed_block(pool, answers))));
     CHECK(!fsm::dispatch<HandleFsm>(slot, handle::Claim{}));
     CHECK(!fsm::dispatch<HandleFsm>(slot, handle::Expire{}));
     handle::Stake freed;
@@ -89,11 +93,11 @@ TEST(a_stake_is_never_dropped_with_pins) {
   BlockPool pool(1, block_tokens);
   EXPECT_ABORT("a block handle was dropped", {
     Slot slot = offered(1);
-    fsm::dispatch<HandleFsm>(slot, handle::Seal{stake_of(sealed_block(pool, 1))});
+    seal(slot, stake_of(sealed_block(pool, 1)));
   });
   EXPECT_ABORT("a stake has more blocks than were reserved", {
     Slot slot = offered(0);
-    fsm::dispatch<HandleFsm>(slot, handle::Seal{stake_of(sealed_block(pool, 1))});
+    seal(slot, stake_of(sealed_block(pool, 1)));
   });
 }
 

@@ -161,7 +161,7 @@ struct Fill {  // a launched step writes blocks of it
 struct Seal {  // some more extents can be read, and never change again
   static constexpr std::string_view name = "Seal";
   static constexpr EventFacts facts{.party = Party::owner};
-  Stake sealed;
+  Stake& sealed;  // emptied when the handle takes it
 };
 struct Offer {
   static constexpr std::string_view name = "Offer";
