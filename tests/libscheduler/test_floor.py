@@ -55,12 +55,15 @@ def test_the_floor_holds_where_it_would_not_hold_by_itself(floor: float, ahead: 
 
 
 def test_prompts_that_end_with_one_step_count_for_each_other() -> None:
-    """Nobody decodes yet, so a step takes them all; what they will read together must still fit the floor."""
-    device = Device(step=2000.0, prefill_row=0.0, prefill_token=1.0, decode_row=0.0, decode_context_token=0.5)
+    """Nobody decodes, so one step takes them all; what they will read together must still fit the floor."""
+    device = Device(step=2000.0, prefill_row=0.0, prefill_token=1.0, decode_row=0.0, decode_context_token=2.0)
     served = Served(make_config(step_tokens=16384, chunk_tokens=16384, floor_wait_us=60_000_000), device)
-    for second in range(1, 6):  # one alone, then more at a time, as far as the floor lets them
-        for _ in range(4 * (second - 1) + 1):
-            served.arrive(3_000_000 * second, prompt=4000, output=40)
+    for turn, users in enumerate((1, 2, 4, 8, 10)):  # short ones: a row by itself costs nothing, many have been seen
+        for _ in range(users):
+            served.arrive(1_500_000 * (turn + 1), prompt=20 + 20 * turn, output=40)
+    served.arrive(9_000_000, prompt=1500, output=40)  # and what a context costs
+    for _ in range(12):
+        served.arrive(12_000_000, prompt=1000, output=40)
     served.run()
     assert late_users(served, 70.0, 16) == []
     assert served.scheduler.counts().floor.tokens_late == 0
