@@ -158,7 +158,9 @@ class Player {
     if (count == 0) return;
     for (int i = 0; i < count; ++i)
       out.request.tokens.push_back(10'000 * static_cast<TokenId>(text) + static_cast<TokenId>(i));
-    out.prompt += (out.prompt.empty() ? "" : "+") + std::string(1, text) + std::to_string(count);
+    if (!out.prompt.empty()) out.prompt += '+';  // piece by piece: GCC 12 warns wrongly of a literal plus a string
+    out.prompt += text;
+    out.prompt += std::to_string(count);
   }
   /// Everything of a request but its tokens.
   void describe(simulation::Request& request) {
