@@ -14,7 +14,7 @@ TEST(every_pair_is_listed_once) {
       CHECK(row.next.empty() != row.reason.empty());
     }
   }
-  CHECK_EQUAL(RequestFsm::table.size(), 80U);
+  CHECK_EQUAL(RequestFsm::table.size(), 126U);
   CHECK_EQUAL(BlockFsm::table.size(), 72U);
 }
 

@@ -1,6 +1,6 @@
 // An event may carry resources: it is consumed too.
 // error: an event is consumed; pass an rvalue
-#include "tokenrelay/scheduler/request.hpp"
+#include "tokenrelay/scheduler/request_table.hpp"
 using namespace tokenrelay::scheduler;
 bool stop(fsm::Slot<RequestFsm>& slot, Resources& resources) {
 #ifdef MUST_NOT_COMPILE
