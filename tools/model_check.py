@@ -181,7 +181,7 @@ LARGE = (
     Search(PAIR, faults=3),
     Search(PAIR, requests=3, faults=1),
     Search(Fleet(decodes=2), faults=1),
-    Search(Fleet(prefills=2, extents=1), faults=1),
+    Search(Fleet(prefills=2, extents=1), faults=0),
     Search(Fleet(prefills=2, decodes=2, extents=1), faults=0),
     Search(Fleet(prefills=2, decodes=2, bitstate=True), requests=3, faults=2, minutes_max=5),
 )
