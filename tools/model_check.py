@@ -130,7 +130,7 @@ class Model:
                 raise ModelError(f"the search of {search} ended unexpectedly:\n{said[-2000:]}")
             return float(match[1])
 
-        error = re.search(r"law_\w+", said) or re.search(r"(?<=pan:1: )[^(\n]+", said)
+        error = re.search(r"law_\w+", said) or re.search(r"(?<=pan:1: ).*?(?= \(at depth)", said)
         cut_short = re.search(r"Search not completed|search depth too small|memory", said.split("State-vector")[0])
         failed = find(r"errors: (\d+)") > 0
         return Result(
