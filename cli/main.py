@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from tokenrelay.base.errors import TokenRelayError
+from tokenrelay.base.parent import die_with_parent
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -464,6 +465,7 @@ def config(config: ConfigOption = None) -> None:
 
 def main() -> NoReturn:
     """The console script. Errors are one plain sentence on stderr; exit code 1, or 2 for a wrong command line."""
+    die_with_parent()
     try:
         code = app(prog_name="tokenrelay", standalone_mode=False)
     except TokenRelayError as error:

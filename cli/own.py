@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import IO, Any
 
+from tokenrelay.base.parent import announce
 from tokenrelay.base.status import parse_status
-from tokenrelay.cli.process import ChildFailed, describe_exit, die_with_parent
+from tokenrelay.cli.process import ChildFailed, describe_exit
 
 START_S = 600.0  # a start may go without news for so long
 DRAIN_S = 30.0
@@ -62,7 +63,7 @@ class OwnServer:
                 stderr=self._stderr,
                 pass_fds=(writing,),
                 start_new_session=True,
-                preexec_fn=die_with_parent(),
+                env=announce(os.environ),
             )
         finally:
             os.close(writing)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -20,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenrelay.base.errors import TokenRelayError
+from tokenrelay.base.parent import announce
 from tokenrelay.base.status import LINE_BYTES_MAX, parse_status
 
-PR_SET_PDEATHSIG = 1  # prctl(2)
 STATUS_FD = "{status_fd}"  # in a ChildSpec's argv: replaced by the number of the descriptor to report on
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -69,12 +68,11 @@ class ChildProcess:
         try:
             popen = subprocess.Popen(
                 [argument.replace(STATUS_FD, str(writing)) for argument in spec.argv],
-                env=dict(environment),
+                env=announce(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # a library that prints must not mix with what our stdout is for
                 pass_fds=(writing, *spec.pass_fds),
                 start_new_session=True,
-                preexec_fn=die_with_parent(),
             )
         except OSError as error:
             os.close(reading)
@@ -172,19 +170,3 @@ def describe_exit(code: int) -> str:
         name = f"signal {-code}"
     hint = " (out of memory?)" if name == "SIGKILL" else ""
     return f"was killed by {name}{hint}"
-
-
-_libc = ctypes.CDLL(None, use_errno=True)  # loaded here: between fork and exec there is no time for imports
-
-
-def die_with_parent() -> Callable[[], None]:
-    """For `Popen(preexec_fn=...)`: the kernel kills the child when the thread that spawned it dies, however it dies."""
-    parent = os.getpid()
-
-    def prepare() -> None:
-        if hasattr(_libc, "prctl"):
-            _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before prctl
-            os._exit(1)
-
-    return prepare

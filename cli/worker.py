@@ -26,6 +26,7 @@ from tokenrelay.base.deadlines import Deadline
 from tokenrelay.base.errors import ConfigError, TokenRelayError
 from tokenrelay.base.ids import incarnation as new_incarnation
 from tokenrelay.base.logging import get_logger, setup_logging
+from tokenrelay.base.parent import die_with_parent
 from tokenrelay.base.status import StatusPipe
 from tokenrelay.base.version import version
 from tokenrelay.services.decode.config import WorkerConfig
@@ -59,6 +60,7 @@ class WorkerSettings:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; the exit code."""
+    die_with_parent()
     parsed = _parser().parse_args(arguments)
     status = StatusPipe(parsed.status_fd)
     incarnation = new_incarnation()

@@ -9,6 +9,7 @@ import uvloop
 from tokenrelay.base.errors import ConfigError
 from tokenrelay.base.ids import incarnation
 from tokenrelay.base.logging import setup_logging
+from tokenrelay.base.parent import die_with_parent
 from tokenrelay.base.status import StatusPipe
 from tokenrelay.services.chassis.security import Security
 from tokenrelay.services.kvstore.config import parse_arguments, resolve_options
@@ -17,6 +18,7 @@ from tokenrelay.services.kvstore.service import run
 
 def main(arguments: list[str]) -> int:
     """The exit code: 1 for an error that ends the start-up."""
+    die_with_parent()
     options = parse_arguments(arguments)
     status = StatusPipe(options.status_fd)
     try:

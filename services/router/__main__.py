@@ -11,6 +11,7 @@ from tokenrelay.base.config import resolve
 from tokenrelay.base.errors import ConfigError
 from tokenrelay.base.ids import incarnation
 from tokenrelay.base.logging import setup_logging
+from tokenrelay.base.parent import die_with_parent
 from tokenrelay.base.status import StatusPipe
 from tokenrelay.services.chassis.security import Security, SecurityConfig
 from tokenrelay.services.router.config import parse_arguments, resolve_options
@@ -19,6 +20,7 @@ from tokenrelay.services.router.service import run
 
 def main(arguments: list[str]) -> int:
     """The exit code: 1 for an error that ends the start-up."""
+    die_with_parent()
     options = parse_arguments(arguments)
     status = StatusPipe(options.status_fd)
     try:

@@ -18,10 +18,12 @@ from pathlib import Path
 from types import FrameType
 
 from tokenrelay.base.errors import CheckpointError
+from tokenrelay.base.parent import die_with_parent
 from tokenrelay.base.status import StatusPipe
 
 
 def main() -> None:
+    die_with_parent()
     fd, folder, name, *behaviours = sys.argv[1:]
     pids = Path(folder) / f"{name}.pids"
     with pids.open("a") as file:

@@ -54,7 +54,7 @@ def test_it_runs_once_when_the_engine_became_idle(qwen: Any, monkeypatch: pytest
         time.sleep(0.1)
         assert not watched.checks, "nothing happened yet"
         harness.run(prompt_of(1, 20), tokens_max=4)
-        harness.wait_for(lambda: harness.engine.stats.integrity_checks == 1, "a check")
+        _until(lambda: harness.engine.stats.integrity_checks == 1)
         first = watched.checks[0]
         for n in range(3):  # busy and idle again and again: one check in each interval, not one a pause
             harness.run(prompt_of(n, 20), tokens_max=2)

@@ -12,10 +12,18 @@ import os
 import pty
 import re
 import select
-import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 
+# It takes its stdin as the terminal that sends it signals, and hears Ctrl-C even where its starter does not.
+_BEGIN = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 _STYLE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -23,10 +31,20 @@ class Terminal:
     """A process and our end of its terminal; it is killed when this object goes unused (`close`)."""
 
     def __init__(self, command: Sequence[str], *, columns: int = 100) -> None:
-        self.pid, self._fd = pty.fork()
-        if self.pid == 0:
-            os.environ.update(TERM="xterm", COLUMNS=str(columns), LINES="40")
-            os.execv(command[0], list(command))
+        self._fd, its = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(columns), "LINES": "40"}
+        try:  # not pty.fork: what runs gRPC's threads may not run Python in a forked child
+            self._process = subprocess.Popen(
+                [sys.executable, "-ISc", _BEGIN, *command],
+                stdin=its,
+                stdout=its,
+                stderr=its,
+                env=environment,
+                start_new_session=True,
+            )
+        finally:
+            os.close(its)
+        self.pid = self._process.pid
         self.seen = ""
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
@@ -58,12 +76,9 @@ class Terminal:
             except OSError:
                 break
         os.close(self._fd)
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        self.pid = 0
-        return code
+        return self._process.wait()
 
     def close(self) -> None:
         """Kill it if it still runs."""
-        if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+        self._process.kill()
+        self._process.wait()
