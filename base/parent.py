@@ -1,6 +1,6 @@
 """A child process that does not outlive its parent, however the parent ends (Linux; elsewhere these do nothing).
 
-    subprocess.Popen(command, env=announce(os.environ), ...)   # the parent
+    subprocess.Popen(command, env=announce(), ...)   # the parent
     die_with_parent()                                          # the child, first thing in its main
 
 The child asks the kernel itself. The parent could do it between fork and exec (`preexec_fn`), but a process with
@@ -19,9 +19,9 @@ VARIABLE = "TOKENRELAY_PARENT_PID"
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-def announce(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a child that is to die with this process: of the thread that starts it, to be exact."""
-    return {**environment, VARIABLE: str(os.getpid())}
+def announce(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment (ours, where none is given) of a child that is to die with the thread that starts it."""
+    return {**(os.environ if environment is None else environment), VARIABLE: str(os.getpid())}
 
 
 def die_with_parent() -> None:

@@ -63,7 +63,7 @@ class OwnServer:
                 stderr=self._stderr,
                 pass_fds=(writing,),
                 start_new_session=True,
-                env=announce(os.environ),
+                env=announce(),
             )
         finally:
             os.close(writing)

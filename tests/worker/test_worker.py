@@ -292,7 +292,9 @@ async def test_a_worker_whose_books_are_broken_answers_what_is_open_and_ends(
     worker, prefill = worker_module.settings(worker_module._parser().parse_args([*flags, "--block-tokens", "16"]))
     options = worker_module.WorkerSettings(worker.values, prefill.values, "life-1")
     task = asyncio.create_task(worker_module.run(options, StatusPipe(None)))
-    client, stream = WorkerClient(f"unix:{tmp_path}/s", options=ClientOptions(backoff_max_s=0.2)), Stream()
+    gone, stream = asyncio.Event(), Stream()
+    patience = ClientOptions(backoff_max_s=0.2)
+    client = WorkerClient(f"unix:{tmp_path}/s", options=patience, on_ready=lambda ready: ready or gone.set())
     await client.start()
     await client.wait_ready(60)
     client.submit(submit_message(prompt_of(1, 20), 5), stream)
@@ -300,7 +302,5 @@ async def test_a_worker_whose_books_are_broken_answers_what_is_open_and_ends(
     code, at_once = await asyncio.wait_for(task, 30)
     assert (code, at_once) == (1, True), "the supervisor starts it anew"
     assert client.integrity_failures == 1
-    async with asyncio.timeout(10):
-        while client.ready:  # until it sees its stream end
-            await asyncio.sleep(0.01)
+    await asyncio.wait_for(gone.wait(), 10)
     await client.close()
