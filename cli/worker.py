@@ -29,6 +29,8 @@ from tokenrelay.base.logging import get_logger, setup_logging
 from tokenrelay.base.parent import die_with_parent
 from tokenrelay.base.status import StatusPipe
 from tokenrelay.base.version import version
+from tokenrelay.cli.fleet_config import FleetConfig
+from tokenrelay.services.chassis.security import Security, SecurityConfig
 from tokenrelay.services.decode.config import WorkerConfig
 from tokenrelay.services.prefill.config import PrefillConfig
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
     from tokenrelay.cli.colocated import Colocated
     from tokenrelay.proto import worker_pb2
+    from tokenrelay.runtime.build import EngineSizes
     from tokenrelay.runtime.executor.memory import Pool
     from tokenrelay.runtime.models.decoder import Model
     from tokenrelay.services.chassis.lifecycle import Lifecycle
@@ -55,6 +58,8 @@ class WorkerSettings:
 
     worker: WorkerConfig
     prefill: PrefillConfig
+    fleet: FleetConfig
+    security: SecurityConfig
     incarnation: str
 
 
@@ -65,14 +70,17 @@ def main(arguments: list[str] | None = None) -> int:
     status = StatusPipe(parsed.status_fd)
     incarnation = new_incarnation()
     try:
-        worker, prefill = settings(parsed)
+        worker, prefill, fleet, security = settings(parsed)
         if parsed.print_config:
-            for name, value, origin in [*worker.rows(), *prefill.rows()]:
-                print(f"{name:28} {value:40} {origin}")
+            for name, value, origin in [*worker.rows(), *prefill.rows(), *fleet.rows(), *security.rows()]:
+                shown = "(set)" if name == "security.token" and value != "''" else value
+                print(f"{name:28} {shown:40} {origin}")
             return 0
         setup_logging("worker", level=worker.values.log_level, incarnation=incarnation)
         worker.values.check()
-        code, at_once = asyncio.run(run(WorkerSettings(worker.values, prefill.values, incarnation), status))
+        fleet.values.check()
+        options = WorkerSettings(worker.values, prefill.values, fleet.values, security.values, incarnation)
+        code, at_once = asyncio.run(run(options, status))
     except TokenRelayError as error:
         if parsed.status_fd is None:  # else the supervisor says it, once
             log.error("the worker ends", code=error.code, reason=error.message)
@@ -88,21 +96,29 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def settings(parsed: argparse.Namespace) -> tuple[Resolved[WorkerConfig], Resolved[PrefillConfig]]:
+def settings(
+    parsed: argparse.Namespace,
+) -> tuple[Resolved[WorkerConfig], Resolved[PrefillConfig], Resolved[FleetConfig], Resolved[SecurityConfig]]:
     """Flags over environment over file over defaults. Raises ConfigError."""
-    names = [field.name for field in dataclasses.fields(WorkerConfig)]
-    flags = {name: getattr(parsed, name) for name in names}
+
+    def flags(config: type) -> dict[str, Any]:
+        return {field.name: getattr(parsed, field.name) for field in dataclasses.fields(config)}
+
     return (
-        resolve(WorkerConfig, "worker", file=parsed.config, flags=flags),
+        resolve(WorkerConfig, "worker", file=parsed.config, flags=flags(WorkerConfig)),
         resolve(PrefillConfig, "prefill", file=parsed.config),
+        resolve(FleetConfig, "fleet", file=parsed.config, flags=flags(FleetConfig)),
+        resolve(SecurityConfig, "security", file=parsed.config),
     )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tokenrelay.cli.worker", description="A TokenRelay worker process.")
-    for field in dataclasses.fields(WorkerConfig):
+    for field in (*dataclasses.fields(WorkerConfig), *dataclasses.fields(FleetConfig)):
         parser.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, help=field.metadata["help"])
-    parser.add_argument("--config", type=Path, help="TOML file with the tables [worker] and [prefill]")
+    parser.add_argument(
+        "--config", type=Path, help="TOML file with the tables [worker], [prefill], [fleet] and [security]"
+    )
     parser.add_argument("--status-fd", type=int, help="report the start-up on this descriptor")
     parser.add_argument("--print-config", action="store_true", help="print every setting and where it came from")
     return parser
@@ -125,6 +141,8 @@ async def run(options: WorkerSettings, status: StatusPipe) -> tuple[int, bool]:
     began_s = time.monotonic()
     lifecycle = Lifecycle()
     lifecycle.install_signals()
+    if options.fleet.kvstore:
+        return await run_fleet(options, status, lifecycle, options.fleet.address or address, began_s)
     model = await _load_unless_ended(config, status, lifecycle)
     if model is None:
         return 0, True
@@ -149,6 +167,66 @@ async def run(options: WorkerSettings, status: StatusPipe) -> tuple[int, bool]:
     if lifecycle.stopping:
         return STOPPED_CODE, True
     await asyncio.to_thread(host.close)
+    return 0, False
+
+
+async def run_fleet(
+    options: WorkerSettings, status: StatusPipe, lifecycle: Lifecycle, address: str, began_s: float
+) -> tuple[int, bool]:
+    """The same for a worker that is a member of a fleet: it leaves when its offered KV was read."""
+    from tokenrelay.cli.fleet import FleetWorker
+    from tokenrelay.runtime.build import build_engine
+    from tokenrelay.services.chassis.admin import AdminServer
+    from tokenrelay.services.chassis.session import WorkerServicer
+
+    config, fleet = options.worker, options.fleet
+    security = Security.of(options.security)
+    model = await _load_unless_ended(config, status, lifecycle)
+    if model is None:
+        return 0, True
+    worker = FleetWorker(fleet, security, lifecycle, address)
+    hash_key = await worker.join(model, handshake_of(model, options, None))
+    link = worker.link
+    built = build_engine(
+        model,
+        sizes_of(config),
+        on_step=link.on_step,
+        on_fatal=link.on_fatal,
+        on_cache_events=link.on_cache_events,
+        on_handover=worker.on_handover,
+        hash_key=hash_key,
+        allocate=worker.memory.allocate,
+    )
+    handshake = handshake_of(model, options, built.pool)
+    host = await worker.mount(built.engine, handshake)
+    servicer = WorkerServicer(host)
+    host.bind(servicer)
+    server = worker.server(servicer)
+    built.engine.start()
+    await server.start()
+    facts = _facts(handshake, built.pool, time.monotonic() - began_s)
+    admin = None
+    if fleet.admin_port is not None:
+        admin = AdminServer(fleet.admin_host, fleet.admin_port, ready=worker.ready, metrics=worker.page)
+        facts["admin_port"] = await admin.start()
+    lifecycle.ready()
+    log.info("ready", role=fleet.role, **facts)
+    status.ready(**facts)
+    await lifecycle.wait_drain()
+    deadline = Deadline.after(config.drain_s)
+    drained = await lifecycle.unless_stopped(servicer.drain(deadline))
+    drained = drained and await lifecycle.unless_stopped(worker.drain(deadline))
+    await server.stop(STOP_GRACE_S if drained else 0.0)
+    log.info("stopped", drained=drained, failure=repr(lifecycle.failure) if lifecycle.failure else None)
+    if lifecycle.failure is not None:
+        return 1, True
+    if lifecycle.stopping:
+        return STOPPED_CODE, True
+    await worker.leave()
+    if admin is not None:
+        await admin.stop()
+    await asyncio.to_thread(built.engine.close)
+    link.close()
     return 0, False
 
 
@@ -220,13 +298,11 @@ def _dtype(name: str, device: str) -> torch.dtype | None:
     return None if computes_bf16 else torch.float32
 
 
-def mount(model: Model, options: WorkerSettings, on_fatal: Any) -> tuple[Colocated, Pool]:
-    """Both roles on one engine. `on_fatal(error)` is called on the event loop when the engine fails for good."""
-    from tokenrelay.cli.colocated import EngineLink, mount_roles
-    from tokenrelay.runtime.build import EngineSizes, build_engine
+def sizes_of(config: WorkerConfig) -> EngineSizes:
+    """What the settings say about the engine. Raises ConfigError."""
+    from tokenrelay.runtime.build import EngineSizes
 
-    config = options.worker
-    sizes = EngineSizes(
+    return EngineSizes(
         slots=config.slots,
         step_tokens=config.step_tokens,
         chunk_tokens=min(config.chunk_tokens, config.step_tokens),
@@ -240,6 +316,15 @@ def mount(model: Model, options: WorkerSettings, on_fatal: Any) -> tuple[Colocat
         tps_fraction=config.tps_fraction,
         floor_wait_s=config.floor_wait_s,
     )
+
+
+def mount(model: Model, options: WorkerSettings, on_fatal: Any) -> tuple[Colocated, Pool]:
+    """Both roles on one engine. `on_fatal(error)` is called on the event loop when the engine fails for good."""
+    from tokenrelay.cli.colocated import EngineLink, mount_roles
+    from tokenrelay.runtime.build import build_engine
+
+    config = options.worker
+    sizes = sizes_of(config)
     link = EngineLink(asyncio.get_running_loop(), on_fatal)
     built = build_engine(
         model, sizes, on_step=link.on_step, on_fatal=link.on_fatal, on_cache_events=link.on_cache_events
@@ -256,8 +341,8 @@ def mount(model: Model, options: WorkerSettings, on_fatal: Any) -> tuple[Colocat
     return host, built.pool
 
 
-def handshake_of(model: Model, options: WorkerSettings, pool: Pool) -> worker_pb2.HandshakeReply:
-    """Who this worker is, for routers."""
+def handshake_of(model: Model, options: WorkerSettings, pool: Pool | None) -> worker_pb2.HandshakeReply:
+    """Who this worker is, for routers; without its pool before there is one."""
     from tokenrelay.proto import worker_pb2
 
     config, model_config = options.worker, model.config
@@ -265,14 +350,14 @@ def handshake_of(model: Model, options: WorkerSettings, pool: Pool) -> worker_pb
     return worker_pb2.HandshakeReply(
         next_turns=True,
         incarnation=options.incarnation,
-        role="colocated",
+        role=options.fleet.role,
         version=version(),
         model_name=config.served_model_name or model_config.name,
         model_path=str(folder.resolve()),
         model_identity=model_config.identity,
-        context_tokens=pool.context_tokens,
+        context_tokens=pool.context_tokens if pool else 0,
         block_tokens=model_config.kv_layout.block_tokens,
-        blocks=pool.blocks,
+        blocks=pool.blocks if pool else 0,
         slots=config.slots,
         waiting_max=config.waiting_max,
         dtype=str(model_config.dtype).removeprefix("torch."),

@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtokenrelay/proto/worker.proto\x12\rtokenrelay.v1\"?\n\x10HandshakeRequest\x12\x1a\n\x12router_incarnation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\xd6\x02\n\x0eHandshakeReply\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x12\n\nmodel_name\x18\x04 \x01(\t\x12\x12\n\nmodel_path\x18\x05 \x01(\t\x12\x16\n\x0emodel_identity\x18\x06 \x01(\x0c\x12\x16\n\x0e\x63ontext_tokens\x18\x07 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x08 \x01(\r\x12\x0e\n\x06\x62locks\x18\t \x01(\r\x12\r\n\x05slots\x18\n \x01(\r\x12\x13\n\x0bwaiting_max\x18\x0b \x01(\r\x12\r\n\x05\x64type\x18\x0c \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12\x12\n\nvocab_size\x18\x0e \x01(\r\x12\x15\n\reos_token_ids\x18\x0f \x03(\r\x12\x10\n\x08numerics\x18\x10 \x01(\t\x12\x12\n\nnext_turns\x18\x18 \x01(\x08\"d\n\x07\x43ommand\x12\'\n\x06submit\x18\x01 \x01(\x0b\x32\x15.tokenrelay.v1.SubmitH\x00\x12%\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x14.tokenrelay.v1.AbortH\x00\x42\t\n\x07\x63ommand\"\x9f\x02\n\x06Submit\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x14\n\x0coutput_start\x18\x04 \x01(\r\x12\x12\n\ntokens_max\x18\x05 \x01(\r\x12)\n\x08sampling\x18\x06 \x01(\x0b\x32\x17.tokenrelay.v1.Sampling\x12\x0e\n\x06\x63hoice\x18\x07 \x01(\r\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x10\n\x08priority\x18\t \x01(\x05\x12\x0c\n\x04salt\x18\n \x01(\x0c\x12\x0e\n\x06parent\x18\x0b \x01(\x04\x12\x18\n\x10\x64\x65\x61\x64line_left_ms\x18\x0c \x01(\r\x12\x15\n\rparent_tokens\x18\x18 \x01(\r\x12\x0e\n\x06tenant\x18\x1a \x01(\x0c\"\x9d\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x05 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x02\x12,\n\nlogit_bias\x18\x08 \x03(\x0b\x32\x18.tokenrelay.v1.LogitBias\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x12\n\nignore_eos\x18\n \x01(\x08\x12\x10\n\x08logprobs\x18\x0b \x01(\r\x12\x12\n\ntokens_min\x18\x0c \x01(\r\"+\n\tLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x02\"\x13\n\x05\x41\x62ort\x12\n\n\x02id\x18\x01 \x01(\x04\"o\n\nStepOutput\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12.\n\x07outputs\x18\x02 \x03(\x0b\x32\x1d.tokenrelay.v1.SequenceOutput\x12#\n\x05stats\x18\x03 \x01(\x0b\x32\x14.tokenrelay.v1.Stats\"\xe6\x01\n\x0eSequenceOutput\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12+\n\x06\x66inish\x18\x03 \x01(\x0e\x32\x1b.tokenrelay.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12.\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1c.tokenrelay.v1.TokenLogprobs\x12\x32\n\rreject_reason\x18\x06 \x01(\x0e\x32\x1b.tokenrelay.v1.RejectReason\x12\r\n\x05\x65rror\x18\x07 \x01(\t\"M\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"W\n\x0c\x45xplainReply\x12\x35\n\tsequences\x18\x01 \x03(\x0b\x32\".tokenrelay.v1.SequenceExplanation\x12\x10\n\x08left_out\x18\x02 \x01(\r\"U\n\x13SequenceExplanation\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0c\n\x04json\x18\x04 \x01(\t\"\x0e\n\x0cStatsRequest\"\x8d\x03\n\x05Stats\x12\x13\n\x0b\x62locks_free\x18\x01 \x01(\r\x12\x15\n\rblocks_cached\x18\x02 \x01(\r\x12\x15\n\rblocks_active\x18\x03 \x01(\r\x12\x19\n\x11sequences_waiting\x18\x04 \x01(\r\x12\x19\n\x11sequences_running\x18\x05 \x01(\r\x12\r\n\x05steps\x18\x06 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x04\x12\x15\n\rcached_tokens\x18\x08 \x01(\x04\x12\x15\n\routput_tokens\x18\t \x01(\x04\x12\x13\n\x0bpreemptions\x18\n \x01(\x04\x12\x0e\n\x06\x61\x62orts\x18\x0b \x01(\x04\x12\x14\n\x0cstep_time_us\x18\x0c \x01(\x04\x12\x18\n\x10integrity_checks\x18\r \x01(\x04\x12\x1a\n\x12integrity_failures\x18\x0e \x01(\x04\x12\x1a\n\x12integrity_check_us\x18\x0f \x01(\x04\x12*\n\ttps_floor\x18\x14 \x01(\x0b\x32\x17.tokenrelay.v1.TpsFloor\"\x8e\x01\n\x08TpsFloor\x12\x12\n\nconfigured\x18\x01 \x01(\x02\x12\x10\n\x08in_force\x18\x02 \x01(\x02\x12\x0f\n\x07\x62\x61tch_1\x18\x03 \x01(\x02\x12\x13\n\x0busers_below\x18\x04 \x01(\r\x12\x0e\n\x06tokens\x18\x05 \x01(\x04\x12\x13\n\x0btokens_late\x18\x06 \x01(\x04\x12\x11\n\toverrides\x18\x07 \x01(\x04*|\n\x0c\x46inishReason\x12\x0f\n\x0b\x46INISH_NONE\x10\x00\x12\x0f\n\x0b\x46INISH_STOP\x10\x01\x12\x11\n\rFINISH_LENGTH\x10\x02\x12\x10\n\x0c\x46INISH_ABORT\x10\x03\x12\x13\n\x0f\x46INISH_REJECTED\x10\x04\x12\x10\n\x0c\x46INISH_ERROR\x10\x05*\xaf\x01\n\x0cRejectReason\x12\x0f\n\x0bREJECT_NONE\x10\x00\x12\x15\n\x11REJECT_QUEUE_FULL\x10\x01\x12\x1a\n\x16REJECT_PROMPT_TOO_LONG\x10\x02\x12\x17\n\x13REJECT_DUPLICATE_ID\x10\x03\x12\x13\n\x0fREJECT_DRAINING\x10\x04\x12\x12\n\x0eREJECT_INVALID\x10\x05\x12\x19\n\x15REJECT_PARENT_UNKNOWN\x10\x06\x32\x9d\x02\n\x06Worker\x12K\n\tHandshake\x12\x1f.tokenrelay.v1.HandshakeRequest\x1a\x1d.tokenrelay.v1.HandshakeReply\x12@\n\x07Session\x12\x16.tokenrelay.v1.Command\x1a\x19.tokenrelay.v1.StepOutput(\x01\x30\x01\x12=\n\x08GetStats\x12\x1b.tokenrelay.v1.StatsRequest\x1a\x14.tokenrelay.v1.Stats\x12\x45\n\x07\x45xplain\x12\x1d.tokenrelay.v1.ExplainRequest\x1a\x1b.tokenrelay.v1.ExplainReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtokenrelay/proto/worker.proto\x12\rtokenrelay.v1\"?\n\x10HandshakeRequest\x12\x1a\n\x12router_incarnation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\xd6\x02\n\x0eHandshakeReply\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x12\n\nmodel_name\x18\x04 \x01(\t\x12\x12\n\nmodel_path\x18\x05 \x01(\t\x12\x16\n\x0emodel_identity\x18\x06 \x01(\x0c\x12\x16\n\x0e\x63ontext_tokens\x18\x07 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x08 \x01(\r\x12\x0e\n\x06\x62locks\x18\t \x01(\r\x12\r\n\x05slots\x18\n \x01(\r\x12\x13\n\x0bwaiting_max\x18\x0b \x01(\r\x12\r\n\x05\x64type\x18\x0c \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12\x12\n\nvocab_size\x18\x0e \x01(\r\x12\x15\n\reos_token_ids\x18\x0f \x03(\r\x12\x10\n\x08numerics\x18\x10 \x01(\t\x12\x12\n\nnext_turns\x18\x18 \x01(\x08\"d\n\x07\x43ommand\x12\'\n\x06submit\x18\x01 \x01(\x0b\x32\x15.tokenrelay.v1.SubmitH\x00\x12%\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x14.tokenrelay.v1.AbortH\x00\x42\t\n\x07\x63ommand\"\xca\x02\n\x06Submit\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x14\n\x0coutput_start\x18\x04 \x01(\r\x12\x12\n\ntokens_max\x18\x05 \x01(\r\x12)\n\x08sampling\x18\x06 \x01(\x0b\x32\x17.tokenrelay.v1.Sampling\x12\x0e\n\x06\x63hoice\x18\x07 \x01(\r\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x10\n\x08priority\x18\t \x01(\x05\x12\x0c\n\x04salt\x18\n \x01(\x0c\x12\x0e\n\x06parent\x18\x0b \x01(\x04\x12\x18\n\x10\x64\x65\x61\x64line_left_ms\x18\x0c \x01(\r\x12\x15\n\rparent_tokens\x18\x18 \x01(\r\x12\x0e\n\x06tenant\x18\x1a \x01(\x0c\x12)\n\x08handover\x18\x1e \x01(\x0b\x32\x17.tokenrelay.v1.Handover\"\x83\x01\n\x08Handover\x12*\n\x04role\x18\x01 \x01(\x0e\x32\x1c.tokenrelay.v1.Handover.Role\x12\r\n\x05offer\x18\x02 \x01(\x0c\"<\n\x04Role\x12\r\n\tROLE_NONE\x10\x00\x12\x0f\n\x0bROLE_SOURCE\x10\x01\x12\x14\n\x10ROLE_DESTINATION\x10\x02\"\x9d\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x05 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x02\x12,\n\nlogit_bias\x18\x08 \x03(\x0b\x32\x18.tokenrelay.v1.LogitBias\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x12\n\nignore_eos\x18\n \x01(\x08\x12\x10\n\x08logprobs\x18\x0b \x01(\r\x12\x12\n\ntokens_min\x18\x0c \x01(\r\"+\n\tLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x02\"\x13\n\x05\x41\x62ort\x12\n\n\x02id\x18\x01 \x01(\x04\"o\n\nStepOutput\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12.\n\x07outputs\x18\x02 \x03(\x0b\x32\x1d.tokenrelay.v1.SequenceOutput\x12#\n\x05stats\x18\x03 \x01(\x0b\x32\x14.tokenrelay.v1.Stats\"\xf5\x01\n\x0eSequenceOutput\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12+\n\x06\x66inish\x18\x03 \x01(\x0e\x32\x1b.tokenrelay.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12.\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1c.tokenrelay.v1.TokenLogprobs\x12\x32\n\rreject_reason\x18\x06 \x01(\x0e\x32\x1b.tokenrelay.v1.RejectReason\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\r\n\x05offer\x18\x1e \x01(\x0c\"M\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"W\n\x0c\x45xplainReply\x12\x35\n\tsequences\x18\x01 \x03(\x0b\x32\".tokenrelay.v1.SequenceExplanation\x12\x10\n\x08left_out\x18\x02 \x01(\r\"U\n\x13SequenceExplanation\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0c\n\x04json\x18\x04 \x01(\t\"\x0e\n\x0cStatsRequest\"\x8d\x03\n\x05Stats\x12\x13\n\x0b\x62locks_free\x18\x01 \x01(\r\x12\x15\n\rblocks_cached\x18\x02 \x01(\r\x12\x15\n\rblocks_active\x18\x03 \x01(\r\x12\x19\n\x11sequences_waiting\x18\x04 \x01(\r\x12\x19\n\x11sequences_running\x18\x05 \x01(\r\x12\r\n\x05steps\x18\x06 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x04\x12\x15\n\rcached_tokens\x18\x08 \x01(\x04\x12\x15\n\routput_tokens\x18\t \x01(\x04\x12\x13\n\x0bpreemptions\x18\n \x01(\x04\x12\x0e\n\x06\x61\x62orts\x18\x0b \x01(\x04\x12\x14\n\x0cstep_time_us\x18\x0c \x01(\x04\x12\x18\n\x10integrity_checks\x18\r \x01(\x04\x12\x1a\n\x12integrity_failures\x18\x0e \x01(\x04\x12\x1a\n\x12integrity_check_us\x18\x0f \x01(\x04\x12*\n\ttps_floor\x18\x14 \x01(\x0b\x32\x17.tokenrelay.v1.TpsFloor\"\x8e\x01\n\x08TpsFloor\x12\x12\n\nconfigured\x18\x01 \x01(\x02\x12\x10\n\x08in_force\x18\x02 \x01(\x02\x12\x0f\n\x07\x62\x61tch_1\x18\x03 \x01(\x02\x12\x13\n\x0busers_below\x18\x04 \x01(\r\x12\x0e\n\x06tokens\x18\x05 \x01(\x04\x12\x13\n\x0btokens_late\x18\x06 \x01(\x04\x12\x11\n\toverrides\x18\x07 \x01(\x04*\x91\x01\n\x0c\x46inishReason\x12\x0f\n\x0b\x46INISH_NONE\x10\x00\x12\x0f\n\x0b\x46INISH_STOP\x10\x01\x12\x11\n\rFINISH_LENGTH\x10\x02\x12\x10\n\x0c\x46INISH_ABORT\x10\x03\x12\x13\n\x0f\x46INISH_REJECTED\x10\x04\x12\x10\n\x0c\x46INISH_ERROR\x10\x05\x12\x13\n\x0f\x46INISH_HANDOVER\x10\x06*\xaf\x01\n\x0cRejectReason\x12\x0f\n\x0bREJECT_NONE\x10\x00\x12\x15\n\x11REJECT_QUEUE_FULL\x10\x01\x12\x1a\n\x16REJECT_PROMPT_TOO_LONG\x10\x02\x12\x17\n\x13REJECT_DUPLICATE_ID\x10\x03\x12\x13\n\x0fREJECT_DRAINING\x10\x04\x12\x12\n\x0eREJECT_INVALID\x10\x05\x12\x19\n\x15REJECT_PARENT_UNKNOWN\x10\x06\x32\x9d\x02\n\x06Worker\x12K\n\tHandshake\x12\x1f.tokenrelay.v1.HandshakeRequest\x1a\x1d.tokenrelay.v1.HandshakeReply\x12@\n\x07Session\x12\x16.tokenrelay.v1.Command\x1a\x19.tokenrelay.v1.StepOutput(\x01\x30\x01\x12=\n\x08GetStats\x12\x1b.tokenrelay.v1.StatsRequest\x1a\x14.tokenrelay.v1.Stats\x12\x45\n\x07\x45xplain\x12\x1d.tokenrelay.v1.ExplainRequest\x1a\x1b.tokenrelay.v1.ExplainReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tokenrelay.proto.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2404
-  _globals['_FINISHREASON']._serialized_end=2528
-  _globals['_REJECTREASON']._serialized_start=2531
-  _globals['_REJECTREASON']._serialized_end=2706
+  _globals['_FINISHREASON']._serialized_start=2597
+  _globals['_FINISHREASON']._serialized_end=2742
+  _globals['_REJECTREASON']._serialized_start=2745
+  _globals['_REJECTREASON']._serialized_end=2920
   _globals['_HANDSHAKEREQUEST']._serialized_start=48
   _globals['_HANDSHAKEREQUEST']._serialized_end=111
   _globals['_HANDSHAKEREPLY']._serialized_start=114
@@ -42,31 +42,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMMAND']._serialized_start=458
   _globals['_COMMAND']._serialized_end=558
   _globals['_SUBMIT']._serialized_start=561
-  _globals['_SUBMIT']._serialized_end=848
-  _globals['_SAMPLING']._serialized_start=851
-  _globals['_SAMPLING']._serialized_end=1136
-  _globals['_LOGITBIAS']._serialized_start=1138
-  _globals['_LOGITBIAS']._serialized_end=1181
-  _globals['_ABORT']._serialized_start=1183
-  _globals['_ABORT']._serialized_end=1202
-  _globals['_STEPOUTPUT']._serialized_start=1204
-  _globals['_STEPOUTPUT']._serialized_end=1315
-  _globals['_SEQUENCEOUTPUT']._serialized_start=1318
-  _globals['_SEQUENCEOUTPUT']._serialized_end=1548
-  _globals['_TOKENLOGPROBS']._serialized_start=1550
-  _globals['_TOKENLOGPROBS']._serialized_end=1627
-  _globals['_EXPLAINREQUEST']._serialized_start=1629
-  _globals['_EXPLAINREQUEST']._serialized_end=1665
-  _globals['_EXPLAINREPLY']._serialized_start=1667
-  _globals['_EXPLAINREPLY']._serialized_end=1754
-  _globals['_SEQUENCEEXPLANATION']._serialized_start=1756
-  _globals['_SEQUENCEEXPLANATION']._serialized_end=1841
-  _globals['_STATSREQUEST']._serialized_start=1843
-  _globals['_STATSREQUEST']._serialized_end=1857
-  _globals['_STATS']._serialized_start=1860
-  _globals['_STATS']._serialized_end=2257
-  _globals['_TPSFLOOR']._serialized_start=2260
-  _globals['_TPSFLOOR']._serialized_end=2402
-  _globals['_WORKER']._serialized_start=2709
-  _globals['_WORKER']._serialized_end=2994
+  _globals['_SUBMIT']._serialized_end=891
+  _globals['_HANDOVER']._serialized_start=894
+  _globals['_HANDOVER']._serialized_end=1025
+  _globals['_HANDOVER_ROLE']._serialized_start=965
+  _globals['_HANDOVER_ROLE']._serialized_end=1025
+  _globals['_SAMPLING']._serialized_start=1028
+  _globals['_SAMPLING']._serialized_end=1313
+  _globals['_LOGITBIAS']._serialized_start=1315
+  _globals['_LOGITBIAS']._serialized_end=1358
+  _globals['_ABORT']._serialized_start=1360
+  _globals['_ABORT']._serialized_end=1379
+  _globals['_STEPOUTPUT']._serialized_start=1381
+  _globals['_STEPOUTPUT']._serialized_end=1492
+  _globals['_SEQUENCEOUTPUT']._serialized_start=1495
+  _globals['_SEQUENCEOUTPUT']._serialized_end=1740
+  _globals['_TOKENLOGPROBS']._serialized_start=1742
+  _globals['_TOKENLOGPROBS']._serialized_end=1819
+  _globals['_EXPLAINREQUEST']._serialized_start=1821
+  _globals['_EXPLAINREQUEST']._serialized_end=1857
+  _globals['_EXPLAINREPLY']._serialized_start=1859
+  _globals['_EXPLAINREPLY']._serialized_end=1946
+  _globals['_SEQUENCEEXPLANATION']._serialized_start=1948
+  _globals['_SEQUENCEEXPLANATION']._serialized_end=2033
+  _globals['_STATSREQUEST']._serialized_start=2035
+  _globals['_STATSREQUEST']._serialized_end=2049
+  _globals['_STATS']._serialized_start=2052
+  _globals['_STATS']._serialized_end=2449
+  _globals['_TPSFLOOR']._serialized_start=2452
+  _globals['_TPSFLOOR']._serialized_end=2594
+  _globals['_WORKER']._serialized_start=2923
+  _globals['_WORKER']._serialized_end=3208
 # @@protoc_insertion_point(module_scope)

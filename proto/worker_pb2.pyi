@@ -15,6 +15,7 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_ABORT: _ClassVar[FinishReason]
     FINISH_REJECTED: _ClassVar[FinishReason]
     FINISH_ERROR: _ClassVar[FinishReason]
+    FINISH_HANDOVER: _ClassVar[FinishReason]
 
 class RejectReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -31,6 +32,7 @@ FINISH_LENGTH: FinishReason
 FINISH_ABORT: FinishReason
 FINISH_REJECTED: FinishReason
 FINISH_ERROR: FinishReason
+FINISH_HANDOVER: FinishReason
 REJECT_NONE: RejectReason
 REJECT_QUEUE_FULL: RejectReason
 REJECT_PROMPT_TOO_LONG: RejectReason
@@ -94,7 +96,7 @@ class Command(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("id", "request_id", "token_ids", "output_start", "tokens_max", "sampling", "choice", "seed", "priority", "salt", "parent", "deadline_left_ms", "parent_tokens", "tenant")
+    __slots__ = ("id", "request_id", "token_ids", "output_start", "tokens_max", "sampling", "choice", "seed", "priority", "salt", "parent", "deadline_left_ms", "parent_tokens", "tenant", "handover")
     ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -109,6 +111,7 @@ class Submit(_message.Message):
     DEADLINE_LEFT_MS_FIELD_NUMBER: _ClassVar[int]
     PARENT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    HANDOVER_FIELD_NUMBER: _ClassVar[int]
     id: int
     request_id: str
     token_ids: bytes
@@ -123,7 +126,24 @@ class Submit(_message.Message):
     deadline_left_ms: int
     parent_tokens: int
     tenant: bytes
-    def __init__(self, id: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., output_start: _Optional[int] = ..., tokens_max: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., choice: _Optional[int] = ..., seed: _Optional[int] = ..., priority: _Optional[int] = ..., salt: _Optional[bytes] = ..., parent: _Optional[int] = ..., deadline_left_ms: _Optional[int] = ..., parent_tokens: _Optional[int] = ..., tenant: _Optional[bytes] = ...) -> None: ...
+    handover: Handover
+    def __init__(self, id: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., output_start: _Optional[int] = ..., tokens_max: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., choice: _Optional[int] = ..., seed: _Optional[int] = ..., priority: _Optional[int] = ..., salt: _Optional[bytes] = ..., parent: _Optional[int] = ..., deadline_left_ms: _Optional[int] = ..., parent_tokens: _Optional[int] = ..., tenant: _Optional[bytes] = ..., handover: _Optional[_Union[Handover, _Mapping]] = ...) -> None: ...
+
+class Handover(_message.Message):
+    __slots__ = ("role", "offer")
+    class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        ROLE_NONE: _ClassVar[Handover.Role]
+        ROLE_SOURCE: _ClassVar[Handover.Role]
+        ROLE_DESTINATION: _ClassVar[Handover.Role]
+    ROLE_NONE: Handover.Role
+    ROLE_SOURCE: Handover.Role
+    ROLE_DESTINATION: Handover.Role
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    OFFER_FIELD_NUMBER: _ClassVar[int]
+    role: Handover.Role
+    offer: bytes
+    def __init__(self, role: _Optional[_Union[Handover.Role, str]] = ..., offer: _Optional[bytes] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stop_token_ids", "ignore_eos", "logprobs", "tokens_min")
@@ -178,7 +198,7 @@ class StepOutput(_message.Message):
     def __init__(self, step: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[SequenceOutput, _Mapping]]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ...) -> None: ...
 
 class SequenceOutput(_message.Message):
-    __slots__ = ("id", "token_ids", "finish", "cached_tokens", "logprobs", "reject_reason", "error")
+    __slots__ = ("id", "token_ids", "finish", "cached_tokens", "logprobs", "reject_reason", "error", "offer")
     ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
@@ -186,6 +206,7 @@ class SequenceOutput(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     REJECT_REASON_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    OFFER_FIELD_NUMBER: _ClassVar[int]
     id: int
     token_ids: bytes
     finish: FinishReason
@@ -193,7 +214,8 @@ class SequenceOutput(_message.Message):
     logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
     reject_reason: RejectReason
     error: str
-    def __init__(self, id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., cached_tokens: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., reject_reason: _Optional[_Union[RejectReason, str]] = ..., error: _Optional[str] = ...) -> None: ...
+    offer: bytes
+    def __init__(self, id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., cached_tokens: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., reject_reason: _Optional[_Union[RejectReason, str]] = ..., error: _Optional[str] = ..., offer: _Optional[bytes] = ...) -> None: ...
 
 class TokenLogprobs(_message.Message):
     __slots__ = ("logprob", "top_token_ids", "top_logprobs")

@@ -15,8 +15,9 @@ from tokenrelay.libscheduler import Config as SchedulerConfig
 from tokenrelay.libscheduler import Scheduler
 from tokenrelay.runtime.engine import Engine, EngineOptions, OnStep
 from tokenrelay.runtime.executor.executor import Executor
-from tokenrelay.runtime.executor.memory import Pool, allocate_caches, plan_pool
+from tokenrelay.runtime.executor.memory import Pool, allocate_caches, plan_pool, wrap_caches
 from tokenrelay.runtime.executor.threads import default_threads
+from tokenrelay.runtime.handover import AllocatePool, OnHandover
 from tokenrelay.runtime.models.decoder import Model
 
 HASH_KEY_BYTES = 16
@@ -57,9 +58,14 @@ def build_engine(
     on_step: OnStep,
     on_fatal: Callable[[BaseException], None] | None = None,
     on_cache_events: Callable[[list[tuple[str, bytes]]], None] | None = None,
+    on_handover: OnHandover | None = None,
     hash_key: bytes | None = None,
+    allocate: AllocatePool | None = None,
 ) -> BuiltEngine:
-    """Raises ConfigError when the sizes do not fit together or into memory. `hash_key`: 16 bytes, the fleet's."""
+    """Raises ConfigError when the sizes do not fit together or into memory. `hash_key`: 16 bytes, the fleet's.
+
+    `allocate`: where the pool's memory comes from, for a transport that shares it; None: torch.
+    """
     config = model.config
     device = model.cos_sin.device
     pool = plan_pool(
@@ -92,9 +98,14 @@ def build_engine(
         )
     except ValueError as error:
         raise ConfigError(f"the scheduler's sizes do not fit: {error}") from error
-    scheduler = Scheduler(scheduler_config)
     parameter_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    caches = allocate_caches(config.kv_layout, config.layers, pool, config.dtype, device)
+    if allocate is None:
+        scheduler = Scheduler(scheduler_config)
+        caches = allocate_caches(config.kv_layout, config.layers, pool, config.dtype, device)
+    else:
+        memory = allocate([config.kv_layout.bytes_per_block(config.dtype)] * config.layers, pool.blocks)
+        scheduler = Scheduler(scheduler_config, generations=memory.generations)
+        caches = wrap_caches(memory.layers, config.kv_layout, pool, config.dtype)
     executor = Executor(
         model,
         caches,
@@ -111,6 +122,7 @@ def build_engine(
         on_step=on_step,
         on_fatal=on_fatal,
         on_cache_events=on_cache_events,
+        on_handover=on_handover,
         options=EngineOptions(steps_in_flight=sizes.steps_in_flight, tps_floor=sizes.tps_floor),
     )
     return BuiltEngine(engine, scheduler, pool)

@@ -1,5 +1,4 @@
 """The step loop: take events, commit what ended, plan and launch what is next, publish. It knows no role.
-
     engine = Engine(scheduler, executor, vocab_size=…, on_step=deliver)
     engine.start()
     engine.submit(EngineRequest(sequence_id=1, token_ids=…, output_start=…, tokens_max=64))
@@ -32,6 +31,7 @@ from tokenrelay.libscheduler import FloorCounts, Plan, RejectReason, Scheduler
 from tokenrelay.runtime.executor.executor import Step, StepResult
 from tokenrelay.runtime.explain import Answer, Questions
 from tokenrelay.runtime.floor_watch import FloorWatch
+from tokenrelay.runtime.handover import HandoverPort, OnHandover
 from tokenrelay.runtime.integrity import Books
 from tokenrelay.runtime.requests import (
     EngineOutput,
@@ -46,6 +46,7 @@ from tokenrelay.runtime.requests import (
 
 log = get_logger("engine")
 
+Commands = tuple[list[EngineRequest], dict[int, TokenRelayError | None], list[Callable[[], None]]]
 OnStep = Callable[[list[EngineOutput], EngineStats], None]
 STEP_MAX_S = 600.0  # a step that runs longer hangs: the engine gives up, its process is started anew
 
@@ -97,6 +98,7 @@ class Engine:
         on_step: OnStep,
         on_fatal: Callable[[BaseException], None] | None = None,
         on_cache_events: Callable[[list[tuple[str, bytes]]], None] | None = None,
+        on_handover: OnHandover | None = None,
         options: EngineOptions | None = None,
     ) -> None:
         self._scheduler = scheduler
@@ -105,6 +107,8 @@ class Engine:
         self._on_step = on_step
         self._on_fatal = on_fatal
         self._on_cache_events = on_cache_events
+        self._on_handover = on_handover
+        self.handover = HandoverPort(scheduler, self._post)
         self._options = options or EngineOptions()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         # Shared, under the condition.
@@ -113,6 +117,7 @@ class Engine:
         self._quiet = threading.Condition(self._lock)  # drain sleeps here until nothing is owed
         self._submitted: deque[EngineRequest] = deque()
         self._aborts: dict[int, TokenRelayError | None] = {}  # of accepted sequences only, so bounded by them
+        self._posted: deque[Callable[[], None]] = deque()  # a few per sequence or handle, so bounded by them
         self._accepted: set[int] = set()  # owed one terminal output
         self._questions = Questions()
         self._step_ended = False
@@ -169,6 +174,12 @@ class Engine:
             self._wake.notify()
             return future
 
+    def _post(self, work: Callable[[], None]) -> None:
+        with self._lock:  # run between two turns of the loop, behind submits and aborts that came before
+            if self._dead is None and not self._closing:
+                self._posted.append(work)
+                self._wake.notify()
+
     @property
     def stats(self) -> EngineStats:
         """Counters as of the last turn of the loop."""
@@ -207,18 +218,19 @@ class Engine:
             if self._on_fatal is not None:
                 self._on_fatal(error)
 
-    def _next_commands(self) -> tuple[list[EngineRequest], dict[int, TokenRelayError | None]] | None:
+    def _next_commands(self) -> Commands | None:
         """Sleep until a command came, a step ended or a deadline passed; None when closing."""
         while True:
             with self._lock:
                 if self._closing:
                     return None
                 timeout_s = self._sleep_max_s()
-                if self._submitted or self._aborts or self._step_ended or timeout_s == 0.0:
+                if self._submitted or self._aborts or self._posted or self._step_ended or timeout_s == 0.0:
                     self._step_ended = False
                     # Taken together, or an abort could overtake its submit.
-                    commands = list(self._submitted), self._aborts
+                    commands = list(self._submitted), self._aborts, list(self._posted)
                     self._submitted.clear()
+                    self._posted.clear()
                     self._aborts = {}
                     self._books.touched()
                     return commands
@@ -264,6 +276,7 @@ class Engine:
         self,
         submitted: list[EngineRequest],
         aborts: dict[int, TokenRelayError | None],
+        posted: list[Callable[[], None]],
         outputs: list[EngineOutput],
     ) -> None:
         """Submits first: an abort of one of them finds it."""
@@ -274,6 +287,8 @@ class Engine:
         for sequence_id, error in aborts.items():
             if sequence_id in self._open:
                 outputs.append(self._abort_with(sequence_id, error))
+        for work in posted:
+            work()
 
     def _submit(self, request: EngineRequest) -> EngineOutput | None:
         problem = request.problem(self._vocab_size)
@@ -290,12 +305,14 @@ class Engine:
             tenant=request.tenant,
             parent=request.parent,
             parent_tokens=None if request.parent is None else request.parent_tokens,
+            handover=request.handover,
             now_us=_now_us(),
         )
         if answer is not None:
             return self._refusal(request.sequence_id, *_refused(answer))
         self._open[request.sequence_id] = request
         self._params[request.sequence_id] = request.sampling
+        self.handover.submitted(request.sequence_id, request.handover)
         if request.deadline.at_s != float("inf"):
             self._remember_deadline(request)
         return None
@@ -324,6 +341,7 @@ class Engine:
         outcome = self._scheduler.commit(launched.plan.step, result.token_ids, _now_us(), result.run_us)
         self._steps += 1
         self._step_time_us += result.run_us
+        self.handover.touch(launched.plan.sequence_ids.tolist())
         logprobs = result.logprobs
         for sequence_id, token_id, finish, row, first, cached_tokens in zip(
             outcome.sequence_ids.tolist(),
@@ -357,6 +375,7 @@ class Engine:
             plan = self._scheduler.plan(_now_us())
             if plan is None:
                 return
+            self.handover.touch(plan.admitted_ids.tolist())
             step = self._executor.launch(plan, self._params, self._token_ids_of, self._wake_up)
             self._launched.append(_Launched(step, plan, int(np.count_nonzero(plan.samples))))
 
@@ -365,6 +384,9 @@ class Engine:
         self._floor_watch.look(self._stats.floor, self._stats.sequences_running)
         if self._on_cache_events is not None and (events := self._scheduler.take_cache_events()):
             self._on_cache_events(events)
+        if notices := self.handover.notices(self._open.__contains__):
+            assert self._on_handover is not None, "a sequence is handed over, and nobody listens"
+            self._on_handover(notices)
         if outputs:
             self._on_step(outputs, self._stats)
 

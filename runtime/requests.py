@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from tokenrelay.base.deadlines import Deadline
 from tokenrelay.base.errors import TokenRelayError
+from tokenrelay.libscheduler import Handover
 
 TokenIds = npt.NDArray[np.uint32]
 
@@ -33,6 +34,7 @@ class Finish(IntEnum):
     ABORT = 3
     REJECTED = 4
     ERROR = 5
+    HANDOVER = 6  # its first token was not its last, and a peer goes on from its KV
 
 
 class Reject(IntEnum):
@@ -110,6 +112,7 @@ class EngineRequest:
     request_id: str = ""  # for logs
     parent: int | None = None  # the sequence whose first `parent_tokens` tokens the prompt begins with
     parent_tokens: int = 0
+    handover: Handover = Handover.NONE  # what becomes of its KV (runtime/handover.py)
 
     def problem(self, vocab_size: int) -> str | None:
         """Why this cannot be run, or None. The scheduler checks lengths against its context."""

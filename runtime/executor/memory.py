@@ -6,6 +6,7 @@ cache and the other processes of a shared machine), but no more than all slots c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -100,6 +101,11 @@ def allocate_caches(
         return [torch.zeros(layout.shape(pool.blocks), dtype=dtype, device=device) for _ in range(layers)]
     except RuntimeError as error:
         raise ConfigError(f"cannot allocate {pool.bytes} bytes for {pool.blocks} KV blocks: {error}") from error
+
+
+def wrap_caches(layers: Sequence[memoryview], layout: KvLayout, pool: Pool, dtype: torch.dtype) -> list[Tensor]:
+    """The caches over memory of somebody else's (bytes, zeroed, one buffer per layer), which they keep alive."""
+    return [torch.frombuffer(layer, dtype=dtype).view(layout.shape(pool.blocks)) for layer in layers]
 
 
 def default_budget(device: torch.device) -> int:

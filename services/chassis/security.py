@@ -101,7 +101,9 @@ class Security:
         return [_TokenInterceptor(self)] if self._token else []
 
     def allows(self, metadata: Any) -> bool:
-        """Whether a call with this metadata may pass."""
+        """Whether a call with this metadata may pass: any may where no token is asked for."""
+        if not self._token:
+            return True
         given = next((value for key, value in metadata or () if key == "authorization"), "")
         given_bytes = given if isinstance(given, bytes) else given.encode()
         if hmac.compare_digest(given_bytes, f"Bearer {self._token}".encode()):
