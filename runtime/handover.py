@@ -21,6 +21,18 @@ import numpy.typing as npt
 from tokenrelay.base.logging import get_logger
 from tokenrelay.libscheduler import HandleEvent, Handover, ImportAnswer, Scheduler
 
+__all__ = [
+    "AllocatePool",
+    "HandleEvent",
+    "Handover",
+    "HandoverNotice",
+    "HandoverPort",
+    "OnHandover",
+    "PoolMemory",
+    "Room",
+    "Sealed",
+]
+
 log = get_logger("engine")
 
 

@@ -28,10 +28,9 @@ from tokenrelay.base.errors import (
 )
 from tokenrelay.base.logging import get_logger
 from tokenrelay.ledger.api import Actor, Code, Handle, HandleChanged, Ledger, Rejection, Snapshot, State
-from tokenrelay.libscheduler import Handover
 from tokenrelay.proto import peer_pb2, peer_pb2_grpc, worker_pb2
 from tokenrelay.runtime.engine import Engine
-from tokenrelay.runtime.handover import Room
+from tokenrelay.runtime.handover import Handover, Room
 from tokenrelay.runtime.requests import EngineOutput, EngineRequest
 from tokenrelay.services.chassis.channel import decode_error, encode_error
 from tokenrelay.services.chassis.security import Security

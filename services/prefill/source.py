@@ -34,10 +34,9 @@ from tokenrelay.ledger.api import (
     Snapshot,
     State,
 )
-from tokenrelay.libscheduler import HandleEvent, Handover
 from tokenrelay.proto import peer_pb2, worker_pb2
 from tokenrelay.runtime.engine import Engine
-from tokenrelay.runtime.handover import Sealed
+from tokenrelay.runtime.handover import HandleEvent, Handover, Sealed
 from tokenrelay.runtime.requests import EngineOutput, EngineRequest, Finish
 from tokenrelay.services.chassis.channel import encode_error
 from tokenrelay.services.chassis.wire import sequence_output
