@@ -1,0 +1,45 @@
+"""A worker dies in the middle of a handover: one clean terminal error, and nothing is left in the ledger or a pool."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+
+import pytest
+from fleet import Fleet
+
+from tokenrelay.proto import worker_pb2
+
+LONG = [random.Random(i).randrange(3, 380) for i in range(1500)]  # some 47 chunks
+
+
+@pytest.mark.parametrize("victim", ["prefill", "decode"])
+async def test_a_death_during_the_transfer(fleet: Fleet, victim: str) -> None:
+    survivor = {"prefill": "decode", "decode": "prefill"}[victim]
+    relayed = await fleet.relay(LONG, 12)
+    await asyncio.sleep(0.05)  # chunks of the prompt are being computed and pulled
+    fleet.workers[victim].signal(signal.SIGKILL)
+    assert relayed.destination is not None
+    stream = relayed.source if survivor == "prefill" else relayed.destination
+    terminal = await stream.ended()
+    assert terminal.finish in (worker_pb2.FINISH_ERROR, worker_pb2.FINISH_HANDOVER), fleet.logs(terminal)
+    await fleet.settles(survivor)
+    text = await fleet.alone(survivor, LONG[:100], 6)
+    await fleet.clients[victim].close()
+    await fleet.start_worker(victim)
+    again = await fleet.relay(LONG[:100], 6)
+    assert await fleet.finish(again) == text
+    await fleet.settles("prefill", "decode")
+
+
+@pytest.mark.parametrize("leg", ["prefill", "decode"])
+async def test_an_abort_during_the_transfer(fleet: Fleet, leg: str) -> None:
+    relayed = await fleet.relay(LONG, 12)
+    assert relayed.destination is not None
+    stream = relayed.source if leg == "prefill" else relayed.destination
+    fleet.clients[leg].abort(stream.id)  # type: ignore[attr-defined]
+    assert (await stream.ended()).finish == worker_pb2.FINISH_ABORT
+    await relayed.source.ended()
+    await relayed.destination.ended()
+    await fleet.settles("prefill", "decode")
