@@ -21,13 +21,6 @@ void BlockList::insert_after(BlockId before, BlockId id, block::Records& records
   ++size;
 }
 
-void BlockList::unlink(BlockId id, block::Records& records) noexcept {
-  const block::Record& record = at(records, id);
-  (record.previous == no_block ? head : at(records, record.previous).next) = record.next;
-  (record.next == no_block ? tail : at(records, record.next).previous) = record.previous;
-  --size;
-}
-
 void Evictor::indexed(BlockId id, BlockId parent, block::Records& records) noexcept {
   if (policy_ == Eviction::lru) return;
   block::Record& record = at(records, id);
@@ -95,15 +88,6 @@ void Evictor::cached(BlockId id, std::size_t index, block::Records& records) noe
   record.covered = record.children > 0;
   list_of(record).push_back(id, records);
   if (ghosts_.sampled(record.hash)) model_.idle(record.reuse_kind);
-}
-
-void Evictor::taken(BlockId id, block::Records& records) noexcept {
-  block::Record& record = at(records, id);
-  --size_;
-  list_of(record).unlink(id, records);
-  if (policy_ == Eviction::lru) return;
-  record.covered = false;
-  if (ghosts_.sampled(record.hash)) model_.reused(record.reuse_kind, now_us_ - record.used_us);
 }
 
 BlockId Evictor::choose(const block::Records& records) const noexcept {

@@ -96,4 +96,21 @@ class Evictor {
   Ghosts ghosts_;
 };
 
+// An admission does this for each block that it finds: here, so that its loop sees it.
+inline void BlockList::unlink(BlockId id, block::Records& records) noexcept {
+  const block::Record& record = records[static_cast<std::size_t>(id)];
+  (record.previous == no_block ? head : records[static_cast<std::size_t>(record.previous)].next) = record.next;
+  (record.next == no_block ? tail : records[static_cast<std::size_t>(record.next)].previous) = record.previous;
+  --size;
+}
+
+inline void Evictor::taken(BlockId id, block::Records& records) noexcept {
+  block::Record& record = records[static_cast<std::size_t>(id)];
+  --size_;
+  list_of(record).unlink(id, records);
+  if (policy_ == Eviction::lru) return;
+  record.covered = false;
+  if (ghosts_.sampled(record.hash)) model_.reused(record.reuse_kind, now_us_ - record.used_us);
+}
+
 }  // namespace tokenrelay::scheduler
