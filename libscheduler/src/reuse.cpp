@@ -7,8 +7,10 @@ namespace tokenrelay::scheduler {
 namespace {
 
 constexpr int tick_shift = 10;    // idle times are counted in 1024 us
-constexpr int refit_every = 256;  // observations of a kind
-constexpr float decay = 0.97F;    // of what was seen, at each refit: the last ten thousand observations or so count
+constexpr int refit_first = 256;  // observations of a kind, for its first fits
+constexpr int refit_every = 1024;
+constexpr int first_fits = 8;
+constexpr float decay = 0.9F;          // of what was seen, at each fit: the last ten thousand observations or so count
 constexpr double prior_hazard = 0.08;  // of coming back before one is half as old again, when nothing was seen
 constexpr double prior_weight = 48;    // blocks; those of one sequence come and go together
 
@@ -59,8 +61,9 @@ void ReuseModel::gone(ReuseKind which, std::int64_t idle_us) noexcept {
 }
 
 void ReuseModel::observed(Kind& kind) noexcept {
-  if (++kind.fresh < refit_every) return;
+  if (++kind.fresh < (kind.fits < first_fits ? refit_first : refit_every)) return;
   kind.fresh = 0;
+  kind.fits += kind.fits < first_fits;
   for (float& count : kind.reused) count *= decay;
   for (float& count : kind.gone) count *= decay;
   fit(kind);
@@ -85,14 +88,18 @@ void ReuseModel::fit(Kind& kind) const noexcept {
     double alive = 1;
     double reuses = 0;
     double kept_us = 0;
-    double best = 0;
+    double best_reuses = 0;
+    double best_us = 1;
     for (std::size_t bucket = begin; bucket < buckets; ++bucket) {
       kept_us += alive * (edges[bucket + 1] - edges[bucket]) * (1 - hazard[bucket] / 2);
       reuses += alive * hazard[bucket];
       alive *= 1 - hazard[bucket];
-      best = std::max(best, reuses / kept_us);
+      if (reuses * best_us > best_reuses * kept_us) {  // the quotient is larger
+        best_reuses = reuses;
+        best_us = kept_us;
+      }
     }
-    kind.rate[begin] = best;
+    kind.rate[begin] = best_reuses / best_us;
   }
 }
 

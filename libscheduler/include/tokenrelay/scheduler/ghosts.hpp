@@ -21,9 +21,14 @@ class Ghosts {
     ReuseKind kind = 0;
   };
 
-  /// For a pool of so many blocks. From a thousand on one hash in eight is watched, for four times the pool.
+  /// For a pool of so many blocks. From a thousand on one hash in eight is watched, from 16,384 on one in 32: enough to
+  /// learn from, and most blocks cost nothing. Those that are evicted are watched for four times the pool and longer.
   explicit Ghosts(std::size_t blocks)
-      : sample_(blocks < 1024 ? 0 : 7), ring_(sample_ == 0 ? 4 * blocks : blocks / 2), cells_(2 * ring_.size()) {}
+      : sample_(blocks < 1024    ? 0
+                : blocks < 16384 ? 7
+                                 : 31),
+        ring_(4 * blocks / (sample_ + 1)),
+        cells_(2 * ring_.size()) {}
 
   [[nodiscard]] bool sampled(const Hash128& hash) const noexcept { return (hash.high & sample_) == 0; }
   [[nodiscard]] std::size_t bytes() const noexcept {

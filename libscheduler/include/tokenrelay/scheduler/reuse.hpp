@@ -74,6 +74,7 @@ class ReuseModel {
     std::array<double, buckets> rate{};
     std::int64_t watched = 0;
     int fresh = 0;  // observations since the rates were computed
+    int fits = 0;   // counted up to a few
   };
   void observed(Kind& kind) noexcept;
   void fit(Kind& kind) const noexcept;
