@@ -74,6 +74,7 @@ class Player {
  public:
   Player(Input input, Seen& seen, std::ostream* transcript)
       : input_(input), config_(config_of(input_)), world_(config_), seen_(seen), out_(transcript) {
+    hands_over_ = input_.one_in(3);
     if (out_ != nullptr) write_config();
     world_.about_to_commit = [this](std::span<const TokenId> tokens) {
       if (out_ == nullptr) return;
@@ -114,6 +115,8 @@ class Player {
       abort(world_.some_live(static_cast<std::uint64_t>(input_.pick(256))));
     } else if (what == 5) {
       abort(1 + static_cast<std::uint64_t>(input_.pick(static_cast<int>(next_id_) + 1)));
+    } else if (what == 6 && hands_over_) {
+      hand_over();
     } else if (what < 11) {
       line("plan");
       world_.plan(input_.one_in(2));
@@ -171,6 +174,7 @@ class Player {
       request.stops = {static_cast<TokenId>(input_.pick(64)), static_cast<TokenId>(input_.pick(64))};
     if (input_.one_in(3)) request.priority = input_.pick(5) - 2;
     if (input_.one_in(4)) request.tenant = {static_cast<std::uint8_t>('a' + input_.pick(3))};
+    if (hands_over_) request.handover = static_cast<Handover>(input_.pick(3));
     if (input_.one_in(6)) request.salt = {static_cast<std::uint8_t>('x' + input_.pick(2))};
   }
 
@@ -201,6 +205,22 @@ class Player {
     world_.abort(id);
   }
 
+  /// Transfers between workers and what becomes of them; a transcript has no words for these yet.
+  void hand_over() {
+    const auto number = static_cast<std::uint64_t>(input_.pick(256));
+    const int what = input_.pick(4);
+    line("# handover event " + std::to_string(what) + " " + std::to_string(number));
+    if (what == 0) {
+      world_.transfer_some(number);
+    } else if (what == 1 && world_.transfers() > 0) {
+      world_.end_transfer(world_.some_transfer(number), !input_.one_in(3), input_.one_in(2));
+    } else if (what == 2) {
+      world_.handle_event(number, static_cast<HandleEvent>(input_.pick(12)));
+    } else if (what == 3 && world_.live() > 0) {
+      world_.renounce_waiting(world_.some_live(number), input_.one_in(2));
+    }
+  }
+
   void commit() {
     const std::int64_t run_us = input_.one_in(4) ? 100 * input_.pick(200) : Scheduler::by_clock;
     if (!world_.commit(run_us) || out_ == nullptr) return;
@@ -221,9 +241,13 @@ class Player {
       const bool committed = world_.commit();
       if (committed && out_ != nullptr) *out_ << std::endl;
       wait(5'000);
-      idle = planned || committed ? 0 : idle + 1;
+      const bool moves = world_.transfers() > 0;
+      if (moves) world_.end_transfer(world_.some_transfer(0), true, true);
+      idle = planned || committed || moves ? 0 : idle + 1;
+      if (idle == 20 && hands_over_) CHECK(world_.drain());  // what handles hold is given back by whoever reads it
       if (idle > 100) check::fail(__FILE__, __LINE__, "no progress:\n" + world_.explain());
     }
+    if (hands_over_) CHECK(world_.drain());
     const Counts counts = world_.scheduler.counts();
     CHECK_EQUAL(counts.blocks_active, 0);
     CHECK_EQUAL(counts.sequences_running + counts.sequences_waiting + counts.steps_in_flight, 0);
@@ -255,6 +279,7 @@ class Player {
 
   Input input_;
   Config config_;
+  bool hands_over_ = false;
   simulation::Simulator world_;
   Seen& seen_;
   std::ostream* out_;
