@@ -11,6 +11,7 @@ constexpr double error_follows = 1.0 / 32;
 constexpr double credit_periods = 4;  // prompts are owed this much at most; then they get a smallest chunk in any case
 constexpr int learning_tokens = 64;   // prefill tokens beside decoding users before any were measured
 constexpr int learning_rows = 2;      // users before so many were measured
+constexpr int prefills_known = 4;     // steps with prefill, before what they cost keeps anybody out
 
 }  // namespace
 
@@ -59,7 +60,10 @@ Why Floor::admits(const CostModel& model, int rows, double context) const noexce
   const double known = decodes_max_ > 1 ? static_cast<double>(rows) : 1.0;
   const double step = gap_us_ + model.predict_us({.decode_rows = known, .decode_context = context});
   // Prompts need time too, or nobody admitted now would ever get his first token.
-  const bool holds = step <= (1 - share_) * period && step + model.prefill_us(0, chunk_min, rows) <= period;
+  // The first prompt of a life runs on cold caches. Were it all that is known, it would keep out those from whom more
+  // could be learned.
+  const double prompt = prefills_ < prefills_known ? 0.0 : model.prefill_us(0, chunk_min, rows);
+  const bool holds = step <= (1 - share_) * period && step + prompt <= period;
   return holds ? Why::none : Why::waits_floor;
 }
 
@@ -98,6 +102,7 @@ void Floor::missed(double us) noexcept {
 void Floor::committed(const CostModel& model, const StepShape& shape) noexcept {
   decodes_max_ = std::max(decodes_max_, shape.decode_rows);
   prefill_max_ = std::max(prefill_max_, shape.prefill_tokens);
+  if (shape.prefill_tokens > 0) prefills_ = std::min(prefills_ + 1, prefills_known);
   if (!on() || shape.decode_rows == 0) return;
   counts_.tokens_late += late_in_step_;
   counts_.users_below = static_cast<int>(late_in_step_);

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from modelled import Device, Served
 from transcripts import KEY
 
-from tokenrelay.libscheduler import Config, Why, words_of
+from tokenrelay.libscheduler import Config, Plan, Why, words_of
 
 SLACK_TOKENS = 16  # as in floor.hpp: how far a user may run ahead, and what a prompt may then take at once
 
@@ -67,6 +67,20 @@ def test_prompts_that_end_with_one_step_count_for_each_other() -> None:
     served.run()
     assert late_users(served, 70.0, 16) == []
     assert served.scheduler.counts().floor.tokens_late == 0
+
+
+def test_a_cold_first_prompt_keeps_nobody_out() -> None:
+    """It takes 16 times what the next ones will; nobody else would fit beside 14 ms a token if that were believed."""
+
+    class Cold(Device):
+        def run_us(self, plan: Plan) -> int:
+            return super().run_us(plan) * (16 if plan.step == 1 else 1)
+
+    served = Served(make_config(), Cold(step=700.0, prefill_row=50.0, prefill_token=1.0, decode_row=50.0))
+    served.arrive(0, prompt=11, output=2000)
+    others = [served.arrive(50_000, prompt=11, output=200) for _ in range(6)]
+    served.run(until_us=500_000)
+    assert all(served.users[other].token_us[0] < 80_000 for other in others)
 
 
 def test_a_moderate_floor_costs_little_throughput() -> None:

@@ -83,6 +83,7 @@ class Floor {
   double credit_us_ = 0;  // what prompts are owed of the device's time while users were behind
   double decodes_max_ = 0;
   double prefill_max_ = 0;  // tokens of one step
+  int prefills_ = 0;        // steps with prefill that were measured, up to `prefills_known`
   double context_ = 0;      // of a decode row, on average, in the last step that had one
 
   std::int64_t start_us_ = 0;       // of the step being planned
