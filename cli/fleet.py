@@ -17,6 +17,7 @@ from tokenrelay.base.errors import InvalidRequest, TokenRelayError, Unavailable
 from tokenrelay.base.logging import get_logger
 from tokenrelay.cli.colocated import EngineLink, Posts, stats_message
 from tokenrelay.cli.fleet_config import FleetConfig
+from tokenrelay.cli.fleet_transports import open_transports
 from tokenrelay.ledger.api import PROTOCOL, Member
 from tokenrelay.ledger.client import KvstoreClient
 from tokenrelay.ledger.directory import CacheEvent
@@ -35,7 +36,6 @@ from tokenrelay.services.decode.destination import Destination
 from tokenrelay.services.prefill.convert import engine_request
 from tokenrelay.services.prefill.source import Source, as_source
 from tokenrelay.transfer.memory import Layout, SharedPool
-from tokenrelay.transfer.select import open_transport
 from tokenrelay.transfer.transport import Identity, Transport
 
 if TYPE_CHECKING:
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
     from tokenrelay.runtime.models.decoder import Model
 
 log = get_logger("fleet")
-
-DEFAULT_KINDS = ("shared", "stream")  # nixl when it is named: a worker with it has not been tried for long
 
 
 class SharedMemory:
@@ -224,13 +222,7 @@ class FleetWorker:
         identity = Identity(self.member.name, self.member.incarnation)
         assert self.memory.pool is not None
         memory = self.memory.pool.memory(self.memory.layout(self.member))
-        for kind in self._config.transports or DEFAULT_KINDS:
-            if kind == "shared" and not self._address.startswith("unix:"):
-                continue  # no path that a peer would find
-            listen = self._listen(kind)
-            transport = open_transport(kind, identity, memory, listen=listen, security=self._security)
-            await transport.open()
-            self.transports.append(transport)
+        self.transports += await open_transports(self._config, self._address, identity, memory, self._security)
         source = Source(
             engine,
             self.client,
@@ -261,13 +253,6 @@ class FleetWorker:
 
     def _publish(self, events: list[CacheEvent]) -> None:
         self.feed.publish(events)
-
-    def _listen(self, kind: str) -> str:
-        if self._config.transfer_host and kind != "shared":
-            return f"{self._config.transfer_host}:0"
-        if self._address.startswith("unix:"):
-            return f"{self._address}.{kind}"
-        return f"{self._address.rpartition(':')[0]}:0"
 
     def server(self, servicer: WorkerServicer) -> GrpcServer:
         """Serves routers and peers at one address."""

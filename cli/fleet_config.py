@@ -18,7 +18,7 @@ class FleetConfig:
     name: str = setting("", "stays the same over restarts; empty: the role and the socket's name")
     kvstore: tuple[str, ...] = setting((), "addresses of kvstores, host:port or unix:PATH, comma-separated")
     address: str = setting("", "host:port to serve on and to be reached at; empty: the worker's Unix socket")
-    transports: tuple[str, ...] = setting((), "kinds of transport, best first; empty: shared, stream")
+    transports: tuple[str, ...] = setting((), "kinds of transport, best first; empty: what works here")
     transfer_host: str = setting("", "address that peers of other hosts read KV from; empty: this machine only")
     lease_s: float = setting(10.0, "how long the fleet waits for a sign of life, seconds", minimum=0.1, maximum=3600)
     join_s: float = setting(60.0, "how long to wait for a kvstore at the start, seconds", minimum=0.1)

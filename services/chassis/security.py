@@ -75,6 +75,11 @@ class Security:
         return Security(token=token, certificate=certificate, key=key, authority=authority)
 
     @property
+    def encrypts(self) -> bool:
+        """Whether what goes over a network is under TLS."""
+        return self._certificate is not None
+
+    @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Of every call."""
         return (("authorization", f"Bearer {self._token}"),) if self._token else ()

@@ -20,6 +20,7 @@ import grpc
 from tokenrelay.base.deadlines import Deadline
 from tokenrelay.base.errors import (
     DeadlineExceeded,
+    HandshakeRefused,
     InvalidRequest,
     LedgerRejected,
     TokenRelayError,
@@ -329,15 +330,23 @@ class Destination:
             await asyncio.sleep(self._claim_deadline_s / PROGRESS_SHARE)
 
     async def _connect(self, entry: Import) -> Connection:
-        """To the source's incarnation, shared by all imports from it; a broken one is replaced."""
-        offer = entry.offer
-        kinds = [offer.preferred, *offer.endpoints]
-        kind = next((k for k in kinds if k in offer.endpoints and k in self._transports), None)
-        if kind is None:
-            raise Unavailable(
-                f"no common transport: {offer.owner} has {', '.join(offer.endpoints)}, "
-                f"{self._actor.name} has {', '.join(self._transports)}"
-            )
+        """To the source's incarnation, by the best kind that works between the two."""
+        offer, failure = entry.offer, None
+        common = [kind for kind in self._transports if kind in offer.endpoints]
+        for kind in sorted(common, key=lambda kind: kind != offer.preferred):
+            try:
+                connecting = asyncio.shield(self._connecting(kind, offer))
+                return await self._wait(entry, connecting, "a connection to the source")
+            except (HandshakeRefused, TransferFailed) as error:
+                log.warning("no connection by this transport", kind=kind, source=offer.owner, error=error.message)
+                failure = error
+        raise failure or Unavailable(
+            f"no common transport: {offer.owner} has {', '.join(offer.endpoints)}, "
+            f"{self._actor.name} has {', '.join(self._transports)}"
+        )
+
+    def _connecting(self, kind: str, offer: peer_pb2.KvOffer) -> asyncio.Task[Connection]:
+        """Shared by all imports from that life; a broken one is replaced."""
         key = (kind, offer.incarnation)
         task = self._connections.get(key)
         if task is not None and task.done() and (task.cancelled() or task.exception() or task.result().broken):
@@ -347,7 +356,7 @@ class Destination:
             task = asyncio.create_task(self._transports[kind].connect(offer.endpoints[kind], deadline))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
             self._connections[key] = task
-        return await self._wait(entry, asyncio.shield(task), "a connection to the source")
+        return task
 
     def _deadline(self, entry: Import) -> Deadline:
         return min(entry.deadline, Deadline.after(self._transfer_deadline_s), key=lambda d: d.at_s)

@@ -10,13 +10,14 @@ import pytest
 from fleet import Fleet
 
 from tokenrelay.proto import worker_pb2
+from tokenrelay.transfer.select import available
 
 
 def prompt_of(length: int, seed: int = 1) -> list[int]:
     return [random.Random(seed * 1000 + i).randrange(3, 380) for i in range(length)]
 
 
-@pytest.mark.parametrize("kind", ["shared", "stream"])
+@pytest.mark.parametrize("kind", available())
 @pytest.mark.parametrize("model", ["mla", "gqa"])
 async def test_the_text_is_the_same(checkpoints: dict[str, Path], kind: str, model: str) -> None:
     fleet = Fleet(checkpoints[model], transport=kind)
