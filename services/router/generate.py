@@ -17,9 +17,9 @@ from tokenrelay.services.router.generation import Choice, Prompt, Run
 from tokenrelay.services.router.model import ServedModel
 from tokenrelay.services.router.openai_types import ChatRequest, CompletionRequest
 from tokenrelay.services.router.reasoning import prompt_ends_inside_thinking
-from tokenrelay.services.router.replies import encode, error_object, json_response
+from tokenrelay.services.router.replies import json_response
 from tokenrelay.services.router.shapes import ChatShape, CompletionShape, Shape
-from tokenrelay.services.router.sse import DONE, PING, EventStream, event
+from tokenrelay.services.router.sse import PING, EventStream
 from tokenrelay.services.router.state import STATE, RouterState
 from tokenrelay.services.router.text import ChatText, PlainText, TextSink
 from tokenrelay.services.router.tokenize import pack_ids
@@ -33,15 +33,16 @@ Serve = Callable[[web.Request, RouterState, float], Awaitable[web.StreamResponse
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions."""
-    return await _admitted(request, _chat)
+    return await admitted(request, _chat)
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/completions."""
-    return await _admitted(request, _completion)
+    return await admitted(request, _completion)
 
 
-async def _admitted(request: web.Request, serve: Serve) -> web.StreamResponse:
+async def admitted(request: web.Request, serve: Serve) -> web.StreamResponse:
+    """Serve a request that generates, within the bound on open ones. Raises Unavailable or Overloaded."""
     state = request.app[STATE]
     arrived_s = time.monotonic()
     state.admit()
@@ -54,20 +55,34 @@ async def _admitted(request: web.Request, serve: Serve) -> web.StreamResponse:
 
 async def _chat(request: web.Request, state: RouterState, arrived_s: float) -> web.StreamResponse:
     raw = await read_body(request)
-    body = decode(raw, ChatRequest)
+    return await serve_chat(request, state, decode(raw, ChatRequest), len(raw), ChatShape, "chatcmpl", arrived_s)
+
+
+async def serve_chat(
+    request: web.Request,
+    state: RouterState,
+    body: ChatRequest,
+    size: int,
+    make_shape: MakeShape,
+    prefix: str,
+    arrived_s: float,
+) -> web.StreamResponse:
+    """Answer a conversation, whichever API it came by: `size` bytes of body, replies by `make_shape`, whose ids begin
+    with `prefix`.
+    """
     model = state.pool.require_model()
     model.check_name(body.model)
     wanted = wanted_of(body, model.defaults, model.vocabulary_size)
-    text, tools = await render_messages(state, model, body, len(raw))
+    text, tools = await render_messages(state, model, body, size)
     model.check_text(text, "messages")
-    prompt = Prompt(await _encode(model, text, "messages", add_special_tokens=False), "messages")
+    prompt = Prompt(await encode_prompt(model, text, "messages", add_special_tokens=False), "messages")
     inside = model.thinks and prompt_ends_inside_thinking(text)
     calls_max = 1 if body.parallel_tool_calls is False else None
 
     def make_text() -> TextSink:
         return ChatText(thinks=model.thinks, inside_thinking=inside, tools=bool(tools), calls_max=calls_max)
 
-    return await _serve(request, state, model, wanted, [prompt], make_text, ChatShape, "chatcmpl", arrived_s)
+    return await _serve(request, state, model, wanted, [prompt], make_text, make_shape, prefix, arrived_s)
 
 
 async def _completion(request: web.Request, state: RouterState, arrived_s: float) -> web.StreamResponse:
@@ -106,7 +121,7 @@ async def _completion_prompts(model: ServedModel, body: CompletionRequest) -> li
 
 async def _text_prompt(model: ServedModel, text: str, name: str, body: CompletionRequest) -> Prompt:
     model.check_text(text, name)
-    packed = await _encode(model, text, name, add_special_tokens=body.add_special_tokens is not False)
+    packed = await encode_prompt(model, text, name, add_special_tokens=body.add_special_tokens is not False)
     return _checked(model, Prompt(packed, name))
 
 
@@ -122,7 +137,8 @@ def _checked(model: ServedModel, prompt: Prompt) -> Prompt:
     return prompt
 
 
-async def _encode(model: ServedModel, text: str, name: str, *, add_special_tokens: bool) -> bytes:
+async def encode_prompt(model: ServedModel, text: str, name: str, *, add_special_tokens: bool) -> bytes:
+    """Token ids, packed. Raises InvalidRequest that names the parameter."""
     try:
         return await model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
     except InvalidRequest as error:
@@ -206,13 +222,11 @@ class _Streamer:
             self._run.fail(Overloaded("the client reads too slowly"), "slow_reader")
 
     def _last(self) -> bytes:
-        """What ends the stream: what is left, usage and [DONE], or the error."""
+        """What ends the stream: what is left and its end, or the error."""
         run = self._run
         if run.error is not None:
-            return event(encode(error_object(run.error)))
-        left = b"".join(self._shape.chunk(choice) for choice in run.choices)
-        usage = self._shape.usage_chunk() if run.wanted.include_usage else b""
-        return left + usage + DONE
+            return self._shape.error(run.error)
+        return b"".join(self._shape.chunk(choice) for choice in run.choices) + self._shape.end()
 
 
 async def _within(future: asyncio.Future[None], timeout_s: float) -> bool:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import time
 from typing import Any, Protocol
 
+from tokenrelay.base.errors import TokenRelayError
 from tokenrelay.proto import worker_pb2
 from tokenrelay.services.router.detokenize import Vocabulary
 from tokenrelay.services.router.generation import Choice, Run
-from tokenrelay.services.router.replies import encode
-from tokenrelay.services.router.sse import event
+from tokenrelay.services.router.replies import encode, error_object
+from tokenrelay.services.router.sse import DONE, event
 from tokenrelay.services.router.text import Delta, whole_calls
 from tokenrelay.services.router.tokenize import unpack_ids
 from tokenrelay.services.router.tools import CallArguments, CallStart
@@ -26,8 +27,11 @@ class Shape(Protocol):
     def chunk(self, choice: Choice) -> bytes:
         """Take the choice's delta as one SSE event; empty when there is nothing to say."""
 
-    def usage_chunk(self) -> bytes:
-        """The chunk of stream_options.include_usage."""
+    def end(self) -> bytes:
+        """What ends a stream, behind the last chunks."""
+
+    def error(self, error: TokenRelayError) -> bytes:
+        """What ends a stream that failed."""
 
     def whole(self) -> dict[str, Any]:
         """The unary reply."""
@@ -103,9 +107,15 @@ class _Shape:
             else None
         )
 
-    def usage_chunk(self) -> bytes:
-        """The chunk of stream_options.include_usage."""
-        return event(self._usage_head + encode(self.run.usage()) + b"}")
+    def end(self) -> bytes:
+        """The chunk of stream_options.include_usage, and [DONE]."""
+        if not self.run.wanted.include_usage:
+            return DONE
+        return event(self._usage_head + encode(self.run.usage()) + b"}") + DONE
+
+    def error(self, error: TokenRelayError) -> bytes:
+        """The error's object as the last event."""
+        return event(encode(error_object(error)))
 
     def _silent(self, choice: Choice) -> bool:
         """Whether the choice has nothing to send. Token ids and log-probabilities wait for text; the end flushes
@@ -141,7 +151,7 @@ class ChatShape(_Shape):
             fields.append(b'"role":"assistant"')
         if delta.reasoning:
             fields.append(b'"reasoning_content":' + encode(delta.reasoning))
-        if delta.content or not (choice.sent or delta.reasoning or delta.calls):
+        if delta.content or not (choice.sent or delta.reasoning or delta.events):
             fields.append(b'"content":' + encode(delta.content))
         calls = _call_deltas(delta)
         if calls:
@@ -168,7 +178,7 @@ class ChatShape(_Shape):
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
         delta = choice.delta
-        calls = whole_calls(delta.calls)
+        calls = whole_calls(delta.events)
         content = delta.content if delta.content or not (calls or delta.reasoning) else None
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if delta.reasoning:
@@ -193,7 +203,7 @@ class ChatShape(_Shape):
 def _call_deltas(delta: Delta) -> list[dict[str, Any]]:
     """Tool call deltas for a chunk: one per call, its pieces of arguments joined."""
     deltas: dict[int, dict[str, Any]] = {}
-    for one in delta.calls:
+    for one in delta.events:
         if isinstance(one, CallStart):
             function = {"name": one.name, "arguments": ""}
             deltas[one.index] = {"index": one.index, "id": one.call_id, "type": "function", "function": function}

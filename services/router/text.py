@@ -15,20 +15,20 @@ from tokenrelay.services.router.tools import CallArguments, CallBroken, CallEnd,
 class Delta:
     """What is new since it was last taken. `size` is about its bytes, for the bound on slow readers."""
 
-    __slots__ = ("calls", "content", "logprobs", "reasoning", "token_ids")
+    __slots__ = ("content", "events", "logprobs", "reasoning", "token_ids")
 
     def __init__(self) -> None:
         self.content = ""
         self.reasoning = ""
-        self.calls: list[Event] = []  # tool call events, in order
+        self.events: list[Event] = []  # where calls may be: those, and the text (`content` once more), in order
         self.token_ids: list[int] = []
         self.logprobs: list[worker_pb2.TokenLogprobs] = []
 
     @property
     def size(self) -> int:
         """About how many bytes this takes."""
-        calls = sum(len(event.text) if isinstance(event, CallArguments) else 64 for event in self.calls)
-        return len(self.content) + len(self.reasoning) + calls + 4 * len(self.token_ids) + 64 * len(self.logprobs)
+        events = sum(len(event.text) if isinstance(event, CallArguments) else 64 for event in self.events)
+        return len(self.content) + len(self.reasoning) + events + 4 * len(self.token_ids) + 64 * len(self.logprobs)
 
     @property
     def says_something(self) -> bool:
@@ -36,8 +36,12 @@ class Delta:
         return bool(
             self.content
             or self.reasoning
-            or (self.calls and any(isinstance(call, CallStart | CallArguments) for call in self.calls))
+            or (self.events and any(isinstance(event, CallStart | CallArguments) for event in self.events))
         )
+
+    def ordered(self) -> list[Event]:
+        """Content and calls in the order in which they were written."""
+        return self.events or ([Text(self.content)] if self.content else [])
 
 
 class TextSink(Protocol):
@@ -115,16 +119,11 @@ class ChatText:
         for event in events:
             if self.ended:
                 return
-            if isinstance(event, Text):
+            if isinstance(event, Text | CallBroken):
                 delta.content += event.text
-                continue
-            if isinstance(event, CallBroken):
-                delta.content += event.text
-                if not event.started:
-                    continue
             elif isinstance(event, CallEnd):
                 self._calls += 1
-            delta.calls.append(event)
+            delta.events.append(event)
 
     def finish(self, delta: Delta) -> None:
         """Let go of what the parsers held."""

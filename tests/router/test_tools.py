@@ -122,7 +122,7 @@ def test_a_call_that_breaks_after_it_began_to_stream_is_no_tool_call() -> None:
     text.feed('<tool_call>{"name": "x", "arguments": {"a": 1} oops</tool_call>', delta)
     text.finish(delta)
     assert delta.content == '<tool_call>{"name": "x", "arguments": {"a": 1} oops</tool_call>'
-    assert whole_calls(delta.calls) == []
+    assert whole_calls(delta.events) == []
     assert text.finish_reason("stop") == "stop"
 
 
@@ -131,6 +131,6 @@ def test_only_one_call_when_calls_may_not_be_parallel() -> None:
     delta = Delta()
     text.feed(CALL + CALL, delta)
     assert text.ended
-    assert len(whole_calls(delta.calls)) == 1
+    assert len(whole_calls(delta.events)) == 1
     assert text.finish_reason("stop") == "tool_calls"
     assert text.finish_reason("length") == "length"
