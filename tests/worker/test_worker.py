@@ -164,7 +164,7 @@ async def test_a_router_that_vanishes_leaves_nothing_behind(shared_worker: Worke
     assert stream.terminals[0].finish == worker_pb2.FINISH_ERROR
     other = await connect(shared_worker)
     stats = await quiet(other)
-    assert stats.aborts == aborts + 1
+    assert stats.aborts == aborts + 1, (aborts, stats)
     await other.close()
 
 
