@@ -50,7 +50,7 @@ class OwnServer:
 
     def __enter__(self) -> OwnServer:
         reading, writing = os.pipe()
-        command = [sys.executable, "-m", "tokenrelay.cli.main", self._command, *self._arguments]
+        command = [sys.executable, "-Pm", "tokenrelay.cli.main", self._command, *self._arguments]
         if "--port" not in self._arguments:
             command += ["--port", "0"]
         if self._quiet:

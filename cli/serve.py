@@ -208,7 +208,8 @@ def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def _command(module: str, flags: Mapping[str, Any], file: Path | None) -> list[str]:
     """A child's command line: only what was given, so that it finds the rest where we would."""
-    command = [sys.executable, "-m", module, "--status-fd", STATUS_FD]
+    # -P: a queue.py in the folder where the server was started is none of ours.
+    command = [sys.executable, "-Pm", module, "--status-fd", STATUS_FD]
     if file is not None:
         command += ["--config", str(file.resolve())]
     for name, value in flags.items():

@@ -95,6 +95,18 @@ async def watch_ready(session: aiohttp.ClientSession, server: Server) -> list[in
     return seen
 
 
+async def test_modules_in_the_folder_where_it_starts_are_none_of_ours(
+    start: Callable[..., Server], random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("queue", "types", "tokenizers", "nt"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the user was imported')\n")
+    monkeypatch.chdir(tmp_path)
+    server = start(random_model, "--dtype", "float32")
+    async with aiohttp.ClientSession() as session:
+        answer = await send(session, server.url, "/v1/chat/completions", body(server, max_tokens=2, ignore_eos=True))
+    assert answer.kind == "completed", answer.error
+
+
 async def test_the_first_signal_drains(start: Callable[..., Server], random_model: Path) -> None:
     server = start(random_model, "--dtype", "float32")
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:

@@ -25,7 +25,7 @@ class WorkerProcess:
         self._folder = tempfile.TemporaryDirectory(prefix="tr-")  # short: a socket's path has at most 107 bytes
         self.socket = f"{self._folder.name}/w.sock"
         read_fd, write_fd = os.pipe()
-        command = [sys.executable, "-m", "tokenrelay.cli.worker", "--model", str(model), "--socket", self.socket]
+        command = [sys.executable, "-Pm", "tokenrelay.cli.worker", "--model", str(model), "--socket", self.socket]
         command += [
             "--status-fd",
             str(write_fd),
