@@ -130,6 +130,20 @@ def gqa_cache_write(
     cache_slots: int,
     /,
 ) -> None: ...
+def linear(
+    isa: int,
+    dtype: int,
+    out_dtype: int,
+    rows: int,
+    columns: int,
+    depth: int,
+    x: int,
+    x_stride: int,
+    weight: int,
+    bias: int,
+    out: int,
+    /,
+) -> None: ...
 def moe(
     isa: int,
     dtype: int,

@@ -24,6 +24,7 @@ __all__ = [
     "gqa_cache_write",
     "gqa_decode",
     "gqa_prefill",
+    "linear",
     "mla_cache_write",
     "mla_decode",
     "mla_prefill",
@@ -162,6 +163,14 @@ def gqa_prefill(q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float) -
     result: Tensor = pick(
         "gqa_prefill", cache.device.type, cache.dtype, q.shape[1], cache.shape[2], q.shape[2], cache.shape[3]
     )(q, cache, batch, scale)
+    return result
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wide: bool = False) -> Tensor:
+    """x weight^T + bias: x [t, d], weight [n, d], bias [n] of one type -> [t, n], float32 where `wide` (logits)."""
+    result: Tensor = pick("linear", x.device.type, x.dtype, weight.shape[1], weight.shape[0])(
+        x, weight, bias, wide=wide
+    )
     return result
 
 

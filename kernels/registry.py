@@ -45,6 +45,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "mla_prefill": ("heads", "rank", "rope", "block_tokens", "nope", "value"),
     "gqa_decode": ("heads", "kv_heads", "head_dim", "block_tokens"),
     "gqa_prefill": ("heads", "kv_heads", "head_dim", "block_tokens"),
+    "linear": ("width", "columns"),
     "moe": ("experts", "width", "hidden"),
     "moe_route": ("experts",),
     "sample": ("vocab",),

@@ -11,6 +11,7 @@
 #include "attention.hpp"
 #include "cpu.hpp"
 #include "elementwise.hpp"
+#include "linear.hpp"
 #include "moe.hpp"
 #include "pool.hpp"
 #include "sampling.hpp"
@@ -178,6 +179,14 @@ void bind_elementwise(py::module_& m) {
 }
 
 void bind_moe(py::module_& m) {
+  m.def(
+      "linear",
+      [](int isa, int dtype, int out_dtype, int64_t rows, int64_t columns, int64_t depth, Address x, int64_t x_stride,
+         Address weight, Address bias, Address out) {
+        linear(table_of(isa), {dtype_of(dtype), dtype_of(out_dtype), rows, columns, depth, pointer(x), x_stride,
+                               pointer(weight), pointer(bias), pointer(out)});
+      },
+      py::call_guard<py::gil_scoped_release>());
   m.def(
       "moe",
       [](int isa, int dtype, int64_t tokens, int64_t top_k, int64_t experts, int64_t d, int64_t f, Address x,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenrelay.kernels import ops
 from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, parameter
 from tokenrelay.runtime.placement import Boundary, Partial, Port, Shard
@@ -66,4 +67,4 @@ class Head(Module):
     def forward(self, x: Tensor) -> Tensor:
         """[s, d] -> float32 [s, vocab]."""
         table = self._tied[0].weight if self._tied else self.weight
-        return F.linear(x, table).float()
+        return ops.linear(x, table, wide=True)

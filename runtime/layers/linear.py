@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from enum import Enum
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from tokenrelay.kernels import ops
 from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, parameter
 from tokenrelay.runtime.placement import Boundary, Layout, Partial, Port, Shard
@@ -59,7 +59,7 @@ class Linear(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[t, in] -> [t, out]."""
-        return F.linear(x, self.weight, self.bias)
+        return ops.linear(x, self.weight, self.bias)
 
 
 def _boundary(width: int, out: int, split: Split, axes: tuple[str, ...], bias: bool) -> Boundary:

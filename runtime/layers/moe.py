@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tokenrelay.kernels import ops
@@ -65,7 +64,7 @@ class Router(Module):
         """[t, d] -> ([t, k], [t, k])."""
         moe = self.moe
         return ops.moe_route(
-            F.linear(x.float(), self.weight),
+            ops.linear(x.float(), self.weight),
             self.bias,
             top_k=moe.top_k,
             groups=moe.groups,
