@@ -16,7 +16,7 @@ from tokenrelay.base.logging import get_logger
 from tokenrelay.base.version import version
 from tokenrelay.proto import worker_pb2
 from tokenrelay.services.chassis.client import WorkerClient
-from tokenrelay.services.router import debug, metrics
+from tokenrelay.services.router import debug, messages, messages_errors, metrics
 from tokenrelay.services.router.body import read_body, render_messages, request_id_of
 from tokenrelay.services.router.generate import chat_completions, completions
 from tokenrelay.services.router.model import ServedModel
@@ -38,11 +38,14 @@ def create_app(state: RouterState) -> web.Application:
     """All endpoints on this state."""
     app = web.Application(middlewares=[_answer], client_max_size=state.config.body_bytes_max)
     app[STATE] = state
+    app.on_response_prepare.append(_named_as_asked)
     app.on_response_prepare.append(_last_on_its_connection)
     app.add_routes(
         [
             web.post("/v1/chat/completions", chat_completions),
             web.post("/v1/completions", completions),
+            web.post(messages.PATH, messages.messages),
+            web.post(f"{messages.PATH}/count_tokens", messages.count_tokens),
             web.get("/v1/models", models),
             web.get("/v1/models/{name:.+}", one_model),
             web.post("/tokenize", tokenize),
@@ -58,6 +61,12 @@ def create_app(state: RouterState) -> web.Application:
     return app
 
 
+async def _named_as_asked(request: web.Request, response: web.StreamResponse) -> None:
+    """Anthropic's clients look for the request's id under another name."""
+    if request.path.startswith(messages.PATH):
+        response.headers["request-id"] = request_id_of(request)
+
+
 async def _last_on_its_connection(request: web.Request, response: web.StreamResponse) -> None:
     """While another router takes over, each reply tells its client to connect anew."""
     if request.app[STATE].handing_over:
@@ -67,7 +76,7 @@ async def _last_on_its_connection(request: web.Request, response: web.StreamResp
 
 @web.middleware
 async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every error becomes a reply in OpenAI's shape; every reply is counted."""
+    """Every error becomes a reply in its API's shape; every reply is counted."""
     counts = request.app[STATE].metrics.requests
     resource = request.match_info.route.resource
     endpoint = resource.canonical if resource is not None else "other"
@@ -77,7 +86,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         counts[endpoint, CLIENT_LEFT] += 1
         raise
     except TokenRelayError as error:
-        response = error_response(error)
+        response = _error(request, error)
     except web.HTTPException as error:
         response = _http_error(request, error)
     except ConnectionError:  # the client left while its reply was being written
@@ -85,19 +94,25 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         raise asyncio.CancelledError from None
     except Exception:
         log.exception("a request failed for no known reason", request_id=request_id_of(request), path=request.path)
-        response = error_response(TokenRelayError("the server failed; its log says why"))
+        response = _error(request, TokenRelayError("the server failed; its log says why"))
     if not response.prepared:
         response.headers["X-Request-Id"] = request_id_of(request)
     counts[endpoint, response.status] += 1
     return response
 
 
+def _error(request: web.Request, error: TokenRelayError) -> web.Response:
+    if request.path.startswith(messages.PATH):
+        return messages_errors.error_reply(error, request_id_of(request))
+    return error_response(error)
+
+
 def _http_error(request: web.Request, error: web.HTTPException) -> web.StreamResponse:
     """aiohttp's own refusals: no such path, wrong method."""
     if error.status == 404:
-        return error_response(NotFound(f"there is nothing at {request.path[:256]}"))
+        return _error(request, NotFound(f"there is nothing at {request.path[:256]}"))
     message = f"{request.method[:16]} {request.path[:256]}: {error.reason}"
-    response = error_response(InvalidRequest(message, code="invalid_method" if error.status == 405 else None))
+    response = _error(request, InvalidRequest(message, code="invalid_method" if error.status == 405 else None))
     if error.status >= 400:
         response.set_status(error.status)
     if "Allow" in error.headers:
@@ -109,7 +124,10 @@ def _http_error(request: web.Request, error: web.HTTPException) -> web.StreamRes
 async def models(request: web.Request) -> web.Response:
     """GET /v1/models."""
     model = request.app[STATE].pool.require_model()
-    return json_response({"object": "list", "data": [_model_object(model, name) for name in model.names]})
+    data = [_model_object(request, model, name) for name in model.names]
+    if messages.is_anthropic(request):
+        return json_response({"data": data, "has_more": False, "first_id": model.names[0], "last_id": model.names[-1]})
+    return json_response({"object": "list", "data": data})
 
 
 async def one_model(request: web.Request) -> web.Response:
@@ -117,10 +135,12 @@ async def one_model(request: web.Request) -> web.Response:
     model = request.app[STATE].pool.require_model()
     name = request.match_info["name"]
     model.check_name(name)
-    return json_response(_model_object(model, name))
+    return json_response(_model_object(request, model, name))
 
 
-def _model_object(model: ServedModel, name: str) -> dict[str, object]:
+def _model_object(request: web.Request, model: ServedModel, name: str) -> dict[str, object]:
+    if messages.is_anthropic(request):
+        return messages.model_object(model, name)
     return {
         "id": name,
         "object": "model",

@@ -55,7 +55,10 @@ def tenant_of(request: web.Request, salt: bytes) -> bytes:
 
     A digest: a worker needs to tell keys apart, and to know none.
     """
-    key = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+    given = request.headers.get("Authorization", "") or request.headers.get(
+        "X-Api-Key", ""
+    )  # the latter is Anthropic's
+    key = given.encode("utf-8", "surrogateescape")
     return hashlib.blake2b(salt, digest_size=16, key=hashlib.sha256(key).digest()).digest() if key else b""
 
 

@@ -27,6 +27,11 @@ def event(data: bytes) -> bytes:
     return b"data: %b\n\n" % data
 
 
+def named_event(name: str, data: bytes) -> bytes:
+    """One event with a type, as Anthropic's API and OpenAI's Responses have them."""
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), data)
+
+
 class EventStream:
     """One SSE reply."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+from fuzzed import Fuzzed
 from mock_worker import MockWorker, write_model_folder
 from router_stack import Stack, StartStack, until
 
@@ -52,3 +53,10 @@ async def start_stack(model_folder: Path) -> AsyncIterator[StartStack]:
 @pytest.fixture
 async def stack(start_stack: StartStack) -> Stack:
     return await start_stack()
+
+
+@pytest.fixture(scope="module")
+def fuzzed(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzed]:
+    stack = Fuzzed(model_folder, tmp_path_factory.mktemp("fuzz"))
+    yield stack
+    stack.close()
