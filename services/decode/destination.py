@@ -43,6 +43,7 @@ log = get_logger("decode")
 Result = TypeVar("Result")
 
 PROGRESS_SHARE = 3  # renewals of a claim within its deadline
+LAST_WORD_S = 0.2  # for the source to say why it took a handle back
 ANSWER_S = 5.0  # to tell the ledger how it ended; its deadlines act if that fails
 
 
@@ -188,6 +189,9 @@ class Destination:
             connection = await self._connect(entry)
             try:
                 first_token = await self._pull_all(entry, room, connection)
+            except TokenRelayError as failure:
+                self._answer_client(entry, failure)  # it need not wait for what still writes here
+                raise
             finally:
                 await connection.settled()
         except (asyncio.CancelledError, _OverError):
@@ -205,8 +209,7 @@ class Destination:
             self._engine.handover.imported(entry.sequence_id, first_token)
         else:
             self.times.failed += 1
-            if not entry.over:
-                self._engine.abort(entry.sequence_id, error)
+            self._answer_client(entry, error)
             if entry.room.done() and not entry.room.cancelled():
                 self._engine.handover.stopped(entry.sequence_id)
         self._imports.pop(entry.sequence_id, None)
@@ -215,6 +218,12 @@ class Destination:
             if refusal is not None:
                 log.warning("a claim could not be given back", sequence=entry.sequence_id, reason=refusal.reason)
         self._by_handle.pop(entry.handle, None)
+
+    def _answer_client(self, entry: Import, error: TokenRelayError | None) -> None:
+        """Once. The engine keeps the blocks until `stopped` says that nobody writes them."""
+        if not entry.over:
+            entry.over = True
+            self._engine.abort(entry.sequence_id, error)
 
     async def _answer(self, entry: Import) -> Rejection | None:
         """Nothing is read any more: decline, which a quarantined handle takes too. The ledger's deadline acts else."""
@@ -382,10 +391,15 @@ class Destination:
         entry = self._by_handle.get(handle)
         if entry is None or not entry.claimed or entry.over or entry.task is None:
             return
-        if state in (State.QUARANTINED, State.FENCED, State.LOST, State.RECLAIMED):
-            entry.over = True
-            reason = "the source is gone" if state is State.LOST else "its claim is over"
-            self._engine.abort(entry.sequence_id, Unavailable(f"the transfer of the request's KV ended: {reason}"))
+        if state in (State.QUARANTINED, State.RECLAIMED):
+            # The source says why, if it lives; until this claimant answers, the blocks stay.
+            asyncio.get_running_loop().call_later(LAST_WORD_S, self._give_up, entry, "its claim is over")
+        elif state in (State.FENCED, State.LOST):
+            self._give_up(entry, "the source is gone" if state is State.LOST else "its claim is over")
+
+    def _give_up(self, entry: Import, reason: str) -> None:
+        if not entry.over and entry.task is not None:
+            self._answer_client(entry, Unavailable(f"the transfer of the request's KV ended: {reason}"))
             entry.task.cancel()
 
     async def close(self) -> None:

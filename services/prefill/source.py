@@ -34,6 +34,7 @@ from tokenrelay.ledger.api import (
     Snapshot,
     State,
 )
+from tokenrelay.ledger.states import TERMINAL
 from tokenrelay.proto import peer_pb2, worker_pb2
 from tokenrelay.runtime.engine import Engine
 from tokenrelay.runtime.handover import HandleEvent, Handover, Sealed
@@ -283,8 +284,8 @@ class Source:
                     if handle not in known:
                         self._spawn(self._cut_off(export, alive))
             case DutyDue(handle, duty):
-                if (late := self._by_handle.get(handle)) is not None:
-                    self._spawn(self._act(late, duty))
+                late = self._by_handle.get(handle)
+                self._spawn(self._end_unknown(handle, duty) if late is None else self._act(late, duty))
             case MemberEnded(actor, reason):
                 log.info("a member ended", member=actor.name, reason=reason)
             case _:
@@ -337,8 +338,24 @@ class Source:
             return  # the ledger asks again
         self.counts["fenced"] += 1
         refusal = await self._ledger.fence(export.handle, self._actor)
-        if refusal is None or refusal.code in (Code.UNKNOWN_HANDLE, Code.WRONG_STATE, Code.STALE_GENERATION):
+        gone = refusal is None or refusal.code in (Code.UNKNOWN_HANDLE, Code.STALE_GENERATION)
+        if not gone and refusal is not None and refusal.code is Code.WRONG_STATE:
+            view = await self._ledger.view(export.handle)  # the claimant may have answered meanwhile: that goes on
+            gone = isinstance(view, HandleView) and view.state in TERMINAL
+        if gone:
             self._over(export, State.FENCED)
+
+    async def _end_unknown(self, handle: Handle, duty: Duty) -> None:
+        """The ledger asks for a handle of this life that is not known here (any more): no block hangs on it."""
+        log.warning("an unknown handle is past its deadline", handle=handle, duty=duty.value)
+        if duty is Duty.RECLAIM:
+            await self._ledger.reclaim(handle, self._actor)
+        elif duty is Duty.RELEASE:
+            await self._ledger.release(handle, self._actor)
+        else:
+            view = await self._ledger.view(handle)
+            if isinstance(view, HandleView) and view.claimant is not None and await self._cut(view.claimant):
+                await self._ledger.fence(handle, self._actor)
 
     async def _cut(self, claimant: Actor) -> bool:
         try:
