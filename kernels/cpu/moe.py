@@ -1,4 +1,4 @@
-"""Mixture of experts on the CPU: our own product for few tokens an expert, torch's for many."""
+"""Mixture of experts on the CPU: the chosen experts' products, each expert's tokens together."""
 
 from __future__ import annotations
 
@@ -12,18 +12,12 @@ import tokenrelay.kernels._cpu as _native
 from tokenrelay.kernels.cpu.variants import FLOATS, Variant, check, check_axes, check_dense, code_of
 from tokenrelay.kernels.registry import register
 
-# From this many choices an expert on average, torch's matrix product is faster than ours (docs/kernels.md).
-_TORCH_ROWS = 64
-
 
 def register_variant(variant: Variant) -> None:
     """Register every operation of this file for one set of inner loops."""
     dtypes = ("bfloat16",) if variant.pairs else FLOATS
-    moe_call = functools.partial(moe, variant.code)
-    register(op="moe", path=variant.path, isa=variant.isa, dtypes=dtypes, priority=variant.priority)(moe_call)
-    # Rows that depend on their own inputs only, whatever the batch: for deterministic serving.
-    register(op="moe", path=f"{variant.path}/rows", isa=variant.isa, dtypes=dtypes, priority=variant.priority - 5)(
-        functools.partial(moe, variant.code, torch_rows=1 << 62)
+    register(op="moe", path=variant.path, isa=variant.isa, dtypes=dtypes, priority=variant.priority)(
+        functools.partial(moe, variant.code)
     )
     if not variant.pairs:
         register(op="moe_route", path=variant.path, isa=variant.isa, dtypes=("float32",), priority=variant.priority)(
@@ -38,8 +32,6 @@ def moe(
     weights: Tensor,
     w_gate_up: Tensor,
     w_down: Tensor,
-    *,
-    torch_rows: int = _TORCH_ROWS,
 ) -> Tensor:
     """See `ops.moe`."""
     check_axes("x", x, 2)
@@ -53,8 +45,6 @@ def moe(
     check_dense("weights", weights, torch.float32, (tokens, top_k))
     check_dense("w_gate_up", w_gate_up, x.dtype, (count, 2 * hidden, width))
     check_dense("w_down", w_down, x.dtype, (count, width, hidden))
-    if tokens * top_k >= torch_rows * count:
-        return _grouped_by_torch(x, experts, weights, w_gate_up, w_down)
     out = torch.empty(tokens, width, dtype=x.dtype)
     _native.moe(
         isa,
@@ -73,28 +63,6 @@ def moe(
         out.data_ptr(),
     )
     return out
-
-
-def _grouped_by_torch(x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
-    """Each expert's tokens in one matrix product; sums in float32, experts ascending."""
-    from tokenrelay.kernels.ops import silu_mul
-
-    order = experts.flatten().argsort(stable=True)
-    counts = torch.bincount(experts.flatten()[order].clamp(min=-1) + 1, minlength=w_down.shape[0] + 1).tolist()
-    if len(counts) > w_down.shape[0] + 1 or int(experts.min()) < -1:
-        raise ValueError(f"experts must be -1 to {w_down.shape[0] - 1}")
-    out = torch.zeros(x.shape, dtype=torch.float32)
-    first = counts[0]  # those without an expert come first
-    for expert, count in enumerate(counts[1:]):
-        if count == 0:
-            continue
-        chosen = order[first : first + count]
-        token = chosen // experts.shape[1]
-        hidden = silu_mul(x[token] @ w_gate_up[expert].T)
-        down = (hidden @ w_down[expert].T).float()
-        out.index_add_(0, token, down * weights.flatten()[chosen, None])
-        first += count
-    return out.to(x.dtype)
 
 
 def moe_route(

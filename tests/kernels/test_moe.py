@@ -67,10 +67,9 @@ def test_choices_that_live_elsewhere_are_skipped(path: str, dtype: torch.dtype, 
 @each_path("moe", reference=False)
 def test_a_token_does_not_depend_on_its_neighbours_nor_on_threads(path: str, dtype: torch.dtype) -> None:
     inputs = moe_inputs(90, 3, 6, 80, 40, dtype)
-    rows = path if path.endswith("/rows") else f"{path}/rows"
     before = cpu.threads()
     try:
-        with registry.force("moe", rows):
+        with registry.force("moe", path):
             whole = ops.moe(*inputs)
             cpu.set_threads(3)
             assert torch.equal(ops.moe(*inputs), whole)
@@ -87,10 +86,6 @@ def test_bad_moe_input() -> None:
     wrong[1, 0] = 4
     with pytest.raises(ValueError, match="token 1 chose expert 4 of 4"):
         ops.moe(inputs[0], wrong, *inputs[2:])
-    many = moe_inputs(300, 2, 4, 32, 16, torch.float32)
-    many[1][7, 1] = 4
-    with pytest.raises(ValueError, match="experts must be"):
-        ops.moe(*many)
     with pytest.raises(ValueError, match="w_gate_up has shape"):
         ops.moe(*inputs[:3], inputs[3][:, :-1], inputs[4])
     with pytest.raises(ValueError, match=r"experts is torch\.int64"):
