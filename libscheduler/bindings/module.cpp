@@ -11,9 +11,11 @@
 #include <memory>
 
 #include "explain.hpp"
+#include "handover.hpp"
 #include "memory.hpp"
 #include "policy.hpp"
 #include "tables.hpp"
+#include "tier.hpp"
 #include "tokenrelay/scheduler/scheduler.hpp"
 
 namespace py = pybind11;
@@ -170,6 +172,18 @@ class PyScheduler {
     return outcome;
   }
 
+  /// Nothing when there is nothing to copy.
+  std::shared_ptr<ts::Copies> take_copies() {
+    auto copies = std::make_shared<ts::Copies>();
+    scheduler.take_copies(*copies);
+    return copies->empty() ? nullptr : copies;
+  }
+
+  template <bool well>
+  std::size_t copies_ended(const std::vector<std::uint64_t>& ids) {
+    return well ? scheduler.copied(ids) : scheduler.copy_failed(ids);
+  }
+
   void check() const {
     std::optional<std::string> broken;
     {
@@ -194,7 +208,8 @@ ts::Config make_config(int block_tokens, int blocks, int slots, int context_toke
                        int waiting_max, const py::bytes& hash_key, const py::bytes& model_identity, int steps_in_flight,
                        int overtakes_max, int class_overtakes_max, int preemptions_max, double tps_floor,
                        double tps_fraction, double prefill_share, std::int64_t floor_wait_us,
-                       const std::string& eviction) {
+                       const std::string& eviction, int host_blocks, int write_backs_max,
+                       std::int64_t copy_deadline_us) {
   ts::Config config;
   config.block_tokens = block_tokens;
   config.blocks = blocks;
@@ -217,6 +232,9 @@ ts::Config make_config(int block_tokens, int blocks, int slots, int context_toke
     throw py::value_error("eviction is \"" + eviction + "\", expected \"lru\" or \"reuse\"");
   }
   config.eviction = eviction == "lru" ? ts::Eviction::lru : ts::Eviction::reuse;
+  config.host_blocks = host_blocks;
+  config.write_backs_max = write_backs_max;
+  config.copy_deadline_us = copy_deadline_us;
   if (auto wrong = config.check()) throw py::value_error(*wrong);
   return config;
 }
@@ -286,34 +304,6 @@ std::vector<std::pair<std::uint64_t, std::int32_t>> take_reserved(PyScheduler& s
   return out;
 }
 
-void bind_handover(py::module_& m) {
-  py::native_enum<ts::Handover>(m, "Handover", "enum.IntEnum", "What becomes of the KV of a prompt.")
-      .value("NONE", ts::Handover::none)
-      .value("SOURCE", ts::Handover::source)
-      .value("DESTINATION", ts::Handover::destination)
-      .finalize();
-  py::native_enum<ts::HandleEvent>(m, "HandleEvent", "enum.IntEnum", "What happens to a sequence's handle.")
-      .value("OFFER", ts::HandleEvent::offer)
-      .value("CLAIM", ts::HandleEvent::claim)
-      .value("TRANSFER", ts::HandleEvent::transfer)
-      .value("ADOPT", ts::HandleEvent::adopt)
-      .value("DECLINE", ts::HandleEvent::decline)
-      .value("ACKNOWLEDGE", ts::HandleEvent::acknowledge)
-      .value("RELEASE", ts::HandleEvent::release)
-      .value("QUARANTINE", ts::HandleEvent::quarantine)
-      .value("EXPIRE", ts::HandleEvent::expire)
-      .value("RECLAIM", ts::HandleEvent::reclaim)
-      .value("FENCE", ts::HandleEvent::fence)
-      .value("LOSE", ts::HandleEvent::lose)
-      .finalize();
-  py::native_enum<ts::ImportAnswer>(m, "ImportAnswer", "enum.IntEnum", "What the end of a transfer found.")
-      .value("DONE", ts::ImportAnswer::done)
-      .value("UNKNOWN", ts::ImportAnswer::unknown)
-      .value("NOT_IMPORTING", ts::ImportAnswer::not_importing)
-      .value("NOTHING_LEFT", ts::ImportAnswer::nothing_left)
-      .finalize();
-}
-
 void bind_values(py::module_& m) {
   py::native_enum<ts::RejectReason>(m, "RejectReason", "enum.IntEnum",
                                     "Why a submission was refused; the wire's values.")
@@ -344,13 +334,15 @@ void bind_values(py::module_& m) {
       .def_readonly("steps_in_flight", &ts::Counts::steps_in_flight)
       .def_readonly("sequences_importing", &ts::Counts::sequences_importing)
       .def_readonly("handles_open", &ts::Counts::handles_open)
+      .def_readonly("sequences_loading", &ts::Counts::sequences_loading)
       .def_readonly("preemptions", &ts::Counts::preemptions)
       .def_readonly("aborts", &ts::Counts::aborts)
       .def_readonly("prompt_tokens", &ts::Counts::prompt_tokens)
       .def_readonly("cached_tokens", &ts::Counts::cached_tokens)
       .def_readonly("output_tokens", &ts::Counts::output_tokens)
       .def_readonly("hashed_blocks", &ts::Counts::hashed_blocks)
-      .def_readonly("floor", &ts::Counts::floor);
+      .def_readonly("floor", &ts::Counts::floor)
+      .def_readonly("host", &ts::Counts::host);
 }
 
 void bind_steps(py::module_& m) {
@@ -386,7 +378,8 @@ void bind_scheduler(py::module_& m) {
            py::arg("waiting_max") = 1024, py::arg("hash_key"), py::arg("model_identity"),
            py::arg("steps_in_flight") = 2, py::arg("overtakes_max") = 16, py::arg("class_overtakes_max") = 256,
            py::arg("preemptions_max") = 3, py::arg("tps_floor") = 0.0, py::arg("tps_fraction") = 0.5,
-           py::arg("prefill_share") = 0.125, py::arg("floor_wait_us") = 10'000'000, py::arg("eviction") = "reuse")
+           py::arg("prefill_share") = 0.125, py::arg("floor_wait_us") = 10'000'000, py::arg("eviction") = "reuse",
+           py::arg("host_blocks") = 0, py::arg("write_backs_max") = 64, py::arg("copy_deadline_us") = 10'000'000)
       .def_property_readonly(
           "eviction", [](const ts::Config& self) { return self.eviction == ts::Eviction::lru ? "lru" : "reuse"; })
       .def_readonly("block_tokens", &ts::Config::block_tokens)
@@ -403,7 +396,10 @@ void bind_scheduler(py::module_& m) {
       .def_readonly("tps_floor", &ts::Config::tps_floor)
       .def_readonly("tps_fraction", &ts::Config::tps_fraction)
       .def_readonly("prefill_share", &ts::Config::prefill_share)
-      .def_readonly("floor_wait_us", &ts::Config::floor_wait_us);
+      .def_readonly("floor_wait_us", &ts::Config::floor_wait_us)
+      .def_readonly("host_blocks", &ts::Config::host_blocks)
+      .def_readonly("write_backs_max", &ts::Config::write_backs_max)
+      .def_readonly("copy_deadline_us", &ts::Config::copy_deadline_us);
 
   py::class_<PyScheduler>(m, "Scheduler")
       .def(py::init<const ts::Config&, const py::object&>(), py::arg("config"), py::kw_only(),
@@ -448,6 +444,11 @@ void bind_scheduler(py::module_& m) {
       .def("plan", &PyScheduler::plan, py::arg("now_us"))
       .def("commit", &PyScheduler::commit, py::arg("step"), py::arg("token_ids"), py::arg("now_us"),
            py::arg("run_us") = py::none())
+      .def("take_copies", &PyScheduler::take_copies)
+      .def("copied", &PyScheduler::copies_ended<true>, py::arg("ids"))
+      .def("copy_failed", &PyScheduler::copies_ended<false>, py::arg("ids"))
+      .def("copy_deadline_us", [](const PyScheduler& self) { return self.scheduler.copy_deadline_us(); })
+      .def("take_late_copies", [](PyScheduler& self) { return self.scheduler.take_late_copies(); })
       .def_property_readonly("block_table", &block_table)
       .def("counts", [](const PyScheduler& self) { return self.scheduler.counts(); })
       .def("token_ids", &sequence_tokens, py::arg("sequence_id"))
@@ -476,6 +477,7 @@ PYBIND11_MODULE(_native, m) {
   bind_handover(m);
   bind_policy(m);
   bind_memory(m);
+  bind_tier(m);
   bind_steps(m);
   bind_scheduler(m);
   m.def("block_hashes", &block_hashes, py::arg("token_ids"), py::kw_only(), py::arg("block_tokens"),

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "tokenrelay/scheduler/block.hpp"
+#include "tokenrelay/scheduler/copy.hpp"
 #include "tokenrelay/scheduler/handle.hpp"
 #include "tokenrelay/scheduler/request_table.hpp"
 
@@ -117,6 +118,8 @@ void bind_tables(py::module_& m) {
       .def_readonly("event_facts", &PyTable::event_facts);
   m.def("fsm_tables", [] {
     return std::map<std::string, PyTable>{{"block", table<ts::BlockFsm>()},
+                                          {"copy", table<ts::CopyFsm>()},
+                                          {"host_slot", table<ts::HostSlotFsm>()},
                                           {"kv_handle", table_with_facts<ts::HandleFsm>()},
                                           {"request", table<ts::RequestFsm>()}};
   });

@@ -43,6 +43,10 @@ struct Seen {
   std::uint64_t parents = 0;
   std::uint64_t rejected = 0;
   std::uint64_t overrides = 0;
+  std::uint64_t stored = 0;  // blocks, in host memory
+  std::uint64_t loaded = 0;
+  std::uint64_t copies_failed = 0;
+  std::uint64_t copies_late = 0;
   std::set<std::string> states;
   std::set<Why> whys;
 };
@@ -65,6 +69,11 @@ inline Config config_of(Input& input) {
     config.tps_fraction = 0.25 * (1 + input.pick(4));
     config.prefill_share = 0.125 * input.pick(4);
     config.floor_wait_us = 20'000 * input.pick(4);
+  }
+  if (input.one_in(2)) {
+    config.host_blocks = 1 + input.pick(config.blocks * 3);
+    config.write_backs_max = 1 + input.pick(8);
+    config.copy_deadline_us = 10'000 + 20'000 * input.pick(8);
   }
   for (std::size_t i = 0; i < config.hash_key.size(); ++i) config.hash_key[i] = static_cast<std::uint8_t>(i);
   return config;
@@ -99,6 +108,10 @@ class Player {
     seen_.output_tokens += counts.output_tokens;
     seen_.overrides += counts.floor.overrides;
     seen_.parents += world_.parents_known;
+    seen_.stored += counts.host.blocks_stored;
+    seen_.loaded += counts.host.blocks_loaded;
+    seen_.copies_failed += counts.host.copies_failed;
+    seen_.copies_late += counts.host.copies_expired;
     for (const CacheEvent& e : world_.scheduler.take_cache_events())
       seen_.evicted += e.kind == CacheEvent::Kind::evicted;
     return check::failures() == 0;
@@ -117,6 +130,8 @@ class Player {
       abort(1 + static_cast<std::uint64_t>(input_.pick(static_cast<int>(next_id_) + 1)));
     } else if (what == 6 && hands_over_) {
       hand_over();
+    } else if (what == 7 && world_.host.in_flight() > 0) {
+      end_copy(static_cast<std::uint64_t>(input_.pick(256)), !input_.one_in(4));
     } else if (what < 11) {
       line("plan");
       world_.plan(input_.one_in(2));
@@ -221,6 +236,12 @@ class Player {
     }
   }
 
+  void end_copy(std::uint64_t which, bool well) {
+    which %= world_.host.in_flight();
+    line((well ? "copied " : "copy_failed ") + std::to_string(world_.host.number_of(which)));
+    world_.end_copy(which, well);
+  }
+
   void commit() {
     const std::int64_t run_us = input_.one_in(4) ? 100 * input_.pick(200) : Scheduler::by_clock;
     if (!world_.commit(run_us) || out_ == nullptr) return;
@@ -235,14 +256,15 @@ class Player {
 
   /// Everybody comes to an end, and then nothing is held: no request is lost, no block leaks.
   void drain() {
-    for (int idle = 0; world_.busy() && check::failures() == 0;) {
+    for (int idle = 0; (world_.busy() || world_.host.in_flight() > 0) && check::failures() == 0;) {
       line("plan");
       const bool planned = world_.plan(false);
       const bool committed = world_.commit();
       if (committed && out_ != nullptr) *out_ << std::endl;
       wait(5'000);
-      const bool moves = world_.transfers() > 0;
-      if (moves) world_.end_transfer(world_.some_transfer(0), true, true);
+      const bool moves = world_.transfers() > 0 || world_.host.in_flight() > 0;
+      if (world_.host.in_flight() > 0) end_copy(0, true);
+      if (world_.transfers() > 0) world_.end_transfer(world_.some_transfer(0), true, true);
       idle = planned || committed || moves ? 0 : idle + 1;
       if (idle == 20 && hands_over_) CHECK(world_.drain());  // what handles hold is given back by whoever reads it
       if (idle > 100) check::fail(__FILE__, __LINE__, "no progress:\n" + world_.explain());
@@ -270,6 +292,10 @@ class Player {
           << " chunk_tokens=" << config_.chunk_tokens << " waiting_max=" << config_.waiting_max
           << " steps_in_flight=" << config_.steps_in_flight << " overtakes_max=" << config_.overtakes_max
           << " class_overtakes_max=" << config_.class_overtakes_max;
+    if (config_.host_blocks > 0) {
+      *out_ << " host_blocks=" << config_.host_blocks << " write_backs_max=" << config_.write_backs_max
+            << " copy_deadline_us=" << config_.copy_deadline_us;
+    }
     if (config_.tps_floor > 0) {
       *out_ << std::fixed << " tps_floor=" << config_.tps_floor << " tps_fraction=" << config_.tps_fraction
             << " prefill_share=" << config_.prefill_share << " floor_wait_us=" << config_.floor_wait_us;

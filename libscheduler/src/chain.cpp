@@ -17,6 +17,10 @@ void BlockChain::launch(block::Records& records, int start, int length, int bloc
   }
 }
 
+void BlockChain::unlaunch(block::Records& records) noexcept {
+  while (!in_flight_.empty()) writable_.push_back(on(in_flight_.pop_back(), block::LandLast{records}));
+}
+
 Remains BlockChain::abandon(BlockPool& pool) && noexcept {
   trim(pool);
   auto quarantined = std::move(in_flight_).retype<QuarantinedBlock>([&pool](InFlightBlock&& block) noexcept {

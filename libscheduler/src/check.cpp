@@ -69,6 +69,7 @@ std::optional<std::string> Scheduler::check_table(const Sequence& s, const Block
 std::optional<std::string> Scheduler::check() const {
   if (auto broken = pool_.check()) return broken;
   if (auto broken = waiting_.check()) return broken;
+  if (auto broken = tier_.check()) return broken;
   Holdings holdings(pool_.blocks());
   int resident = 0;
   int waiting = 0;
@@ -98,6 +99,9 @@ std::optional<std::string> Scheduler::check() const {
             if (!std::is_same_v<S, request::Preempting>) {
               if (auto wrong = check_table(s, state.home.chain)) return wrong;
             }
+            if constexpr (std::is_same_v<S, request::Loading>) {
+              if (auto wrong = check_batch(static_cast<SequenceIndex>(i), state)) return wrong;
+            }
             return hold(holdings, state.home.chain, pool_.records());
           } else if constexpr (requires { state.estate; }) {
             ++resident;
@@ -116,6 +120,8 @@ std::optional<std::string> Scheduler::check() const {
     if (broken) return "sequence " + std::to_string(s.id) + ": " + *broken;
   }
   exports_.for_each_pin([&](BlockId id) { ++holdings.pins[static_cast<std::size_t>(id)]; });
+  tier_.for_each_block([&](BlockId id) { ++holdings.pins[static_cast<std::size_t>(id)]; },
+                       [&](BlockId id) { ++holdings.owners[static_cast<std::size_t>(id)]; });
   for (BlockId id = 0; id < pool_.blocks(); ++id) {
     const auto at = static_cast<std::size_t>(id);
     const block::Record& record = pool_.records()[at];

@@ -74,20 +74,35 @@ void Evictor::uncover(BlockId id, block::Records& records) noexcept {
   list.insert_after(before, id, records);
 }
 
-void Evictor::cached(BlockId id, std::size_t index, block::Records& records) noexcept {
+void Evictor::left(BlockId id, std::size_t index, block::Records& records) noexcept {
   block::Record& record = at(records, id);
-  ++size_;
-  if (policy_ == Eviction::lru) {
-    lists_[0].push_back(id, records);
-    return;
-  }
+  record.used_us = now_us_;
+  if (policy_ == Eviction::lru) return;
   uses_ = record.uses = std::max(record.uses, uses_);
   const bool sampled = index >= usage_.prompt_blocks && usage_.origin != Origin::tool_turn;
   record.reuse_kind = reuse_kind(sampled ? Origin::output : usage_.origin, record.uses);
-  record.used_us = now_us_;
-  record.covered = record.children > 0;
-  list_of(record).push_back(id, records);
   if (ghosts_.sampled(record.hash)) model_.idle(record.reuse_kind);
+}
+
+/// Its place is behind those that were left before; at the end, mostly.
+void Evictor::restored(BlockId id, block::Records& records) noexcept {
+  block::Record& record = at(records, id);
+  ++size_;
+  record.covered = policy_ == Eviction::reuse && record.children > 0;
+  BlockList& list = list_of(record);
+  BlockId before = list.tail;
+  for (int walked = 0; before != no_block && walked < walk_max; ++walked) {
+    if (at(records, before).used_us <= record.used_us) break;
+    before = at(records, before).previous;
+  }
+  list.insert_after(before, id, records);
+}
+
+void Evictor::lifted(BlockId id, block::Records& records) noexcept {
+  block::Record& record = at(records, id);
+  --size_;
+  list_of(record).unlink(id, records);
+  record.covered = false;
 }
 
 BlockId Evictor::choose(const block::Records& records) const noexcept {

@@ -47,6 +47,7 @@ void Scheduler::reside_import(SequenceIndex index, const Match& match, int block
   Sequence& sequence = at(index);
   request::Residence home = settle_in(index, match, blocks, static_cast<std::size_t>(blocks));
   sequence.cached_tokens = sequence.planned;
+  sequence.charged = true;
   home.chain.launch(pool_.records(), sequence.planned, sequence.text.size() - sequence.planned, config_.block_tokens);
   home.flights.launch();
   ++sequence.flights;
@@ -118,6 +119,7 @@ ImportAnswer Scheduler::import_stopped(std::uint64_t sequence_id, std::optional<
     sequence.slot = -1;
     sequence.planned = 0;
     sequence.cached_tokens = -1;
+    sequence.charged = false;
   }
   sequence.matched = -1;
   if (token) {

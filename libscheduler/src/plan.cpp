@@ -7,8 +7,14 @@
 namespace tokenrelay::scheduler {
 
 bool Scheduler::plan(std::int64_t now_us, Plan& out) noexcept {
-  if (flights_size_ == flights_.size()) return false;
   pool_.clock(now_us);
+  expire_copies(now_us);
+  const bool planned = flights_size_ < flights_.size() && plan_step(now_us, out);
+  tier_.write_back(now_us);
+  return planned;
+}
+
+bool Scheduler::plan_step(std::int64_t now_us, Plan& out) noexcept {
   Flight& flight = flights_[(flights_first_ + flights_size_) % flights_.size()];
   // A pass without rows may still have made room or woken somebody: then there is something for another pass.
   for (int pass = 0; pass < 3; ++pass) {
@@ -56,7 +62,7 @@ void Scheduler::launched(std::int64_t now_us, Plan& out, Flight& flight) noexcep
   if (!floor_.on()) return;
   const StepShape decodes{.decode_rows = flight.shape.decode_rows, .decode_context = flight.shape.decode_context};
   floor_.planned(flight.predicted_us, flight.predicted_us - model_.predict_us(decodes), out.decodes > 0,
-                 prefilling_.size() + waiting_.size() > 0 || flight.shape.prefill_rows > 0);
+                 prefilling_.size() + loading_.size() + waiting_.size() > 0 || flight.shape.prefill_rows > 0);
 }
 
 /// In the order of rank. They come before admissions, so one of a low class goes on when those that run are through,
@@ -110,7 +116,8 @@ bool Scheduler::plan_decode(SequenceIndex index, Plan& out, Flight& flight) noex
     while (!room && make_room(index)) room = pool_.take(row[at_block - 1]);
     if (!room) {
       stalled_ = true;
-      if (settling_ > 0 && sequence.why != Why::preempted_self) sequence.why = Why::waits_room;
+      const bool waits = settling_ > 0 || tier_.orphans_timely() > 0 || pool_.borrowed() > 0;
+      if (waits && sequence.why != Why::preempted_self) sequence.why = Why::waits_room;
       return std::holds_alternative<request::Decoding>(sequence.state);
     }
     row[at_block] = table_entry(*room);
@@ -164,6 +171,7 @@ void Scheduler::plan_prefill(SequenceIndex index, Budget& budget, Plan& out, Fli
   } else {
     send(sequence, request::Launch{resources_, start, length, std::nullopt});
   }
+  if (sequence.arrived) announce(sequence, out);
   add_row(index, length, false, length == left, out, flight);
   flight.shape.add_prefill(start, length);
   budget.tokens -= length;
@@ -188,7 +196,8 @@ int Scheduler::next_class(std::uint32_t mask, bool& overdue) const noexcept {
 }
 
 void Scheduler::admit_waiting(std::int64_t now_us, Budget& budget, Plan& out, Flight& flight) noexcept {
-  const Stuck now{pool_.available(), prefilling_.size() + decoding_.size(), waiting_.version()};
+  const int running = prefilling_.size() + decoding_.size() + loading_.size();
+  const Stuck now{pool_.available(), running, waiting_.version()};
   if (now.available <= stuck_.available && now.running >= stuck_.running && now.version == stuck_.version) return;
   stuck_ = {};
   std::uint32_t exhausted = 0;  // classes whose first requests are blocked for now
@@ -258,7 +267,7 @@ Scheduler::Match Scheduler::match(Sequence& sequence) noexcept {
 Why Scheduler::floor_admits(const Sequence& sequence, const Flight& flight) const noexcept {
   if (sequence.length_limit - sequence.text.size() <= 1)
     return Why::none;  // it ends with its prompt, and never decodes
-  const int rows = prefilling_.size() + decoding_.size() + importing_ + 1;
+  const int rows = prefilling_.size() + decoding_.size() + loading_.size() + importing_ + 1;
   const auto context = static_cast<double>(prefilling_tokens_ + final_tokens_ + sequence.text.size());
   return floor_.admits(model_, rows, flight.shape.decode_context + context);
 }
@@ -293,6 +302,16 @@ Scheduler::Admission Scheduler::admit(SequenceIndex index, std::int64_t now_us, 
     return Admission::blocked;
   }
   sequence.matched = found.blocks;
+  const int loads = loadable(sequence, found);
+  if (loads < 0) {
+    sequence.why = Why::waits_loads;
+    return Admission::blocked;
+  }
+  if (loads > 0) {
+    budget.at_least &= !overrides;
+    reside_load(index, found, blocks, loads, now_us);
+    return Admission::admitted;
+  }
   if (imports) {
     reside_import(index, found, blocks);
     return Admission::admitted;
@@ -354,20 +373,33 @@ void Scheduler::announce(Sequence& sequence, Plan& out) noexcept {
   out.admitted_output_start.push_back(sequence.output_start);
 }
 
+/// Blocks that launched steps write of one sequence, at most.
+std::size_t Scheduler::launched_max() const noexcept {
+  return static_cast<std::size_t>(config_.steps_in_flight) *
+         static_cast<std::size_t>(config_.chunk_tokens / config_.block_tokens + 2);
+}
+
+/// Its tenant was served its prompt; once, before it leaves the queue.
+void Scheduler::charge(SequenceIndex index, int tokens) noexcept {
+  if (!at(index).charged) waiting_.served(index, tokens, true);
+  at(index).charged = true;
+}
+
+void Scheduler::first_admitted(Sequence& sequence) noexcept {
+  if (sequence.cached_tokens >= 0) return;
+  sequence.cached_tokens = std::min(sequence.planned, sequence.output_start);
+  totals_.prompt_tokens += static_cast<std::uint64_t>(sequence.output_start);
+  totals_.cached_tokens += static_cast<std::uint64_t>(sequence.cached_tokens);
+  if (sequence.origin == Origin::prompt && 2 * sequence.cached_tokens >= sequence.output_start) {
+    sequence.origin = Origin::turn;
+  }
+}
+
 void Scheduler::reside(SequenceIndex index, const Match& match, int blocks, Plan& out) noexcept {
   Sequence& sequence = at(index);
-  const auto launched_max = static_cast<std::size_t>(config_.steps_in_flight) *
-                            static_cast<std::size_t>(config_.chunk_tokens / config_.block_tokens + 2);
-  request::Residence home = settle_in(index, match, blocks, launched_max);
-  if (sequence.cached_tokens < 0) {
-    sequence.cached_tokens = std::min(sequence.planned, sequence.output_start);
-    totals_.prompt_tokens += static_cast<std::uint64_t>(sequence.output_start);
-    totals_.cached_tokens += static_cast<std::uint64_t>(sequence.cached_tokens);
-    waiting_.served(index, sequence.text.size() - sequence.planned, true);
-    if (sequence.origin == Origin::prompt && 2 * sequence.cached_tokens >= sequence.output_start) {
-      sequence.origin = Origin::turn;
-    }
-  }
+  request::Residence home = settle_in(index, match, blocks, launched_max());
+  charge(index, sequence.text.size() - sequence.planned);
+  first_admitted(sequence);
   announce(sequence, out);
   prefilling_tokens_ += sequence.text.size();
   send(sequence, request::Admit{resources_, std::move(home)});

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <utility>
 
 namespace tokenrelay::scheduler {
 
@@ -40,6 +41,7 @@ BlockId BlockPool::evict() noexcept {
   if (id == no_block) return no_block;
   forget(at(id), id);
   emit(CacheEvent::Kind::evicted, at(id).hash);
+  if (host_ != nullptr) host_->touch(at(id).hash);
   return Access::dissolve(on(Access::make<block::Cached>(id), block::Evict{records_}));
 }
 
@@ -70,7 +72,10 @@ SealedPin BlockPool::seal(WritableBlock&& block, const Content& content) noexcep
     record.hash = content.hash;
     if (index_.find(content.hash, records_) == no_block) index(id, content);
   }
-  if (record.indexed) emit(CacheEvent::Kind::sealed, content.hash);
+  if (record.indexed) {
+    emit(CacheEvent::Kind::sealed, content.hash);
+    unwritten(id);
+  }
   Access::dissolve(on(std::move(block), block::Seal{records_}));  // the pool holds the state from here on
   fire(record, id);
   return Access::make<SealedPin>(id);
@@ -122,6 +127,10 @@ BlockPool::Found BlockPool::find_after(BlockId previous, const Hash128& hash) co
 
 SealedPin BlockPool::pin(BlockId id) noexcept {
   Evictor::shared(at(id));
+  if (at(id).borrowed == block::Borrowed::yes && at(id).pins == 1) {
+    --borrowed_;
+    evictor_.found(at(id));
+  }
   if (at(id).kind == Kind::cached) {
     evictor_.taken(id, records_);
     Access::dissolve(on(Access::make<block::Cached>(id), block::Pin{records_}));
@@ -135,6 +144,10 @@ void BlockPool::unpin(SealedPin&& pin, std::size_t index) noexcept {
   const BlockId id = Access::dissolve(std::move(pin));
   Record& record = at(id);
   if (record.pins > 1) {
+    if (record.borrowed != block::Borrowed::no && record.pins == 2) {
+      evictor_.left(id, index, records_);
+      borrowed_ += record.borrowed == block::Borrowed::yes;
+    }
     Access::dissolve(on(Access::make<block::Sealed>(id), block::Unpin{records_}));
     return;
   }
@@ -144,6 +157,7 @@ void BlockPool::unpin(SealedPin&& pin, std::size_t index) noexcept {
     index_.insert(record.hash, id);
     evictor_.indexed(id, index_.find(lineage_.parent(id), records_), records_);
     emit(CacheEvent::Kind::sealed, record.hash);
+    unwritten(id);
   }
   if (record.indexed) {
     Access::dissolve(on(Access::make<block::Sealed>(id), block::UnpinLast{records_}));
@@ -152,6 +166,62 @@ void BlockPool::unpin(SealedPin&& pin, std::size_t index) noexcept {
     record.nameless = false;
     put(on(Access::make<block::Sealed>(id), block::Discard{records_}));
   }
+}
+
+void BlockPool::mirror(HostPool& host) {
+  host_ = &host;
+  unwritten_.resize(records_.size());
+}
+
+void BlockPool::unwritten(BlockId id) noexcept {
+  if (host_ == nullptr) return;
+  if (unwritten_size_ == unwritten_.size()) {
+    unwritten_first_ = (unwritten_first_ + 1) % unwritten_.size();
+    --unwritten_size_;
+  }
+  unwritten_[(unwritten_first_ + unwritten_size_++) % unwritten_.size()] = id;
+}
+
+BlockId BlockPool::next_unwritten() noexcept {
+  while (unwritten_size_ > 0) {
+    const BlockId id = unwritten_[unwritten_first_];
+    unwritten_first_ = (unwritten_first_ + 1) % unwritten_.size();
+    --unwritten_size_;
+    const Record& record = at(id);  // it may be another one by now: then that one is the newer
+    const bool full = record.kind == Kind::sealed || record.kind == Kind::cached;
+    if (full && record.indexed && record.borrowed == block::Borrowed::no) return id;
+  }
+  return no_block;
+}
+
+SealedPin BlockPool::borrow(BlockId id) noexcept {
+  at(id).borrowed = block::Borrowed::yes;
+  if (at(id).kind == Kind::cached) {
+    evictor_.lifted(id, records_);
+    ++borrowed_;
+    Access::dissolve(on(Access::make<block::Cached>(id), block::Pin{records_}));
+  } else {
+    Access::dissolve(on(Access::make<block::Sealed>(id), block::Pin{records_}));
+  }
+  return Access::make<SealedPin>(id);
+}
+
+void BlockPool::give_back(SealedPin&& pin) noexcept {
+  const BlockId id = Access::dissolve(std::move(pin));
+  const bool yes = std::exchange(at(id).borrowed, block::Borrowed::no) == block::Borrowed::yes;
+  if (at(id).pins > 1) {
+    Access::dissolve(on(Access::make<block::Sealed>(id), block::Unpin{records_}));
+    return;
+  }
+  borrowed_ -= yes;
+  Access::dissolve(on(Access::make<block::Sealed>(id), block::UnpinLast{records_}));
+  evictor_.restored(id, records_);
+}
+
+void BlockPool::lent_for_long(const SealedPin& pin) noexcept {
+  Record& record = at(read(pin));
+  borrowed_ -= record.pins == 1;
+  record.borrowed = block::Borrowed::for_long;
 }
 
 void BlockPool::forget(Record& record, BlockId id) noexcept {
@@ -199,8 +269,8 @@ std::optional<std::string> BlockPool::check_free() const {
 
 BlockPool::Bytes BlockPool::bytes() const noexcept {
   return {sizeof(*this) + records_.capacity() * sizeof(Record) + index_.bytes() + lineage_.bytes() + evictor_.bytes() +
-              fired_.capacity() * sizeof(BlockId) + own_generations_.capacity() * sizeof(std::uint64_t) +
-              events_.capacity() * sizeof(CacheEvent),
+              (fired_.capacity() + unwritten_.capacity()) * sizeof(BlockId) +
+              own_generations_.capacity() * sizeof(std::uint64_t) + events_.capacity() * sizeof(CacheEvent),
           lineage_.token_bytes()};
 }
 
@@ -209,6 +279,7 @@ std::optional<std::string> BlockPool::check() const {
   if (auto broken = evictor_.check(records_)) return broken;
   int free = 0;
   int cached = 0;
+  int borrowed = 0;
   for (BlockId id = 0; id < blocks(); ++id) {
     const Record& record = at(id);
     const std::string which = "block " + std::to_string(id);
@@ -222,8 +293,11 @@ std::optional<std::string> BlockPool::check() const {
     const bool nobody = record.kind == Kind::free || record.kind == Kind::quarantined;
     if (record.nameless && record.kind != Kind::sealed) return which + " is nameless and not sealed";
     if (record.indexed && nobody) return which + " can be found though it holds nothing";
+    borrowed += record.borrowed == block::Borrowed::yes && record.pins == 1;
+    if (record.borrowed != block::Borrowed::no && record.kind != Kind::sealed) return which + " is borrowed, unpinned";
   }
   if (free != free_.size || cached != evictor_.size()) return "the counts of free and cached blocks are wrong";
+  if (borrowed != borrowed_) return "the count of blocks that only write-backs pin is wrong";
   return std::nullopt;
 }
 

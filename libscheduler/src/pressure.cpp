@@ -20,7 +20,7 @@ SequenceIndex Scheduler::victim() const noexcept {
   const auto class_of = [this](SequenceIndex index) {
     return index == no_sequence ? -1 : ranks_[static_cast<std::size_t>(index)].priority_class;
   };
-  const int lowest = std::max(class_of(decoding_.last()), class_of(prefilling_.last()));
+  const int lowest = std::max({class_of(decoding_.last()), class_of(prefilling_.last()), class_of(loading_.last())});
   struct Choice {
     bool spared;
     double cost;
@@ -40,12 +40,14 @@ SequenceIndex Scheduler::victim() const noexcept {
   };
   consider(decoding_);
   consider(prefilling_);
+  consider(loading_);
   return best.index;
 }
 
 /// Frees blocks for a decoding sequence by preempting another one, or itself. False: not now.
 bool Scheduler::make_room(SequenceIndex for_index) noexcept {
-  if (settling_ > 0) return false;  // a commit will give blocks back; do not preempt more than needed
+  // A commit, or the end of a copy, will give blocks back; do not preempt more than needed.
+  if (settling_ > 0 || tier_.orphans_timely() > 0 || pool_.borrowed() > 0) return false;
   const SequenceIndex index = victim();
   preempt(index, for_index);
   Sequence& sequence = at(index);
@@ -58,12 +60,18 @@ bool Scheduler::make_room(SequenceIndex for_index) noexcept {
 /// A sequence that was preempted often takes the class of whoever preempts it: a better class presses on it no longer.
 void Scheduler::preempt(SequenceIndex index, SequenceIndex for_index) noexcept {
   ++totals_.preemptions;
-  ++settling_;
   Sequence& sequence = at(index);
   sequence.why = Why::preempted;
   const int own = ranks_[static_cast<std::size_t>(index)].priority_class;
   const int better = ranks_[static_cast<std::size_t>(for_index)].priority_class;
   sequence.climbs_to = ++sequence.preempted < config_.preemptions_max ? own : std::min(own, better);
+  if (std::holds_alternative<request::Loading>(sequence.state)) {
+    Rank& rank = ranks_[static_cast<std::size_t>(index)];
+    rank.priority_class = std::min(rank.priority_class, sequence.climbs_to);
+    preempt_load(index);
+    return;
+  }
+  ++settling_;
   if (std::holds_alternative<request::Prefilling>(sequence.state)) prefilling_tokens_ -= sequence.text.size();
   send(sequence, request::Preempt{resources_});
   if (sequence.flights == 0) settle(index);

@@ -29,7 +29,10 @@ Scheduler::Scheduler(const Config& config)
       holds_(links_, sequences_max(config), static_cast<std::size_t>(config.blocks)),
       prefilling_(links_, ranks_),
       decoding_(links_, ranks_),
-      resources_{pool_, slots_, waiting_, holds_, prefilling_, decoding_, config.block_tokens},
+      loading_(links_, ranks_),
+      // Loads of the two longest prompts: of those that are late, too, some room is left.
+      tier_(pool_, config, 2 * static_cast<std::size_t>(table_width_)),
+      resources_{pool_, slots_, waiting_, holds_, prefilling_, decoding_, loading_, tier_, config.block_tokens},
       sequences_(sequences_max(config)),
       ids_(sequences_max(config)),
       ended_(ended_max),
@@ -58,6 +61,7 @@ Scheduler::~Scheduler() {
     commit(expected()->step, discarded, 0, outcome);
   }
   exports_.lose_all(pool_);
+  tier_.stop();  // likewise the copies
 }
 
 /// Where the text of a submission's parent is: in a sequence that runs, in a turn that ended, or at the beginning of
@@ -190,7 +194,9 @@ std::optional<RejectReason> Scheduler::submit(const Submission& s, std::int64_t 
   sequence.preempted_why = Why::none;
   sequence.emitted = false;
   sequence.handover = s.handover;
-  sequence.importing = sequence.arrived = false;
+  sequence.importing = sequence.arrived = sequence.charged = false;
+  sequence.loads = true;
+  sequence.loading = 0;
   sequence.origin = s.tools ? Origin::tool_turn : s.parent ? Origin::turn : Origin::prompt;
   ranks_[static_cast<std::size_t>(index)] = {WaitingQueue::class_of(s.priority), ++tickets_};
   waiting_.welcome(index, tenant_key(s));
@@ -209,9 +215,11 @@ AbortAnswer Scheduler::abort(std::uint64_t sequence_id, std::int64_t now_us) noe
   Sequence& sequence = at(index);
   const bool settling = std::holds_alternative<request::Preempting>(sequence.state) || sequence.importing;
   if (std::holds_alternative<request::Prefilling>(sequence.state)) prefilling_tokens_ -= sequence.text.size();
+  pool_.releasing({sequence.origin, static_cast<std::size_t>(sequence.output_start / config_.block_tokens)});
   if (fsm::dispatch<RequestFsm>(sequence.state, request::Abort{resources_})) return AbortAnswer::already_ended;
   ++totals_.aborts;
   if (std::holds_alternative<request::Ended>(sequence.state)) {
+    sequence.slot = -1;
     end(index);
   } else {
     settling_ += settling ? 0 : 1;
@@ -241,7 +249,11 @@ Counts Scheduler::counts() const noexcept {
   counts.steps_in_flight = static_cast<int>(flights_size_);
   counts.sequences_importing = importing_;
   counts.handles_open = exports_.size();
+  counts.sequences_loading = loading_.size();
   counts.floor = floor_.counts();
+  counts.host = tier_.counts();
+  counts.host.loads = tier_prompts_;
+  counts.host.tokens_loaded = tier_tokens_;
   return counts;
 }
 

@@ -41,6 +41,9 @@ std::optional<std::string> Config::check() const {
   if (auto wrong = between("tps_floor", tps_floor, 0, 1e5)) return wrong;
   if (auto wrong = between("tps_fraction", tps_fraction, 0.05, 1)) return wrong;
   if (auto wrong = between("prefill_share", prefill_share, 0, 0.9)) return wrong;
+  if (auto wrong = bounded("host_blocks", host_blocks, 0, 1 << 26)) return wrong;
+  if (auto wrong = bounded("write_backs_max", write_backs_max, 1, 1 << 16)) return wrong;
+  if (auto wrong = between("copy_deadline_us", static_cast<double>(copy_deadline_us), 1, 3'600e6)) return wrong;
   return between("floor_wait_us", static_cast<double>(floor_wait_us), 0, 86'400e6);
 }
 
@@ -74,6 +77,24 @@ void Plan::clear() noexcept {
   admitted_slots.clear();
   admitted_cached.clear();
   admitted_output_start.clear();
+}
+
+void Copies::reserve(std::size_t copies_max) {
+  store_ids.reserve(copies_max);
+  store_blocks.reserve(copies_max);
+  store_slots.reserve(copies_max);
+  load_ids.reserve(copies_max);
+  load_slots.reserve(copies_max);
+  load_blocks.reserve(copies_max);
+}
+
+void Copies::clear() noexcept {
+  store_ids.clear();
+  store_blocks.clear();
+  store_slots.clear();
+  load_ids.clear();
+  load_slots.clear();
+  load_blocks.clear();
 }
 
 void Outcome::reserve(const Config& config) {

@@ -32,6 +32,11 @@ struct Driver {
     if (pick(2) == 0) config.tps_floor = 1 + pick(100'000);  // a call is a microsecond: it is in force now and then
     config.floor_wait_us = pick(100);
     hands_over = pick(2) == 0;
+    if (pick(2) == 0) {
+      config.host_blocks = 1 + pick(config.blocks * 3);
+      config.write_backs_max = 1 + pick(8);
+      if (pick(2) == 0) config.copy_deadline_us = 1 + pick(12);  // a call is a microsecond
+    }
     for (int i = 0; i < 3; ++i) texts.push_back(tokens(config.context_tokens));
   }
 
@@ -95,6 +100,7 @@ struct Coverage {
   std::uint64_t handles_ended = 0;
   std::uint64_t handed_over = 0;
   std::uint64_t handles_complete = 0;
+  HostCounts host;
   std::set<std::string> states;
 } coverage;
 
@@ -103,6 +109,7 @@ std::uint64_t run(std::uint64_t seed, int events) {
   Simulator world(driver.config);
   const bool late = driver.pick(2) == 0;
   for (int i = 0; i < events && check::failures() == 0; ++i) {
+    if (world.host.in_flight() > 0 && driver.pick(4) == 0) world.end_copy(driver.random(), driver.pick(5) > 0);
     const int what = driver.pick(100);
     if (what < 8) {
       if (auto turn = driver.next_turn(world); turn && world.submit(*turn) == RejectReason::parent_unknown) {
@@ -145,6 +152,14 @@ std::uint64_t run(std::uint64_t seed, int events) {
   coverage.output_tokens += counts.output_tokens;
   coverage.parents_known += world.parents_known;
   CHECK_EQUAL(counts.handles_open + counts.sequences_importing, 0);
+  CHECK_EQUAL(counts.host.loads_in_flight + counts.host.write_backs_in_flight + counts.host.copies_late, 0);
+  CHECK_EQUAL(world.host.late(), counts.host.copies_expired);
+  coverage.host.blocks_stored += counts.host.blocks_stored;
+  coverage.host.blocks_loaded += counts.host.blocks_loaded;
+  coverage.host.loads += counts.host.loads;
+  coverage.host.tokens_loaded += counts.host.tokens_loaded;
+  coverage.host.copies_failed += counts.host.copies_failed;
+  coverage.host.copies_expired += counts.host.copies_expired;
   coverage.imported += world.imported;
   coverage.renounced += world.renounced;
   coverage.handles_ended += world.handles_ended;
@@ -176,13 +191,18 @@ int main(int argc, char** argv) {
             << ", output tokens " << coverage.output_tokens << ", evicted blocks " << coverage.evicted
             << ", parents known " << coverage.parents_known << ", gone " << coverage.parents_unknown << ", imported "
             << coverage.imported << ", renounced " << coverage.renounced << ", handed over " << coverage.handed_over
-            << " (" << coverage.handles_complete << " complete), handles ended " << coverage.handles_ended << "\n";
+            << " (" << coverage.handles_complete << " complete), handles ended " << coverage.handles_ended
+            << "; host tier: stored " << coverage.host.blocks_stored << ", loaded " << coverage.host.blocks_loaded
+            << " for " << coverage.host.loads << " prompts, failed " << coverage.host.copies_failed << ", late "
+            << coverage.host.copies_expired << "\n";
   if (count >= 100) {
     CHECK(coverage.imported > 100 && coverage.renounced > 100 && coverage.handed_over > 100);
     CHECK(coverage.handles_complete > 100 && coverage.handles_ended > 100);
+    CHECK(coverage.host.blocks_stored > 1000 && coverage.host.blocks_loaded > 300 && coverage.host.loads > 100);
+    CHECK(coverage.host.copies_failed > 100 && coverage.host.copies_expired > 50);
     CHECK(coverage.parents_known > 1000 && coverage.parents_unknown > 100);
     CHECK(coverage.preemptions > 100 && coverage.aborts > 100 && coverage.evicted > 100);
-    for (const char* state : {"Waiting", "Held", "Prefilling", "Decoding", "Preempting", "Importing"}) {
+    for (const char* state : {"Waiting", "Held", "Prefilling", "Decoding", "Preempting", "Importing", "Loading"}) {
       if (coverage.states.count(state) == 0) check::fail(__FILE__, __LINE__, std::string(state) + " was never seen");
     }
   }

@@ -13,70 +13,17 @@
 #include <vector>
 
 #include "check.hpp"
+#include "host_memory.hpp"
+#include "request.hpp"
 #include "tokenrelay/scheduler/scheduler.hpp"
 
 namespace simulation {
 
 using namespace tokenrelay::scheduler;
 
-inline std::uint64_t mix(std::uint64_t a, std::uint64_t b) {
-  std::uint64_t x = (a ^ (b + 0x9e3779b97f4a7c15ULL)) * 0xbf58476d1ce4e5b9ULL;
-  x = (x ^ (x >> 29)) * 0x94d049bb133111ebULL;
-  return x ^ (x >> 32);
-}
-
-/// A request, and what it gives when it runs alone.
-struct Request {
-  std::uint64_t id = 0;
-  std::vector<TokenId> tokens;  // what is submitted
-  int output_start = 0;
-  int tokens_max = 1;
-  std::vector<TokenId> stops;
-  int priority = 0;
-  std::vector<std::uint8_t> salt;
-  std::vector<std::uint8_t> tenant;
-  std::optional<std::uint64_t> parent;  // then the first `inherited` of `tokens` are that sequence's, and are not sent
-  std::size_t inherited = 0;
-
-  Handover handover = Handover::none;
-
-  std::vector<std::uint64_t> kv;  // expected, by position
-  std::vector<TokenId> outputs;   // expected, after those submitted
-  Finish finish = Finish::none;
-
-  static constexpr TokenId vocabulary = 64;
-  static TokenId sample(std::uint64_t fingerprint) { return static_cast<TokenId>(mix(fingerprint, 1) % vocabulary); }
-
-  void roll_out(int context_tokens) {
-    std::uint64_t last = root();
-    for (const TokenId token : tokens) kv.push_back(last = mix(last, token));
-    const int limit = std::min(output_start + tokens_max, context_tokens);
-    for (int length = static_cast<int>(tokens.size()); finish == Finish::none;
-         kv.push_back(last = mix(last, outputs.back()))) {
-      outputs.push_back(sample(last));
-      ++length;
-      if (std::find(stops.begin(), stops.end(), outputs.back()) != stops.end()) {
-        finish = Finish::stop;
-      } else if (length == limit) {
-        finish = Finish::length;
-      }
-    }
-    if (handover == Handover::source && outputs.size() > 1) {
-      outputs.resize(1);
-      finish = Finish::handover;
-    }
-  }
-  /// KV of one tenant is never another's: the pretend transformer sees the salt.
-  [[nodiscard]] std::uint64_t root() const {
-    std::uint64_t value = 17;
-    for (const std::uint8_t byte : salt) value = mix(value, byte);
-    return value;
-  }
-};
-
 class Simulator {
  public:
-  explicit Simulator(const Config& config) : scheduler(config), config_(config) {
+  explicit Simulator(const Config& config) : scheduler(config), host(config), config_(config) {
     kv_.resize(static_cast<std::size_t>(config.blocks * config.block_tokens));
     sampled_.resize(static_cast<std::size_t>(config.slots));
   }
@@ -125,6 +72,7 @@ class Simulator {
     Plan plan;
     const bool planned = scheduler.plan(now_us++, plan);
     take_reserved();
+    host.take(scheduler, kv_);
     CHECK(!planned || launched_.size() < static_cast<std::size_t>(config_.steps_in_flight));
     if (planned) {
       check_plan(plan);
@@ -148,13 +96,20 @@ class Simulator {
     return true;
   }
 
+  /// A copy between device and host memory ends.
+  void end_copy(std::uint64_t random, bool well) {
+    host.end(scheduler, kv_, random, well);
+    verify();
+  }
+
   /// Runs until nothing is left; false when it stops making progress.
   bool drain() {
-    for (int idle = 0; !live_.empty() || !launched_.empty() || !transfers_.empty();) {
+    for (int idle = 0; !live_.empty() || !launched_.empty() || !transfers_.empty() || host.in_flight() > 0;) {
       const bool planned = plan(false);
       const bool committed = commit();
-      const bool moved = !transfers_.empty();
-      if (moved) end_transfer(transfers_.begin()->first, true, true);
+      const bool moved = !transfers_.empty() || host.in_flight() > 0;
+      if (!transfers_.empty()) end_transfer(transfers_.begin()->first, true, true);
+      if (host.in_flight() > 0) end_copy(0, true);
       while (!handles_.empty()) end_handle(handles_.begin()->first);
       idle = planned || committed || moved ? 0 : idle + 1;
       if (idle > 2) return false;
@@ -244,6 +199,8 @@ class Simulator {
     CHECK_EQUAL(counts.blocks_free + counts.blocks_cached + counts.blocks_active, config_.blocks);
     CHECK_EQUAL(counts.sequences_importing, static_cast<int>(transfers_.size()));
     CHECK_EQUAL(counts.handles_open, static_cast<int>(handles_.size()));
+    CHECK_EQUAL(counts.host.loads_in_flight + counts.host.write_backs_in_flight >= static_cast<int>(host.in_flight()),
+                true);
     for (auto& [id, seen] : handles_) verify_handle(id, seen);
   }
 
@@ -276,6 +233,7 @@ class Simulator {
   }
 
   Scheduler scheduler;
+  HostMemory host;
   std::int64_t now_us = 0;
   std::function<void(std::span<const TokenId>)> about_to_commit;  // for who writes a transcript
   std::uint64_t parents_known = 0;                                // submissions that were accepted with a parent

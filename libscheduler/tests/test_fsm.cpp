@@ -7,15 +7,16 @@
 using namespace tokenrelay::scheduler;
 
 TEST(every_pair_is_listed_once) {
-  for (const auto table : {RequestFsm::table, BlockFsm::table}) {
+  for (const auto table : {RequestFsm::table, BlockFsm::table, HostSlotFsm::table, CopyFsm::table}) {
     std::set<std::pair<std::string_view, std::string_view>> pairs;
     for (const fsm::Row& row : table) {
       CHECK(pairs.insert({row.state, row.event}).second);
       CHECK(row.next.empty() != row.reason.empty());
     }
   }
-  CHECK_EQUAL(RequestFsm::table.size(), 126U);
+  CHECK_EQUAL(RequestFsm::table.size(), 180U);
   CHECK_EQUAL(BlockFsm::table.size(), 72U);
+  CHECK_EQUAL(HostSlotFsm::table.size() + CopyFsm::table.size(), 32U + 56U);
 }
 
 TEST(an_event_in_the_wrong_state_is_answered_with_the_reason) {
@@ -28,7 +29,9 @@ TEST(an_event_in_the_wrong_state_is_answered_with_the_reason) {
   HoldBoard holds(links, 4, 4);
   PrefillList prefilling(links, ranks);
   DecodeList decoding(links, ranks);
-  Resources resources{pool, slots, waiting, holds, prefilling, decoding, 16};
+  LoadList loading(links, ranks);
+  HostTier tier(pool, Config{.blocks = 4}, 0);
+  Resources resources{pool, slots, waiting, holds, prefilling, decoding, loading, tier, 16};
   fsm::Slot<RequestFsm> slot(std::in_place_type<request::Waiting>, request::Waiting{waiting.enter(0)});
 
   CHECK_EQUAL(fsm::dispatch<RequestFsm>(slot, request::Settle{resources})->reason, request::why::not_resident);

@@ -106,6 +106,16 @@ class Launched:
     sampled: list[int] | None = None
 
 
+@dataclass
+class Copy:
+    """A copy between device and host memory that has not ended: until then its target holds nonsense."""
+
+    id: int
+    block: int
+    slot: int
+    load: bool
+
+
 class World:
     """A scheduler, the pretend device and the model."""
 
@@ -119,6 +129,8 @@ class World:
         self.launched: deque[Launched] = deque()
         self.transfers: dict[int, Transfer] = {}
         self.exported: dict[int, Exported] = {}
+        self.host = [0] * (config.host_blocks * config.block_tokens)
+        self.copies: list[Copy] = []
         self.steps = 0
         self.history: list[object] = []  # everything that the scheduler decided
         self.waited_steps_max = 0
@@ -197,6 +209,7 @@ class World:
         """Plan a step; a late one is computed only when it must be committed."""
         plan = self.scheduler.plan(self.steps)
         self.take_reserved()
+        self.take_copies()
         if plan is not None:
             self.steps += 1
             assert len(self.launched) < self.config.steps_in_flight
@@ -322,6 +335,37 @@ class World:
         del self.transfers[sequence_id]
         self.verify()
 
+    # -- host memory -----------------------------------------------------------------------------------------
+    def take_copies(self) -> None:
+        """Copies begin, and scribble where they write."""
+        if (copies := self.scheduler.take_copies()) is not None:
+            stores = zip(copies.store_ids, copies.store_blocks, copies.store_slots, strict=True)
+            loads = zip(copies.load_ids, copies.load_blocks, copies.load_slots, strict=True)
+            self.copies += [Copy(int(i), int(block), int(slot), load=False) for i, block, slot in stores]
+            self.copies += [Copy(int(i), int(block), int(slot), load=True) for i, block, slot in loads]
+        for copy in self.copies:
+            self.move(copy, None)
+
+    def move(self, copy: Copy, source: list[int] | None) -> None:
+        """Write a copy's target: what it holds at its source, or nonsense."""
+        width = self.config.block_tokens
+        memory, at = (self.kv, copy.block) if copy.load else (self.host, copy.slot)
+        memory[at * width : (at + 1) * width] = source if source is not None else [-1] * width
+
+    def end_copy(self, which: int, *, well: bool) -> None:
+        """One of the copies in flight ends."""
+        copy, width = self.copies.pop(which), self.config.block_tokens
+        if well:
+            memory, at = (self.host, copy.slot) if copy.load else (self.kv, copy.block)
+            self.move(copy, memory[at * width : (at + 1) * width])
+        end, other = (
+            (self.scheduler.copied, self.scheduler.copy_failed)
+            if well
+            else (self.scheduler.copy_failed, self.scheduler.copied)
+        )
+        assert end([copy.id]) == 1 and other([copy.id]) == 0
+        self.verify()
+
     def handle_event(self, sequence_id: int, event: HandleEvent) -> None:
         """Something happens to a handle; what is over is forgotten."""
         before = self.scheduler.handle_state(sequence_id)
@@ -356,20 +400,22 @@ class World:
 
     def drain(self) -> None:
         """Run until nothing is left, and find every block free or cached."""
-        while self.live or self.launched or self.transfers:
+        while self.live or self.launched or self.transfers or self.copies:
+            while self.copies:
+                self.end_copy(0, well=True)
             for sequence_id in list(self.transfers):
                 self.end_transfer(sequence_id, well=True, token=True)
             for sequence_id in list(self.exported):
                 for event in (HandleEvent.RECLAIM, HandleEvent.RELEASE, HandleEvent.FENCE):
                     if sequence_id in self.exported:
                         self.handle_event(sequence_id, event)
-            assert self.step() or self.transfers or not self.live, "no progress:\n" + "\n".join(
+            assert self.step() or self.transfers or self.copies or not self.live, "no progress:\n" + "\n".join(
                 self.scheduler.explain(i) for i in self.live
             )
         for sequence_id in list(self.exported):
             self.handle_event(sequence_id, HandleEvent.LOSE)
         counts = self.scheduler.counts()
-        assert (counts.handles_open, counts.sequences_importing) == (0, 0)
+        assert (counts.handles_open, counts.sequences_importing, counts.sequences_loading) == (0, 0, 0)
         assert (counts.blocks_active, counts.sequences_running, counts.sequences_waiting) == (0, 0, 0)
         assert counts.blocks_free + counts.blocks_cached == self.config.blocks
 
@@ -381,4 +427,5 @@ class World:
         assert counts.steps_in_flight == len(self.launched)
         assert counts.sequences_importing == len(self.transfers)
         assert counts.handles_open == len(self.exported)
+        assert counts.host.write_backs_in_flight + counts.host.loads_in_flight >= len(self.copies)
         self.check_exported()

@@ -16,7 +16,9 @@ TEXT = [(i * i * 31 + i * 7) % VOCABULARY for i in range(400)]  # prompts share 
 def configs() -> st.SearchStrategy[Config]:
     """Small pools, in which every bound is met."""
 
-    def build(slots: int, context: int, spare: int, budget: int, chunk: int, waiting: int, ahead: int) -> Config:
+    def build(
+        slots: int, context: int, spare: int, budget: int, chunk: int, waiting: int, ahead: int, host: int, late: int
+    ) -> Config:
         return Config(
             block_tokens=16,
             blocks=(context + 15) // 16 + spare,
@@ -28,6 +30,9 @@ def configs() -> st.SearchStrategy[Config]:
             steps_in_flight=ahead,
             overtakes_max=1,
             class_overtakes_max=2,
+            host_blocks=host,
+            write_backs_max=4,
+            copy_deadline_us=late,
             hash_key=KEY,
             model_identity=KEY,
         )
@@ -41,6 +46,8 @@ def configs() -> st.SearchStrategy[Config]:
         st.integers(1, 60),
         st.integers(1, 8),
         st.integers(1, 3),
+        st.sampled_from([0, 2, 40]),
+        st.sampled_from([3, 1_000_000]),
     )
 
 
@@ -101,6 +108,11 @@ class Random(RuleBasedStateMachine):
     @rule(which=st.integers(0, 100), event=st.sampled_from(list(HandleEvent)))
     def handle_event(self, which: int, event: HandleEvent) -> None:
         self.world.handle_event(sorted(self.world.exported)[which % len(self.world.exported)], event)
+
+    @precondition(lambda self: self.world.copies)
+    @rule(which=st.integers(0, 100), well=st.booleans())
+    def end_copy(self, which: int, well: bool) -> None:
+        self.world.end_copy(which % len(self.world.copies), well=well)
 
     @rule(late=st.booleans())
     def plan(self, late: bool) -> None:

@@ -92,6 +92,8 @@ class Why(enum.IntEnum):
     PREEMPTED = 18
     PREEMPTED_SELF = 19
     IMPORTS = 20
+    LOADS = 21
+    WAITS_LOADS = 22
 
 def words_of(why: Why) -> str:
     """A decision in words."""
@@ -167,7 +169,16 @@ class Config:
         prefill_share: float = 0.125,
         floor_wait_us: int = 10_000_000,
         eviction: str = "reuse",
+        host_blocks: int = 0,
+        write_backs_max: int = 64,
+        copy_deadline_us: int = 10_000_000,
     ) -> None: ...
+    @property
+    def host_blocks(self) -> int: ...
+    @property
+    def write_backs_max(self) -> int: ...
+    @property
+    def copy_deadline_us(self) -> int: ...
     @property
     def block_tokens(self) -> int: ...
     @property
@@ -279,6 +290,63 @@ class FloorCounts:
     def overrides(self) -> int:
         """Admissions past `floor_wait_us` that the floor would have kept back."""
 
+class Copies:
+    """Copies of blocks between device and host memory that are to be made, each independent of the others.
+
+    int32 and uint64 arrays, of one length for the `store_` ones (device -> host) and for the `load_` ones.
+    """
+
+    @property
+    def store_ids(self) -> NDArray[np.uint64]: ...
+    @property
+    def store_blocks(self) -> NDArray[np.int32]: ...
+    @property
+    def store_slots(self) -> NDArray[np.int32]: ...
+    @property
+    def load_ids(self) -> NDArray[np.uint64]: ...
+    @property
+    def load_slots(self) -> NDArray[np.int32]: ...
+    @property
+    def load_blocks(self) -> NDArray[np.int32]: ...
+
+class LateCopy:
+    """A copy that did not end before its deadline: what it holds stays held until it ends."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def load(self) -> bool: ...
+    @property
+    def block(self) -> int: ...
+    @property
+    def slot(self) -> int: ...
+
+class HostCounts:
+    """The host tier, a snapshot; `blocks` of 0: there is none."""
+
+    @property
+    def blocks(self) -> int: ...
+    @property
+    def blocks_used(self) -> int: ...
+    @property
+    def write_backs_in_flight(self) -> int: ...
+    @property
+    def loads_in_flight(self) -> int: ...
+    @property
+    def copies_late(self) -> int: ...
+    @property
+    def blocks_stored(self) -> int: ...
+    @property
+    def blocks_loaded(self) -> int: ...
+    @property
+    def loads(self) -> int: ...
+    @property
+    def tokens_loaded(self) -> int: ...
+    @property
+    def copies_failed(self) -> int: ...
+    @property
+    def copies_expired(self) -> int: ...
+
 class Counts:
     """A snapshot; blocks_free + blocks_cached + blocks_active is the pool."""
 
@@ -299,6 +367,8 @@ class Counts:
     @property
     def handles_open(self) -> int: ...
     @property
+    def sequences_loading(self) -> int: ...
+    @property
     def preemptions(self) -> int: ...
     @property
     def aborts(self) -> int: ...
@@ -312,6 +382,8 @@ class Counts:
     def hashed_blocks(self) -> int: ...
     @property
     def floor(self) -> FloorCounts: ...
+    @property
+    def host(self) -> HostCounts: ...
 
 class ReuseRow:
     """One kind of block as the reuse model sees it; counts are of a sample, and decayed."""
@@ -417,6 +489,21 @@ class Scheduler:
 
     def token_ids(self, sequence_id: int) -> NDArray[np.uint32] | None:
         """Prompt and output known so far (a copy); None when the sequence is not live."""
+
+    def take_copies(self) -> Copies | None:
+        """What is to be copied since the last call, after each `plan`; None when there is nothing."""
+
+    def copied(self, ids: Sequence[int]) -> int:
+        """These copies have ended well: nobody reads or writes for them. How many of them were in flight."""
+
+    def copy_failed(self, ids: Sequence[int]) -> int:
+        """The same for copies that ended in vain; what they wrote is never read."""
+
+    def copy_deadline_us(self) -> int | None:
+        """When the first copy in flight will be late, which the next `plan` then finds; None without one."""
+
+    def take_late_copies(self) -> list[LateCopy]:
+        """Copies that were found late since the last call."""
 
     def take_cache_events(self) -> list[tuple[str, bytes]]:
         """("sealed" | "evicted", block_hash) since the last call, in order.

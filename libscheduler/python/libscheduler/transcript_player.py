@@ -33,6 +33,7 @@ class Player:
         self.now_us = 0
         self.known: dict[int, NDArray[np.uint32]] = {}  # tokens of each sequence, ended ones too
         self.salts: dict[int, bytes] = {}
+        self.copies: list[int] = []  # their ids; a transcript counts them from 1 on
 
     def answer(self, command: Command) -> list[str]:
         """Run one command. Raises TranscriptError for what it cannot mean, AssertionError when the books break."""
@@ -47,6 +48,7 @@ class Player:
         while self.launched:
             plan = self.launched.popleft()
             self.scheduler.commit(plan.step, np.zeros(int(np.count_nonzero(plan.samples)), np.uint32), self.now_us)
+        self.scheduler.copy_failed(self.copies)
         self.scheduler.check()
         counts = self.scheduler.counts()
         left = (counts.blocks_active, counts.sequences_running, counts.sequences_waiting, counts.steps_in_flight)
@@ -86,7 +88,7 @@ class Player:
         self.now_us += 1
         plan = self.scheduler.plan(self.now_us)
         if plan is None:
-            return ["nothing"]
+            return ["nothing", *self._issued()]
         self.launched.append(plan)
         taken = zip(plan.admitted_slots, plan.admitted_cached, strict=True)
         admitted = {
@@ -96,7 +98,7 @@ class Player:
         return [
             f"step {plan.step}: {_row(plan, i)}{admitted.pop(int(sequence_id), '')}"
             for i, sequence_id in enumerate(plan.sequence_ids)
-        ]
+        ] + self._issued()
 
     def _commit(self, command: Command) -> list[str]:
         tokens = np.array([command.number(token, "TOKEN") for token in command.words], np.uint32)
@@ -112,6 +114,43 @@ class Player:
         for sequence_id, token in zip(outcome.sequence_ids.tolist(), outcome.token_ids, strict=True):
             self.known[sequence_id] = np.append(self.known[sequence_id], token)
         return [_output(outcome, i) for i in range(len(outcome.sequence_ids))] or ["no tokens"]
+
+    def _issued(self) -> list[str]:
+        """What is to be copied from now on, and what is late."""
+        lines = []
+        if (copies := self.scheduler.take_copies()) is not None:
+            for copy_id, block, slot in zip(copies.store_ids, copies.store_blocks, copies.store_slots, strict=True):
+                self.copies.append(int(copy_id))
+                lines.append(f"copy {len(self.copies)}: block {block} to host slot {slot}")
+            for copy_id, slot, block in zip(copies.load_ids, copies.load_slots, copies.load_blocks, strict=True):
+                self.copies.append(int(copy_id))
+                lines.append(f"copy {len(self.copies)}: host slot {slot} to block {block}")
+        for late in self.scheduler.take_late_copies():
+            lines.append(f"copy {self.copies.index(late.id) + 1} is late")
+        return lines
+
+    def _copies_of(self, command: Command) -> list[int]:
+        numbers = [command.number(word, "COPY") for word in command.words]
+        for number in numbers:
+            if not 1 <= number <= len(self.copies):
+                raise command.error(f"COPY is {number}, expected 1 to {len(self.copies)}")
+        return [self.copies[number - 1] for number in numbers]
+
+    def _copied(self, command: Command) -> list[str]:
+        ids = self._copies_of(command)
+        return [f"{self.scheduler.copied(ids)} of {len(ids)} were in flight"]
+
+    def _copy_failed(self, command: Command) -> list[str]:
+        ids = self._copies_of(command)
+        return [f"{self.scheduler.copy_failed(ids)} of {len(ids)} were in flight"]
+
+    def _host(self, _: Command) -> list[str]:
+        h = self.scheduler.counts().host
+        return [
+            f"slots {h.blocks_used} of {h.blocks} used; in flight {h.write_backs_in_flight} write-backs "
+            f"{h.loads_in_flight} loads, {h.copies_late} late; stored {h.blocks_stored} loaded {h.blocks_loaded} "
+            f"failed {h.copies_failed} expired {h.copies_expired}"
+        ]
 
     def _run(self, command: Command) -> list[str]:
         steps, token = command.number(command.words[0], "STEPS"), command.words[1]

@@ -25,6 +25,8 @@ inline constexpr BlockId no_block = -1;
 namespace block {
 
 enum class Kind : std::uint8_t { free, writable, in_flight, quarantined, sealed, cached };
+/// Whether one of a block's pins is a write-back's; `for_long`: one past its deadline.
+enum class Borrowed : std::uint8_t { no, yes, for_long };
 
 /// Who may make a handle from a number, or turn one back: the transitions and the pool.
 struct Access;
@@ -65,13 +67,14 @@ struct Writable : Handle {
   static constexpr std::string_view name = "Writable";
   static constexpr Kind kind = Kind::writable;
 };
-/// Owned by one sequence; at least one launched step writes it.
+/// Owned by one sequence; at least one launched step writes it, or a transfer, or a load from host memory.
 struct InFlight : Handle {
   using Handle::Handle;
   static constexpr std::string_view name = "InFlight";
   static constexpr Kind kind = Kind::in_flight;
 };
-/// Its sequence is over, but a launched step may still write it: nobody gets it until the last one is committed.
+/// Its sequence is over, but a launched step, a transfer or a load may still write it: nobody gets it until that has
+/// ended.
 struct Quarantined : Handle {
   using Handle::Handle;
   static constexpr std::string_view name = "Quarantined";
@@ -112,7 +115,8 @@ struct Record {
   bool nameless = false;        // sealed without a hash: a prompt's partial last block, for a peer to read
   bool covered = false;         // [evictor] it is cached and has children: they are evicted first
   std::uint8_t uses = 0;        // [evictor] readers that found it, beyond the sequence that computed it
-  std::uint8_t reuse_kind = 0;  // [evictor] of a cached block
+  std::uint8_t reuse_kind = 0;  // [evictor] of a cached block, or of one that only a write-back pins
+  Borrowed borrowed = Borrowed::no;
 };
 static_assert(sizeof(Record) == 56);
 using Records = std::vector<Record>;

@@ -116,6 +116,8 @@ class BlockChain {
 
   /// A step that writes tokens [start, start + length) was planned, or a transfer that may write none.
   void launch(block::Records& records, int start, int length, int block_tokens) noexcept;
+  /// Nobody writes the blocks that were launched, and what they hold is worth nothing: they are to be written anew.
+  void unlaunch(block::Records& records) noexcept;
   /// That step was committed: its full blocks become Sealed.
   template <ContentSource Source>
   void land(BlockPool& pool, int start, int length, int block_tokens, Source& source) noexcept;
@@ -149,6 +151,11 @@ class Remains {
 
   /// A launched step that wrote tokens [start, start + length) was committed.
   void land(BlockPool& pool, int start, int length, int block_tokens) noexcept;
+  /// The first quarantined block, for whoever knows that something may still write it.
+  [[nodiscard]] QuarantinedBlock hand_on() noexcept {
+    ++first_;
+    return quarantined_.pop_front();
+  }
   /// The last one was: full blocks stay as cache, the end of the chain being the first to be evicted.
   void release(BlockPool& pool) && noexcept;
   [[nodiscard]] const Lane<SealedPin>& pins() const noexcept { return pins_; }

@@ -60,7 +60,21 @@ class Evictor {
   /// It does no more. `parent_hash`: what its parent had, which may be gone.
   void forgotten(BlockId id, const Hash128& parent_hash, block::Records& records) noexcept;
   /// Its last reader left; it was block number `index` of that sequence.
-  void cached(BlockId id, std::size_t index, block::Records& records) noexcept;
+  void cached(BlockId id, std::size_t index, block::Records& records) noexcept {
+    left(id, index, records);
+    restored(id, records);
+  }
+  // The same in two steps, when a write-back still pins the block. Its last reader left ...
+  void left(BlockId id, std::size_t index, block::Records& records) noexcept;
+  /// ... somebody found it again before the write-back ended ...
+  void found(const block::Record& record) noexcept {
+    if (policy_ == Eviction::reuse && ghosts_.sampled(record.hash))
+      model_.reused(record.reuse_kind, now_us_ - record.used_us);
+  }
+  /// ... or the write-back ended: it stands where it would stand without.
+  void restored(BlockId id, block::Records& records) noexcept;
+  /// A write-back begins to read a cached block.
+  void lifted(BlockId id, block::Records& records) noexcept;
   /// A cached block has a reader again.
   void taken(BlockId id, block::Records& records) noexcept;
   /// A block has one more reader.
@@ -110,7 +124,7 @@ inline void Evictor::taken(BlockId id, block::Records& records) noexcept {
   list_of(record).unlink(id, records);
   if (policy_ == Eviction::lru) return;
   record.covered = false;
-  if (ghosts_.sampled(record.hash)) model_.reused(record.reuse_kind, now_us_ - record.used_us);
+  found(record);
 }
 
 }  // namespace tokenrelay::scheduler

@@ -108,7 +108,7 @@ class RankedList {
 using Links = std::vector<RankedList::Link>;
 using Ranks = std::vector<Rank>;
 
-/// Sequences that run in one phase, in the order of rank.
+/// Sequences that are resident in one phase, in the order of rank.
 template <class Phase>
 class RunningList {
  public:
@@ -141,6 +141,7 @@ class RunningList {
 };
 using PrefillList = RunningList<struct PrefillPhase>;
 using DecodeList = RunningList<struct DecodePhase>;
+using LoadList = RunningList<struct LoadPhase>;
 
 /// Sequences whose next blocks somebody computes at this moment: each waits for one block, in a list of that block.
 class HoldBoard {

@@ -15,6 +15,7 @@
 
 #include "tokenrelay/scheduler/block.hpp"
 #include "tokenrelay/scheduler/evictor.hpp"
+#include "tokenrelay/scheduler/host_pool.hpp"
 #include "tokenrelay/scheduler/lineage.hpp"
 #include "tokenrelay/scheduler/prefix_index.hpp"
 
@@ -64,6 +65,20 @@ class BlockPool {
   [[nodiscard]] SealedPin pin(BlockId id) noexcept;
   /// `index`: which block of its reader's sequence it was.
   void unpin(SealedPin&& pin, std::size_t index = 0) noexcept;
+  // Write-backs to host memory (host_tier.hpp).
+  /// From here on sealed blocks are noted for `next_unwritten`, and evicted ones are touched in `host`.
+  void mirror(HostPool& host);
+  /// A block that was sealed, in that order, and that nobody copies; no_block when there is none. Who does not ask in
+  /// time misses the oldest.
+  [[nodiscard]] BlockId next_unwritten() noexcept;
+  /// A pin that is no reader's: it changes nothing in the order of eviction, and the block's kind stays.
+  [[nodiscard]] SealedPin borrow(BlockId id) noexcept;
+  void give_back(SealedPin&& pin) noexcept;
+  /// That pin may stay for long: nobody waits for it any more.
+  void lent_for_long(const SealedPin& pin) noexcept;
+  /// Blocks that only a write-back pins, and not for long: they will be available again.
+  [[nodiscard]] int borrowed() const noexcept { return borrowed_; }
+
   /// A sequence gives its pins back, from the last one to the first.
   void releasing(const Usage& usage) noexcept { evictor_.releasing(usage); }
   /// What happens from here on happens at this time.
@@ -103,6 +118,7 @@ class BlockPool {
   void forget(block::Record& record, BlockId id) noexcept;
   void fire(block::Record& record, BlockId id) noexcept;
   void emit(CacheEvent::Kind kind, const Hash128& hash) noexcept;
+  void unwritten(BlockId id) noexcept;
   std::optional<std::string> check_free() const;
   block::Record& at(BlockId id) noexcept { return records_[static_cast<std::size_t>(id)]; }
   const block::Record& at(BlockId id) const noexcept { return records_[static_cast<std::size_t>(id)]; }
@@ -119,6 +135,11 @@ class BlockPool {
   std::size_t events_first_ = 0;
   std::size_t events_size_ = 0;
   bool events_lost_ = false;
+  HostPool* host_ = nullptr;
+  std::vector<BlockId> unwritten_;  // a ring: sealed blocks, room for every block
+  std::size_t unwritten_first_ = 0;
+  std::size_t unwritten_size_ = 0;
+  int borrowed_ = 0;
 };
 
 }  // namespace tokenrelay::scheduler

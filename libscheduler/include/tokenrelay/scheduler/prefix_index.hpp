@@ -13,8 +13,9 @@ class PrefixIndex {
  public:
   explicit PrefixIndex(std::size_t blocks) : cells_(blocks + blocks / 2 + 2) {}
 
-  /// The block with this hash, or no_block. O(1).
-  [[nodiscard]] BlockId find(const Hash128& hash, const block::Records& records) const noexcept {
+  /// The block with this hash, or no_block. O(1). `records`: of blocks, or of host slots; each has a hash.
+  template <class Records>
+  [[nodiscard]] BlockId find(const Hash128& hash, const Records& records) const noexcept {
     for (std::size_t at = home(hash); cells_[at].id != no_block; at = after(at)) {
       if (cells_[at].tag == tag(hash) && records[static_cast<std::size_t>(cells_[at].id)].hash == hash) {
         return cells_[at].id;
@@ -31,7 +32,8 @@ class PrefixIndex {
   }
 
   /// Removes the entry of `id`, whose record still has its hash. Later entries move up, so there are no tombstones.
-  void erase(const Hash128& hash, BlockId id, const block::Records& records) noexcept {
+  template <class Records>
+  void erase(const Hash128& hash, BlockId id, const Records& records) noexcept {
     std::size_t at = home(hash);
     while (cells_[at].id != id) {
       TR_ASSERT(cells_[at].id != no_block, "the prefix index lost a block");

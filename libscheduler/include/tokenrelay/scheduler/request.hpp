@@ -1,10 +1,12 @@
 // The request FSM: what a sequence is doing, as move-only states that hold what it owns.
 //
 //     Waiting <-> Held        Waiting -> Prefilling -> Decoding -> Finishing -> Ended
+//     Waiting <-> Loading -> Prefilling
 //        ^---- Preempting <------/------------/  \-> Aborting -> Ended
 //
 // A sequence whose KV comes from a peer goes Waiting -> Importing -> Decoding: a transfer in flight holds it as a
-// launched step would.
+// launched step would. One whose prefix is in host memory goes Waiting -> Loading -> Prefilling; when it gives up
+// before its loads have ended, the blocks that they write stay with them (copy.hpp).
 //
 // A launched step holds its sequences: Preempting, Finishing and Aborting are sequences that are over but for steps in
 // flight. What they keep is given back by `Settle`, after the commit of the last launched step that holds them.
@@ -18,6 +20,7 @@
 #include "tokenrelay/scheduler/fsm.hpp"
 #include "tokenrelay/scheduler/handle.hpp"
 #include "tokenrelay/scheduler/hashed_tokens.hpp"
+#include "tokenrelay/scheduler/host_tier.hpp"
 #include "tokenrelay/scheduler/places.hpp"
 #include "tokenrelay/scheduler/pool.hpp"
 #include "tokenrelay/scheduler/waiting.hpp"
@@ -57,6 +60,8 @@ struct Resources {
   HoldBoard& holds;
   PrefillList& prefilling;
   DecodeList& decoding;
+  LoadList& loading;
+  HostTier& tier;
   int block_tokens;
 };
 
@@ -117,6 +122,12 @@ struct Importing {  // resident; a transfer may write the blocks of its prompt
   static constexpr std::string_view name = "Importing";
   SequenceIndex index;
   Residence home;
+};
+struct Loading {  // resident; loads from host memory may write blocks of its prefix
+  static constexpr std::string_view name = "Loading";
+  LoadList::Token place;
+  Residence home;
+  copy::Batch batch;  // for each block that is in flight in `home.chain`, in their order
 };
 struct Finishing {  // ended by a stop or by its length; what launched steps sample is discarded
   static constexpr std::string_view name = "Finishing";
@@ -200,6 +211,26 @@ struct Renounce {  // the transfer has ended, and what it wrote is worth nothing
   Resources& resources;
   int start;
   int length;
+};
+struct Load {  // a slot and blocks for its whole prompt are there, and loads will write those after its cached ones
+  static constexpr std::string_view name = "Load";
+  Resources& resources;
+  Residence home;
+  copy::Batch batch;
+};
+struct Arrive {  // the next block of its prefix was loaded
+  static constexpr std::string_view name = "Arrive";
+  Resources& resources;
+  HashedTokens& text;
+  int start;
+};
+struct Loaded {  // all its loads have ended; what did not arrive, it computes
+  static constexpr std::string_view name = "Loaded";
+  Resources& resources;
+};
+struct Expire {  // one of its loads is past its deadline
+  static constexpr std::string_view name = "Expire";
+  Resources& resources;
 };
 struct HandOver {  // it sampled its first token, and a peer goes on from its KV
   static constexpr std::string_view name = "HandOver";
@@ -329,6 +360,47 @@ inline Waiting on(Importing&& state, Renounce&& event) noexcept {
 }
 inline Aborting on(Importing&& state, Abort&& event) noexcept {
   return {Estate::of(std::move(state.home), event.resources.pool)};
+}
+/// Its blocks go: those that loads may still write stay with these until they have ended.
+inline void give_up(Residence&& home, copy::Batch&& batch, Resources& r) noexcept {
+  TR_ASSERT(home.flights.count() == 0, "a launched step holds a sequence that loads its prefix");
+  Remains remains = std::move(home.chain).abandon(r.pool);
+  while (!batch.empty()) r.tier.orphan(batch.pop_front(), remains.hand_on());
+  std::move(remains).release(r.pool);
+  r.slots.give_back(std::move(home.slot));
+}
+inline Loading on(Waiting&& state, Load&& event) noexcept {
+  Resources& r = event.resources;
+  return {r.loading.enter(r.waiting.leave(std::move(state.place))), std::move(event.home), std::move(event.batch)};
+}
+inline Loading on(Loading&& state, Arrive&& event) noexcept {
+  Resources& r = event.resources;
+  r.tier.collect(state.batch.pop_front());
+  state.home.chain.land(r.pool, event.start, r.block_tokens, r.block_tokens, event.text);
+  return std::move(state);
+}
+inline Prefilling on(Loading&& state, Loaded&& event) noexcept {
+  Resources& r = event.resources;
+  while (!state.batch.empty()) r.tier.collect(state.batch.pop_front());
+  state.home.chain.unlaunch(r.pool.records());
+  return {r.prefilling.enter(r.loading.leave(std::move(state.place))), std::move(state.home)};
+}
+inline Waiting on(Loading&& state, Expire&& event) noexcept {
+  Resources& r = event.resources;
+  const SequenceIndex index = r.loading.leave(std::move(state.place));
+  give_up(std::move(state.home), std::move(state.batch), r);
+  return {r.waiting.reenter(index)};
+}
+inline Waiting on(Loading&& state, Preempt&& event) noexcept {
+  Resources& r = event.resources;
+  const SequenceIndex index = r.loading.leave(std::move(state.place));
+  give_up(std::move(state.home), std::move(state.batch), r);
+  return {r.waiting.reenter(index)};
+}
+inline Ended on(Loading&& state, Abort&& event) noexcept {
+  event.resources.loading.leave(std::move(state.place));
+  give_up(std::move(state.home), std::move(state.batch), event.resources);
+  return {};
 }
 inline Finishing hand_over(Residence&& home, HandOver& event) noexcept {
   BlockPool& pool = event.resources.pool;

@@ -24,6 +24,8 @@ inline constexpr std::string_view aborted = "it was aborted already";
 inline constexpr std::string_view not_imported = "no transfer writes its blocks";
 inline constexpr std::string_view imports = "its KV is not there yet; no step reads it";
 inline constexpr std::string_view transfer = "a transfer may write its blocks";
+inline constexpr std::string_view not_loading = "it loads nothing from host memory";
+inline constexpr std::string_view loads = "its prefix is being loaded from host memory; no step reads it";
 inline constexpr std::string_view preempted = "it was preempted already";
 }  // namespace why
 
@@ -40,6 +42,10 @@ inline constexpr std::array table{
     fsm::to<Waiting, Import, Importing>(),
     fsm::reject<Waiting, Imported>(why::not_imported),
     fsm::reject<Waiting, Renounce>(why::not_imported),
+    fsm::to<Waiting, Load, Loading>(),
+    fsm::reject<Waiting, Arrive>(why::not_loading),
+    fsm::reject<Waiting, Loaded>(why::not_loading),
+    fsm::reject<Waiting, Expire>(why::not_loading),
     fsm::reject<Waiting, HandOver>(why::not_sampled),
     fsm::reject<Waiting, Settle>(why::not_resident),
 
@@ -55,6 +61,10 @@ inline constexpr std::array table{
     fsm::reject<Held, Import>(why::held),
     fsm::reject<Held, Imported>(why::not_imported),
     fsm::reject<Held, Renounce>(why::not_imported),
+    fsm::reject<Held, Load>(why::held),
+    fsm::reject<Held, Arrive>(why::not_loading),
+    fsm::reject<Held, Loaded>(why::not_loading),
+    fsm::reject<Held, Expire>(why::not_loading),
     fsm::reject<Held, HandOver>(why::not_sampled),
     fsm::reject<Held, Settle>(why::not_resident),
 
@@ -70,6 +80,10 @@ inline constexpr std::array table{
     fsm::reject<Prefilling, Import>(why::resident),
     fsm::reject<Prefilling, Imported>(why::not_imported),
     fsm::reject<Prefilling, Renounce>(why::not_imported),
+    fsm::reject<Prefilling, Load>(why::resident),
+    fsm::reject<Prefilling, Arrive>(why::not_loading),
+    fsm::reject<Prefilling, Loaded>(why::not_loading),
+    fsm::reject<Prefilling, Expire>(why::not_loading),
     fsm::reject<Prefilling, HandOver>(why::not_sampled),
     fsm::reject<Prefilling, Settle>(why::keeps),
 
@@ -85,6 +99,10 @@ inline constexpr std::array table{
     fsm::reject<Decoding, Import>(why::resident),
     fsm::reject<Decoding, Imported>(why::not_imported),
     fsm::reject<Decoding, Renounce>(why::not_imported),
+    fsm::reject<Decoding, Load>(why::resident),
+    fsm::reject<Decoding, Arrive>(why::not_loading),
+    fsm::reject<Decoding, Loaded>(why::not_loading),
+    fsm::reject<Decoding, Expire>(why::not_loading),
     fsm::to<Decoding, HandOver, Finishing>(),
     fsm::reject<Decoding, Settle>(why::keeps),
 
@@ -100,6 +118,10 @@ inline constexpr std::array table{
     fsm::reject<Preempting, Import>(why::resident),
     fsm::reject<Preempting, Imported>(why::not_imported),
     fsm::reject<Preempting, Renounce>(why::not_imported),
+    fsm::reject<Preempting, Load>(why::resident),
+    fsm::reject<Preempting, Arrive>(why::not_loading),
+    fsm::reject<Preempting, Loaded>(why::not_loading),
+    fsm::reject<Preempting, Expire>(why::not_loading),
     fsm::to<Preempting, HandOver, Finishing>(),
     fsm::to<Preempting, Settle, Waiting>(),
 
@@ -115,8 +137,31 @@ inline constexpr std::array table{
     fsm::reject<Importing, Import>(why::resident),
     fsm::to<Importing, Imported, Decoding>(),
     fsm::to<Importing, Renounce, Waiting>(),
+    fsm::reject<Importing, Load>(why::resident),
+    fsm::reject<Importing, Arrive>(why::not_loading),
+    fsm::reject<Importing, Loaded>(why::not_loading),
+    fsm::reject<Importing, Expire>(why::not_loading),
     fsm::reject<Importing, HandOver>(why::imports),
     fsm::reject<Importing, Settle>(why::transfer),
+
+    fsm::reject<Loading, Admit>(why::resident),
+    fsm::reject<Loading, Hold>(why::resident),
+    fsm::reject<Loading, Wake>(why::not_held),
+    fsm::reject<Loading, Launch>(why::loads),
+    fsm::reject<Loading, LaunchFinal>(why::loads),
+    fsm::reject<Loading, Land>(why::loads),
+    fsm::reject<Loading, Finish>(why::not_sampled),
+    fsm::to<Loading, Preempt, Waiting>(),
+    fsm::to<Loading, Abort, Ended>(),
+    fsm::reject<Loading, Import>(why::resident),
+    fsm::reject<Loading, Imported>(why::not_imported),
+    fsm::reject<Loading, Renounce>(why::not_imported),
+    fsm::reject<Loading, Load>(why::resident),
+    fsm::to<Loading, Arrive, Loading>(),
+    fsm::to<Loading, Loaded, Prefilling>(),
+    fsm::to<Loading, Expire, Waiting>(),
+    fsm::reject<Loading, HandOver>(why::loads),
+    fsm::reject<Loading, Settle>(why::keeps),
 
     fsm::reject<Finishing, Admit>(why::over),
     fsm::reject<Finishing, Hold>(why::over),
@@ -130,6 +175,10 @@ inline constexpr std::array table{
     fsm::reject<Finishing, Import>(why::over),
     fsm::reject<Finishing, Imported>(why::over),
     fsm::reject<Finishing, Renounce>(why::over),
+    fsm::reject<Finishing, Load>(why::over),
+    fsm::reject<Finishing, Arrive>(why::over),
+    fsm::reject<Finishing, Loaded>(why::over),
+    fsm::reject<Finishing, Expire>(why::over),
     fsm::reject<Finishing, HandOver>(why::over),
     fsm::to<Finishing, Settle, Ended>(),
 
@@ -145,6 +194,10 @@ inline constexpr std::array table{
     fsm::reject<Aborting, Import>(why::aborted),
     fsm::reject<Aborting, Imported>(why::aborted),
     fsm::reject<Aborting, Renounce>(why::aborted),
+    fsm::reject<Aborting, Load>(why::aborted),
+    fsm::reject<Aborting, Arrive>(why::aborted),
+    fsm::reject<Aborting, Loaded>(why::aborted),
+    fsm::reject<Aborting, Expire>(why::aborted),
     fsm::reject<Aborting, HandOver>(why::aborted),
     fsm::to<Aborting, Settle, Ended>(),
 
@@ -160,6 +213,10 @@ inline constexpr std::array table{
     fsm::reject<Ended, Import>(why::over),
     fsm::reject<Ended, Imported>(why::over),
     fsm::reject<Ended, Renounce>(why::over),
+    fsm::reject<Ended, Load>(why::over),
+    fsm::reject<Ended, Arrive>(why::over),
+    fsm::reject<Ended, Loaded>(why::over),
+    fsm::reject<Ended, Expire>(why::over),
     fsm::reject<Ended, HandOver>(why::over),
     fsm::reject<Ended, Settle>(why::over),
 };
@@ -171,10 +228,11 @@ struct RequestFsm {
   static constexpr std::string_view initial = "Waiting";
   using States =
       fsm::Types<request::Waiting, request::Held, request::Prefilling, request::Decoding, request::Preempting,
-                 request::Importing, request::Finishing, request::Aborting, request::Ended>;
+                 request::Importing, request::Loading, request::Finishing, request::Aborting, request::Ended>;
   using Events = fsm::Types<request::Admit, request::Hold, request::Wake, request::Launch, request::LaunchFinal,
                             request::Land, request::Finish, request::Preempt, request::Abort, request::Import,
-                            request::Imported, request::Renounce, request::HandOver, request::Settle>;
+                            request::Imported, request::Renounce, request::Load, request::Arrive, request::Loaded,
+                            request::Expire, request::HandOver, request::Settle>;
   static constexpr std::span<const fsm::Row> table{request::table};
 };
 static_assert(fsm::verified<RequestFsm>());

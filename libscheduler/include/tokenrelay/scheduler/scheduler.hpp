@@ -20,6 +20,7 @@
 #include "tokenrelay/scheduler/explain.hpp"
 #include "tokenrelay/scheduler/exports.hpp"
 #include "tokenrelay/scheduler/floor.hpp"
+#include "tokenrelay/scheduler/host_tier.hpp"
 #include "tokenrelay/scheduler/id_map.hpp"
 #include "tokenrelay/scheduler/request_table.hpp"
 #include "tokenrelay/scheduler/turns.hpp"
@@ -76,6 +77,18 @@ class Scheduler {
   /// it). One that was aborted gives its blocks back.
   ImportAnswer import_stopped(std::uint64_t sequence_id, std::optional<TokenId> token) noexcept;
 
+  // The host tier (host_tier.hpp); nothing of it happens when `host_blocks` is 0.
+  /// What is to be copied since the last call; after each `plan`, also one that planned nothing.
+  void take_copies(Copies& out) noexcept { tier_.take(out); }
+  /// These copies have ended, well or in vain: nobody reads or writes for them any more. How many of the ids are of
+  /// copies in flight.
+  std::size_t copied(std::span<const std::uint64_t> ids) noexcept;
+  std::size_t copy_failed(std::span<const std::uint64_t> ids) noexcept;
+  /// When the first copy in flight will be late, which the next `plan` then finds; nothing when there is none.
+  [[nodiscard]] std::optional<std::int64_t> copy_deadline_us() const noexcept { return tier_.deadline_us(); }
+  /// Copies that were found late since the last call.
+  [[nodiscard]] std::vector<LateCopy> take_late_copies() { return tier_.take_late(); }
+
   // Views.
   [[nodiscard]] const Config& config() const noexcept { return config_; }
   /// int32 [slots, table_width], written in place; rows of launched steps keep what those steps use.
@@ -129,7 +142,10 @@ class Scheduler {
     bool emitted = false;
     Handover handover = Handover::none;
     bool importing = false;          // a transfer may write its blocks
-    bool arrived = false;            // it was imported, and had no row since
+    bool arrived = false;            // it was imported or loaded, and had no row since
+    bool loads = true;               // what host memory has of its prompt; false: such a load came too late
+    bool charged = false;            // its tenant, for its prompt
+    std::int32_t loading = 0;        // loads of it that have not ended
     Origin origin = Origin::prompt;  // what its blocks are when it leaves them
   };
   struct Row {
@@ -179,6 +195,7 @@ class Scheduler {
   [[nodiscard]] Hash128 root_of(std::span<const std::uint8_t> salt) const;
 
   // plan.cpp
+  bool plan_step(std::int64_t now_us, Plan& out) noexcept;
   void plan_rows(std::int64_t now_us, Plan& out, Flight& flight) noexcept;
   [[nodiscard]] std::int64_t step_begins(std::int64_t now_us) const noexcept;
   void launched(std::int64_t now_us, Plan& out, Flight& flight) noexcept;
@@ -208,9 +225,24 @@ class Scheduler {
   /// Room for running ones to grow, against thrashing. When nothing runs there is none: a whole pool must be had by
   /// one.
   [[nodiscard]] int blocks_reserved() const noexcept {
-    const int running = prefilling_.size() + decoding_.size();
+    const int running = prefilling_.size() + decoding_.size() + loading_.size();
     return running == 0 ? 0 : std::max(1, running / 4);
   }
+
+  void first_admitted(Sequence& sequence) noexcept;
+  void charge(SequenceIndex index, int tokens) noexcept;
+  [[nodiscard]] std::size_t launched_max() const noexcept;
+
+  // tier.cpp
+  [[nodiscard]] int loadable(Sequence& sequence, const Match& match) const noexcept;
+  void reside_load(SequenceIndex index, const Match& match, int blocks, int loads, std::int64_t now_us) noexcept;
+  bool copy_ended(std::uint64_t id, bool well) noexcept;
+  void load_ended(SequenceIndex index) noexcept;
+  template <class Event>
+  void unload(SequenceIndex index, Event&& event) noexcept;
+  void preempt_load(SequenceIndex index) noexcept;
+  void expire_copies(std::int64_t now_us) noexcept;
+  [[nodiscard]] std::optional<std::string> check_batch(SequenceIndex index, const request::Loading& state) const;
 
   // explain.cpp
   void explain_queue(SequenceIndex index, Explanation& out) const;
@@ -250,6 +282,8 @@ class Scheduler {
   HoldBoard holds_;
   PrefillList prefilling_;
   DecodeList decoding_;
+  LoadList loading_;
+  HostTier tier_;
   Resources resources_;
 
   std::vector<Sequence> sequences_;       // never grows: waiting_max + slots
@@ -263,6 +297,8 @@ class Scheduler {
   Exports exports_;
   std::vector<Reserved> reserved_;  // room for every slot
   int importing_ = 0;               // sequences whose blocks a transfer may write
+  std::uint64_t tier_prompts_ = 0;  // that waited for loads from host memory
+  std::uint64_t tier_tokens_ = 0;   // that were loaded for them
 
   std::vector<Flight> flights_;  // a ring of steps_in_flight
   std::size_t flights_first_ = 0;

@@ -38,6 +38,9 @@ struct Config {
   // A request that waited longer is admitted though the floor breaks; 0: never.
   std::int64_t floor_wait_us = 10'000'000;
   Eviction eviction = Eviction::reuse;
+  int host_blocks = 0;                         // blocks that host memory has room for (host_tier.hpp); 0: no such tier
+  int write_backs_max = 64;                    // in flight; and an eighth of `blocks` at most, or 4
+  std::int64_t copy_deadline_us = 10'000'000;  // of a copy between device and host memory; then it is reported
   std::array<std::uint8_t, 16> hash_key{};
   std::array<std::uint8_t, 16> model_identity{};
 
@@ -131,6 +134,29 @@ struct Plan {
   void clear() noexcept;
 };
 
+/// Copies of blocks between device and host memory that are to be made, each independent of the others and of steps.
+/// Whoever makes them answers each id once, when it no longer reads or writes for it (`copied`, `copy_failed`).
+struct Copies {
+  std::vector<std::uint64_t> store_ids;  // device -> host
+  std::vector<std::int32_t> store_blocks;
+  std::vector<std::int32_t> store_slots;
+  std::vector<std::uint64_t> load_ids;  // host -> device; a sequence waits for it
+  std::vector<std::int32_t> load_slots;
+  std::vector<std::int32_t> load_blocks;
+
+  [[nodiscard]] bool empty() const noexcept { return store_ids.empty() && load_ids.empty(); }
+  void reserve(std::size_t copies_max);
+  void clear() noexcept;
+};
+
+/// A copy that did not end before its deadline: what it holds stays held until it ends.
+struct LateCopy {
+  std::uint64_t id;
+  bool load;  // else a write-back
+  std::int32_t block;
+  std::int32_t slot;
+};
+
 /// The new tokens of one committed step, a row for each sequence that goes on or ends with it.
 struct Outcome {
   std::vector<std::uint64_t> sequence_ids;
@@ -154,6 +180,21 @@ struct FloorCounts {
   std::uint64_t overrides = 0;    // admissions past `floor_wait_us` that the floor would have kept back
 };
 
+/// The host tier; `blocks` of 0: there is none.
+struct HostCounts {
+  int blocks = 0;
+  int blocks_used = 0;
+  int write_backs_in_flight = 0;
+  int loads_in_flight = 0;
+  int copies_late = 0;              // of those in flight
+  std::uint64_t blocks_stored = 0;  // written back
+  std::uint64_t blocks_loaded = 0;
+  std::uint64_t loads = 0;          // prompts that waited for one
+  std::uint64_t tokens_loaded = 0;  // that those did not have to compute
+  std::uint64_t copies_failed = 0;
+  std::uint64_t copies_expired = 0;
+};
+
 struct Counts {
   int blocks_free = 0;
   int blocks_cached = 0;
@@ -163,6 +204,7 @@ struct Counts {
   int steps_in_flight = 0;
   int sequences_importing = 0;  // of those that run: a transfer may write their blocks
   int handles_open = 0;         // whose blocks a peer may read
+  int sequences_loading = 0;    // of those that run: they wait for their prefix from host memory
   std::uint64_t preemptions = 0;
   std::uint64_t aborts = 0;
   std::uint64_t prompt_tokens = 0;  // of sequences admitted for the first time
@@ -170,6 +212,7 @@ struct Counts {
   std::uint64_t output_tokens = 0;
   std::uint64_t hashed_blocks = 0;  // whose hash was computed, and not known from an earlier turn
   FloorCounts floor;
+  HostCounts host;
 };
 
 }  // namespace tokenrelay::scheduler

@@ -36,6 +36,9 @@ enum class Why : std::uint8_t {
   preempted_self,
   // Its KV comes from a peer.
   imports,
+  // Its prefix comes from host memory.
+  loads,
+  waits_loads,
 };
 
 struct WhyWords {
@@ -68,12 +71,14 @@ inline constexpr std::array why_table{
     WhyWords{Why::preempted, "PREEMPTED", "its blocks were needed by another sequence"},
     WhyWords{Why::preempted_self, "PREEMPTED_SELF", "it found no block for its next token"},
     WhyWords{Why::imports, "IMPORTS", "a peer's KV of its prompt is being read"},
+    WhyWords{Why::loads, "LOADS", "it waits for its prefix to be loaded from host memory"},
+    WhyWords{Why::waits_loads, "WAITS_LOADS", "its prefix is in host memory, and too many loads are in flight"},
 };
 static_assert([] {
   for (std::size_t i = 0; i < why_table.size(); ++i) {
     if (static_cast<std::size_t>(why_table[i].why) != i || why_table[i].words.empty()) return false;
   }
-  return static_cast<std::size_t>(Why::imports) + 1 == why_table.size();
+  return static_cast<std::size_t>(Why::waits_loads) + 1 == why_table.size();
 }());
 
 [[nodiscard]] constexpr std::string_view words_of(Why why) noexcept {
