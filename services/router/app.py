@@ -16,7 +16,7 @@ from tokenrelay.base.logging import get_logger
 from tokenrelay.base.version import version
 from tokenrelay.proto import worker_pb2
 from tokenrelay.services.chassis.client import WorkerClient
-from tokenrelay.services.router import debug, messages, messages_errors, metrics
+from tokenrelay.services.router import debug, messages, messages_errors, metrics, responses
 from tokenrelay.services.router.body import read_body, render_messages, request_id_of
 from tokenrelay.services.router.generate import chat_completions, completions
 from tokenrelay.services.router.model import ServedModel
@@ -44,6 +44,9 @@ def create_app(state: RouterState) -> web.Application:
         [
             web.post("/v1/chat/completions", chat_completions),
             web.post("/v1/completions", completions),
+            web.post(responses.PATH, responses.responses),
+            web.get(f"{responses.PATH}/{{id}}", responses.one_response),
+            web.delete(f"{responses.PATH}/{{id}}", responses.delete_response),
             web.post(messages.PATH, messages.messages),
             web.post(f"{messages.PATH}/count_tokens", messages.count_tokens),
             web.get("/v1/models", models),

@@ -47,6 +47,9 @@ class RouterConfig:
     turn_memory_bytes: int = setting(
         64 * MIB, "token ids of past turns, so that a next turn sends only what it appends, bytes; 0: off", minimum=0
     )
+    response_store_bytes: int = setting(
+        64 * MIB, "responses kept for previous_response_id, bytes; 0: none are", minimum=0
+    )
     send_buffer_bytes: int = setting(
         256 << 10, "above this a slow reader's deltas wait and are merged, bytes", minimum=1024
     )

@@ -14,6 +14,7 @@ from tokenrelay.base.errors import Overloaded, Unavailable
 from tokenrelay.services.router.config import RouterConfig
 from tokenrelay.services.router.generation import Run
 from tokenrelay.services.router.metrics import Metrics
+from tokenrelay.services.router.responses_store import ResponseStore
 from tokenrelay.services.router.workers import WorkerPool
 
 
@@ -25,6 +26,7 @@ class RouterState:
         self.pool = pool
         self.executor = executor
         self.metrics = Metrics()
+        self.responses = ResponseStore(config.response_store_bytes)
         self.draining = False
         self.handing_over = False  # new connections go to another router; what comes on the old ones is served
         self._open = 0  # generation requests, from admission to reply

@@ -68,7 +68,7 @@ def decode(raw: bytes, cls: type[T]) -> T:
     try:
         return msgspec.json.decode(raw, type=cls)
     except msgspec.ValidationError as error:
-        raise _wrong_type(str(error)) from error
+        raise wrong_type(str(error)) from error
     except RecursionError as error:
         raise InvalidRequest("the body is nested too deeply", code="invalid_json") from error
     except UnicodeDecodeError as error:
@@ -78,10 +78,18 @@ def decode(raw: bytes, cls: type[T]) -> T:
         raise InvalidRequest(f"the body is not valid JSON: {error}", code="invalid_json") from error
 
 
-def _wrong_type(text: str) -> InvalidRequest:
-    """msgspec's message, `Expected … - at `$.messages[0].role``, with the path as the client spells it."""
+def convert(value: Any, cls: type[T], name: str) -> T:
+    """A free-form part of a body as the struct it must be. Raises InvalidRequest that names the field."""
+    try:
+        return msgspec.convert(value, cls)
+    except msgspec.ValidationError as error:
+        raise wrong_type(str(error), name) from error
+
+
+def wrong_type(text: str, name: str = "") -> InvalidRequest:
+    """msgspec's message, `Expected … - at `$.messages[0].role``, with the path (below `name`) as the client has it."""
     found = _PATH.search(text)
-    path = found.group(2).removeprefix(".") if found else ""
+    path = (name + found.group(2) if found else name).removeprefix(".")
     message = text[: found.start()] if found else text
     missing = _MISSING.search(message)
     if missing:

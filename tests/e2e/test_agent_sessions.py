@@ -92,8 +92,39 @@ class Messages:
         return message
 
 
-@pytest.mark.parametrize("api", [Chat, Messages])
-def test_ten_turns(bundled: Server, api: type[Chat | Messages]) -> None:
+class Responses:
+    """OpenAI's, the conversation kept by the server."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.previous: str | None = None
+        self.tools: list[Any] = [
+            {"type": "function", "name": name, "description": text, "parameters": schema(argument), "strict": False}
+            for name, text, argument in (CALCULATOR, READ_FILE)
+        ]
+
+    def ask(self, question: str) -> list[tuple[str, str, Any]]:
+        calls = [item for item in self._say(question).output if item.type == "function_call"]
+        return [(call.call_id, call.name, json.loads(call.arguments)) for call in calls]
+
+    def answer(self, call_id: str, result: str) -> str:
+        return str(self._say([{"type": "function_call_output", "call_id": call_id, "output": result}]).output_text)
+
+    def _say(self, given: Any) -> Any:
+        reply = self.server.client.responses.create(
+            model=self.server.model,
+            input=given,
+            previous_response_id=self.previous,
+            tools=self.tools,
+            temperature=0,
+            max_output_tokens=128,
+        )
+        self.previous = reply.id
+        return reply
+
+
+@pytest.mark.parametrize("api", [Chat, Messages, Responses])
+def test_ten_turns(bundled: Server, api: type[Chat | Messages | Responses]) -> None:
     session = api(bundled)
     right = 0
     for question, argument, result in TURNS:
