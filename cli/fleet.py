@@ -231,6 +231,7 @@ class FleetWorker:
             lambda output: self.host.deliver_one(output),
             address=self._address,
             handle_deadline_s=self._config.handle_deadline_s,
+            on_life_over=self._life_is_over,
         )
         destination = Destination(
             engine,
@@ -272,6 +273,7 @@ class FleetWorker:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.host.source.close()
         await self.host.destination.close()
         await self.membership.leave()
         for transport in self.transports:

@@ -3,7 +3,8 @@
 Per sequence: reserve in the ledger, submit to the engine, offer (claimable from then on, long before the KV stands),
 tell whoever follows which blocks are sealed, seal in the ledger at the first token, release after the adoption. What
 the ledger says of a handle moves the same handle in the scheduler, whose pins go only where that table lets them. The
-ledger decides: a handle is taken back here after the ledger agreed. Event loop only, but for the engine's callbacks.
+ledger decides: a handle is taken back here after the ledger agreed, and after everybody who was told of its blocks has
+answered or is cut off (fences.py). Event loop only, but for the engine's callbacks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -29,62 +30,26 @@ from tokenrelay.ledger.api import (
     HandleView,
     Ledger,
     MemberEnded,
+    MemberJoined,
     Notice,
     Rejection,
     Snapshot,
     State,
 )
-from tokenrelay.ledger.states import TERMINAL
 from tokenrelay.proto import peer_pb2, worker_pb2
 from tokenrelay.runtime.engine import Engine
-from tokenrelay.runtime.handover import HandleEvent, Handover, Sealed
+from tokenrelay.runtime.handover import Handover, Sealed
 from tokenrelay.runtime.requests import EngineOutput, EngineRequest, Finish
 from tokenrelay.services.chassis.channel import encode_error
 from tokenrelay.services.chassis.wire import sequence_output
+from tokenrelay.services.prefill.export import ANSWERED, ENDS, FORGOTTEN, PATHS, Export
+from tokenrelay.services.prefill.fences import Fences
 from tokenrelay.transfer.transport import Transport
 
 log = get_logger("prefill")
 
-FENCE_S = 5.0  # one attempt to cut a claimant off; the ledger asks again
 RETRY_S = 0.5  # between two attempts to tell a ledger that cannot be reached
 FOLLOWERS_MAX = 4  # of one handle: the claimant, and what is left of connections that broke
-
-# What the scheduler's copy of a handle goes through to get where the ledger has it; what it has behind it is refused.
-_PATHS: dict[State, tuple[HandleEvent, ...]] = {
-    State.OFFERED: (HandleEvent.OFFER,),
-    State.CLAIMED: (HandleEvent.OFFER, HandleEvent.CLAIM),
-    State.TRANSFERRING: (HandleEvent.OFFER, HandleEvent.CLAIM, HandleEvent.TRANSFER),
-    State.ADOPTED: (HandleEvent.OFFER, HandleEvent.CLAIM, HandleEvent.ADOPT),
-    State.QUARANTINED: (HandleEvent.OFFER, HandleEvent.CLAIM, HandleEvent.EXPIRE),
-    State.RETURNED: (HandleEvent.OFFER, HandleEvent.CLAIM, HandleEvent.DECLINE, HandleEvent.ACKNOWLEDGE),
-    State.RELEASED: (HandleEvent.OFFER, HandleEvent.CLAIM, HandleEvent.ADOPT, HandleEvent.RELEASE),
-    State.RECLAIMED: (HandleEvent.OFFER, HandleEvent.DECLINE, HandleEvent.RECLAIM),
-    State.FENCED: (HandleEvent.OFFER, HandleEvent.CLAIM, HandleEvent.FENCE),
-    State.LOST: (HandleEvent.LOSE,),
-}
-
-
-@dataclass
-class Export:
-    """One handle of this service, from its reservation to its end."""
-
-    sequence_id: int
-    handle: Handle
-    blocks: list[int] = field(default_factory=list)
-    generations: list[int] = field(default_factory=list)
-    first_token: int | None = None  # with it all blocks are there and sealed in the ledger
-    gone: str | None = None  # why there will be nothing to adopt
-    ended: bool = False  # the engine has answered: nothing of it is computed any more
-    claimant: Actor | None = None
-    offered: bool = False  # the router has the offer; what came before that waits in `held`
-    held: list[worker_pb2.SequenceOutput] = field(default_factory=list)
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    followers: int = 0
-
-    def tell(self) -> None:
-        """Wake whoever follows."""
-        self.changed.set()
-        self.changed = asyncio.Event()
 
 
 class Source:
@@ -100,8 +65,12 @@ class Source:
         *,
         address: str,
         handle_deadline_s: float,
+        on_life_over: Callable[[str], None],
     ) -> None:
-        """`transports`: the preferred one first. `deliver` takes outputs that no step brought, under the host's ids."""
+        """`transports`: the preferred one first. `deliver` takes outputs that no step brought, under the host's ids.
+
+        `on_life_over(reason)`: the ledger has ended this life. Nothing is given back any more; the process ends.
+        """
         self._engine = engine
         self._ledger = ledger
         self._actor = actor
@@ -109,6 +78,9 @@ class Source:
         self._deliver = deliver
         self._address = address
         self._handle_deadline_s = handle_deadline_s
+        self._on_life_over = on_life_over
+        self._life_over = False
+        self._fences = Fences(transports)
         self._exports: dict[int, Export] = {}  # by sequence; until the ledger says that the handle is over
         self._by_handle: dict[Handle, Export] = {}
         self._aborted: set[int] = set()  # before they had a handle
@@ -145,6 +117,10 @@ class Source:
             return False
         return True
 
+    async def close(self) -> None:
+        """Cut nobody off any more: this process ends."""
+        await self._fences.close()
+
     async def _begin(self, request: EngineRequest) -> None:
         sequence_id = request.sequence_id
         handle: Handle | Rejection
@@ -158,7 +134,7 @@ class Source:
             full = handle.code is Code.FULL
             error = (Overloaded if full else Unavailable)(f"no handle: {handle.reason}")
         elif sequence_id in self._aborted:
-            self._spawn(self._told(handle))
+            self._spawn(self._end_unknown(handle, Duty.RECLAIM))
             self._deliver(worker_pb2.SequenceOutput(id=sequence_id, finish=worker_pb2.FINISH_ABORT))
         else:
             export = Export(sequence_id, handle)
@@ -185,9 +161,6 @@ class Source:
             )
         self._forget_if_quiet()
 
-    async def _told(self, handle: Handle) -> None:
-        await self._ledger.reclaim(handle, self._actor)
-
     async def _offer(self, export: Export, request: EngineRequest) -> None:
         handle = export.handle
         refusal = await self._ledger.offer(handle, self._actor)
@@ -195,6 +168,8 @@ class Source:
             self._tell_router(export)
             self._engine.abort(export.sequence_id, Unavailable(f"the handle cannot be offered: {refusal.reason}"))
             return
+        if export.state is State.RESERVED:
+            export.state = State.OFFERED
         self._mirror(export, State.OFFERED)
         self.counts["offered"] += 1
         offer = peer_pb2.KvOffer(
@@ -261,15 +236,20 @@ class Source:
         self.counts["taken_back"] += 1
         refusal = await self._insist(lambda: self._ledger.reclaim(export.handle, self._actor))
         if refusal is None:
-            self._over(export, State.RECLAIMED)
+            await self._finish(export, State.RECLAIMED)
+        elif refusal.code in FORGOTTEN:
+            await self._cut_off(export)
         else:  # it was claimed: the claimant acknowledges, or the ledger asks for a fence
-            await self._insist(lambda: self._ledger.quarantine(export.handle, self._actor))
+            refusal = await self._insist(lambda: self._ledger.quarantine(export.handle, self._actor))
+            if refusal is not None:
+                await self._look(export, refusal)
 
     # -- from the ledger ----------------------------------------------------------------------------------------------
     async def watch(self) -> None:
         """Follow the ledger until this life is over."""
         async for notice in self._ledger.watch(self._actor):
             self._on_notice(notice)
+        self._end_life("the ledger tells it nothing more")
 
     def _on_notice(self, notice: Notice) -> None:
         match notice:
@@ -277,46 +257,72 @@ class Source:
                 self._on_view(view)
             case Snapshot(_, members, handles):
                 known = {view.handle for view in handles}
-                alive = {member.actor for member in members}
+                told = {reader for export in self._exports.values() for reader in export.readers}
+                self._fences.only((member.actor for member in members if member.actor != self._actor), told)
                 for view in handles:
                     self._on_view(view)
                 for handle, export in list(self._by_handle.items()):
                     if handle not in known:
-                        self._spawn(self._cut_off(export, alive))
+                        self._spawn(self._cut_off(export))
             case DutyDue(handle, duty):
                 late = self._by_handle.get(handle)
-                self._spawn(self._end_unknown(handle, duty) if late is None else self._act(late, duty))
+                self._spawn(self._act(late, duty) if late is not None else self._end_unknown(handle, duty))
+            case MemberJoined(member):
+                self._fences.joined(member.actor)
             case MemberEnded(actor, reason):
-                log.info("a member ended", member=actor.name, reason=reason)
+                if actor == self._actor:
+                    self._end_life(reason)
+                else:
+                    log.info("a member ended", member=actor.name, reason=reason)
+                    self._fences.ended(actor)
             case _:
                 pass
 
     def _on_view(self, view: HandleView) -> None:
         export = self._by_handle.get(view.handle)
-        if export is None or (view.owner is not None and view.owner != self._actor):
+        if view.owner is not None and view.owner != self._actor:
             return
-        export.claimant = view.claimant or export.claimant
+        if export is None:
+            if view.owner is not None and not self._starting:  # else it may be the answer that is on its way
+                self._spawn(self._end_unknown(view.handle, None))
+            return
+        if view.state is State.LOST:
+            self._end_life("its handles are lost")
+            return
+        export.state = view.state
+        if view.claimant is not None and view.state not in (*ANSWERED, State.RELEASED):
+            export.readers.add(view.claimant)
+        if view.state in ENDS:
+            self._spawn(self._finish(export, view.state))
+            return
         self._mirror(export, view.state)
-        if view.state is State.ADOPTED:
-            self._spawn(self._release(export))
-        elif view.state is State.RETURNED:
-            self._spawn(self._give_up(export))
-        elif view.state is State.FENCED:
-            self._spawn(self._fence(export))
-        elif view.state in (State.RELEASED, State.RECLAIMED, State.LOST):
-            self._over(export, view.state)
+        if view.state in ANSWERED:
+            self._answered(export, view.claimant)
+            self._spawn(self._release(export) if view.state is State.ADOPTED else self._give_up(export))
+
+    def _answered(self, export: Export, claimant: Actor | None) -> None:
+        """The claimant reads no more. Whoever else was told of the blocks, for whatever reason, did not say so."""
+        export.close()
+        if claimant is not None:
+            export.readers.discard(claimant)
 
     async def _release(self, export: Export) -> None:
-        if await self._insist(lambda: self._ledger.release(export.handle, self._actor)) is None:
+        refusal = await self._insist(lambda: self._ledger.release(export.handle, self._actor))
+        if refusal is None:
             self.counts["adopted"] += 1
-            self._over(export, State.RELEASED)
+            await self._finish(export, State.RELEASED)
+        else:
+            await self._look(export, refusal)
 
     async def _give_up(self, export: Export) -> None:
         """The claimant reads no more and adopted nothing."""
         if not export.ended:
             self._engine.abort(export.sequence_id, Unavailable("the destination declined the request's KV"))
-        if await self._insist(lambda: self._ledger.reclaim(export.handle, self._actor)) is None:
-            self._over(export, State.RECLAIMED)
+        refusal = await self._insist(lambda: self._ledger.reclaim(export.handle, self._actor))
+        if refusal is None:
+            await self._finish(export, State.RECLAIMED)
+        else:
+            await self._look(export, refusal)
 
     async def _act(self, export: Export, duty: Duty) -> None:
         """A handle is past its deadline, and it is this owner's turn (law 3)."""
@@ -331,66 +337,86 @@ class Source:
             await self._take_back(export, encode_error(DeadlineExceeded("nobody took the KV in time")))
 
     async def _fence(self, export: Export) -> None:
-        """Cut the claimant off from the pool; only when that is proven do the blocks go back (law 2)."""
-        if export.claimant is None:
-            return
-        if not await self._cut(export.claimant):
-            return  # the ledger asks again
-        self.counts["fenced"] += 1
-        refusal = await self._ledger.fence(export.handle, self._actor)
-        gone = refusal is None or refusal.code in (Code.UNKNOWN_HANDLE, Code.STALE_GENERATION)
-        if not gone and refusal is not None and refusal.code is Code.WRONG_STATE:
-            view = await self._ledger.view(export.handle)  # the claimant may have answered meanwhile: that goes on
-            gone = isinstance(view, HandleView) and view.state in TERMINAL
-        if gone:
-            self._over(export, State.FENCED)
-
-    async def _end_unknown(self, handle: Handle, duty: Duty) -> None:
-        """The ledger asks for a handle of this life that is not known here (any more): no block hangs on it."""
-        log.warning("an unknown handle is past its deadline", handle=handle, duty=duty.value)
-        if duty is Duty.RECLAIM:
-            await self._ledger.reclaim(handle, self._actor)
-        elif duty is Duty.RELEASE:
-            await self._ledger.release(handle, self._actor)
+        """Cut off whoever may read; only when that is proven does the ledger hear of it (law 2)."""
+        if not export.readers:  # the notice of the claim is still on its way, or was lost
+            view = await self._ledger.view(export.handle)
+            if isinstance(view, HandleView) and view.claimant is not None:
+                export.readers.add(view.claimant)
+        export.close()
+        for reader in list(export.readers):
+            if not await self._fences.cut(reader):
+                return  # the ledger asks again
+        refusal = await self._insist(lambda: self._ledger.fence(export.handle, self._actor))
+        if refusal is None:
+            self.counts["fenced"] += 1
+            await self._finish(export, State.FENCED)
         else:
-            view = await self._ledger.view(handle)
-            if isinstance(view, HandleView) and view.claimant is not None and await self._cut(view.claimant):
-                await self._ledger.fence(handle, self._actor)
+            await self._look(export, refusal)
 
-    async def _cut(self, claimant: Actor) -> bool:
-        try:
-            for transport in self._transports:
-                proof = await transport.fence(claimant.incarnation, Deadline.after(FENCE_S), kill=True)
-                log.warning("a claimant was cut off", claimant=claimant.name, kind=transport.kind, proof=proof.value)
-        except TokenRelayError as error:
-            log.error("a claimant could not be cut off", claimant=claimant.name, error=str(error))
-            return False
-        return True
+    async def _look(self, export: Export, refusal: Rejection) -> None:
+        """The ledger has the handle elsewhere than this service thought."""
+        if refusal.code in FORGOTTEN:
+            await self._cut_off(export)
+        elif refusal.code is Code.STALE_INCARNATION:
+            self._end_life(refusal.reason)
+        elif refusal.code is Code.WRONG_STATE and not export.ending:
+            view = await self._ledger.view(export.handle)
+            if isinstance(view, HandleView) and view.state is not export.state:
+                self._on_view(view)
 
-    async def _cut_off(self, export: Export, alive: set[Actor]) -> None:
-        """A ledger that does not know the handle says nothing of who may read it."""
-        if export.sequence_id not in self._exports:
-            return
-        if export.claimant is not None and not await self._cut(export.claimant):
-            return
+    async def _cut_off(self, export: Export) -> None:
+        """A ledger that does not know the handle says nothing of who may read it: everybody who was told."""
         if not export.ended:
             self._engine.abort(export.sequence_id, Unavailable("the ledger lost the request's handle"))
-        self._over(export, State.FENCED if export.claimant is not None else State.RECLAIMED)
+        ends = {State.ADOPTED: State.RELEASED, State.RETURNED: State.RECLAIMED, State.RESERVED: State.RECLAIMED}
+        await self._finish(export, ends.get(export.state, State.FENCED))
+
+    async def _end_unknown(self, handle: Handle, duty: Duty | None) -> None:
+        """A handle of this life that nothing here belongs to: it is ended (rule 6 of the owner)."""
+        view = await self._ledger.view(handle)
+        if isinstance(view, Rejection) or view.owner != self._actor or handle in self._by_handle:
+            return
+        log.warning("a handle that nothing here belongs to", handle=handle, state=view.state.value)
+        if view.state is State.ADOPTED:
+            await self._insist(lambda: self._ledger.release(handle, self._actor))
+        elif view.state in (State.CLAIMED, State.TRANSFERRING):
+            await self._insist(lambda: self._ledger.quarantine(handle, self._actor))
+        elif view.state is not State.QUARANTINED:
+            await self._insist(lambda: self._ledger.reclaim(handle, self._actor))
+        elif duty is Duty.FENCE and (view.claimant is None or await self._fences.cut(view.claimant)):
+            await self._insist(lambda: self._ledger.fence(handle, self._actor))
 
     def _mirror(self, export: Export, state: State) -> None:
-        if (path := _PATHS.get(state)) is not None:
-            self._engine.handover.move(export.sequence_id, *path)
+        def moved(refusal: str | None) -> None:
+            if refusal is not None and state in ENDS:
+                log.error("the scheduler keeps a handle's pins", sequence=export.sequence_id, refusal=refusal)
 
-    def _over(self, export: Export, state: State) -> None:
-        """The handle is at its end, in the ledger; the scheduler gives its pins back."""
-        if self._exports.pop(export.sequence_id, None) is None:
+        if (path := PATHS.get(state)) is not None:
+            self._engine.handover.move(export.sequence_id, *path, then=moved)
+
+    async def _finish(self, export: Export, state: State) -> None:
+        """The handle is at its end in the ledger; its pins go back when nobody reads any more, and not before.
+
+        Who answered is no reader any more. Everybody else that was told of these blocks is cut off, and a life that
+        was declared over has been when this returns.
+        """
+        if export.ending or self._life_over:
             return
-        del self._by_handle[export.handle]
+        export.ending = True
+        export.close()
+        for reader in list(export.readers):
+            await self._fences.exclude(reader)
+        if self._life_over:
+            return
         self._mirror(export, state)
-        if export.gone is None and export.first_token is None:
-            export.gone = encode_error(Unavailable("the handle is over"))
-        export.tell()
+        del self._exports[export.sequence_id], self._by_handle[export.handle]
         self._forget_if_quiet()
+
+    def _end_life(self, reason: str) -> None:
+        """Whoever reads was told that this life is over, but not to stop: what they may read stays as it is."""
+        if not self._life_over:
+            self._life_over = True
+            self._on_life_over(reason)
 
     def _forget_if_quiet(self) -> None:
         if not self._exports and not self._starting:
@@ -422,8 +448,12 @@ class Source:
     ) -> AsyncIterator[peer_pb2.Progress]:
         """See peer.proto. An unknown handle, or one of another life, is NOT_FOUND."""
         export = self._by_handle.get(Handle(request.number, request.generation, request.term))
+        reader = Actor(request.claimant, request.claimant_incarnation)
         if (
             export is None
+            or export.closed
+            or not request.claimant_incarnation
+            or self._fences.is_over(reader)
             or request.incarnation != self._actor.incarnation
             or export.sequence_id != request.sequence
             or export.followers >= FOLLOWERS_MAX
@@ -431,30 +461,12 @@ class Source:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such handle is offered here")
         assert export is not None
         export.followers += 1
+        export.readers.add(reader)  # before it is told of any block
         try:
-            async for progress in self._progress(export):
+            async for progress in export.progress():
                 yield progress
         finally:
             export.followers -= 1
-
-    async def _progress(self, export: Export) -> AsyncIterator[peer_pb2.Progress]:
-        told = 0
-        while True:
-            changed = export.changed
-            if told < len(export.blocks):
-                extents = peer_pb2.Extents(
-                    first=told, blocks=export.blocks[told:], generations=export.generations[told:]
-                )
-                told = len(export.blocks)
-                yield peer_pb2.Progress(extents=extents)
-            elif export.gone is not None:
-                yield peer_pb2.Progress(gone=peer_pb2.Gone(error=export.gone))
-                return
-            elif export.first_token is not None:
-                yield peer_pb2.Progress(complete=peer_pb2.Complete(first_token=export.first_token))
-                return
-            else:
-                await changed.wait()
 
 
 def as_source(request: EngineRequest) -> EngineRequest:

@@ -20,7 +20,9 @@ from tokenrelay.ledger.api import Event, State
 from tokenrelay.proto import worker_pb2
 from tokenrelay.runtime.handover import HandleEvent, Room
 from tokenrelay.services.decode.destination import Destination
-from tokenrelay.services.prefill.source import Export, Source
+from tokenrelay.services.prefill.export import Export
+from tokenrelay.services.prefill.fences import Fences
+from tokenrelay.services.prefill.source import Source
 from tokenrelay.transfer.transport import Connection, Transport
 
 PROMPT = prompt_of(100)  # 7 blocks, the last one partial
@@ -99,15 +101,21 @@ async def test_02_a_lease_does_not_expire_during_a_slow_pull() -> None:
 
 
 def the_quarantine_of_an_expired_claim(patch: pytest.MonkeyPatch) -> None:
+    """And with it the owner's own cutting off of whoever was told of the blocks, which would do without."""
     for state in (State.CLAIMED, State.TRANSFERRING):
         patch.setitem(books.TABLE, (state, Event.EXPIRE), State.RECLAIMED)
+
+    async def believed(*_: object) -> None:
+        pass
+
+    patch.setattr(Fences, "exclude", believed)
 
 
 def the_cutting_off_before_the_fence(patch: pytest.MonkeyPatch) -> None:
     async def believed(*_: object) -> bool:
         return True
 
-    patch.setattr(Source, "_cut", believed)
+    patch.setattr(Fences, "cut", believed)
 
 
 @fault(the_quarantine_of_an_expired_claim, the_cutting_off_before_the_fence)
