@@ -11,7 +11,7 @@ FUZZ_S ?= 600
 
 NATIVE_SOURCES := CMakeLists.txt $(shell find libscheduler kernels/csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name 'CMakeLists.txt' 2>/dev/null)
 
-.PHONY: test-tools help setup build serve chat test test-full test-native check check-native fuzz bench proto clean wheel-smoke format
+.PHONY: test-tools test-compose help setup build serve chat test test-full test-native check check-native fuzz bench proto clean wheel-smoke format
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -42,6 +42,8 @@ test: build test-tools test-native  ## every test that is not slow
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 test-full: build test-tools test-native  ## the slow suites too
 	$(BIN)/python -m pytest $(ARGS)
+test-compose: build  ## deploy/docker-compose.yml on the Docker engine that `docker` reaches
+	TOKENRELAY_TEST_COMPOSE=1 $(BIN)/python -m pytest tests/compose -x --durations=0 $(ARGS)
 test-tools:      # programs that only tests need
 	@sh tools/prerequisites.sh "$(PYTHON)" tests
 test-native: setup   ## the C++ tests (CTest), must-not-compile ones included
