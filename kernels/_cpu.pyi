@@ -144,6 +144,24 @@ def linear(
     out: int,
     /,
 ) -> None: ...
+def integer_linear(
+    isa: int,
+    plain_isa: int,
+    dtype: int,
+    out_dtype: int,
+    bits: int,
+    group: int,
+    rows: int,
+    columns: int,
+    depth: int,
+    x: int,
+    x_stride: int,
+    data: int,
+    scales: int,
+    bias: int,
+    out: int,
+    /,
+) -> None: ...
 def moe(
     isa: int,
     dtype: int,

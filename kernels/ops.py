@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from tokenrelay.kernels.batch import AttentionBatch, PenaltyBatch, SamplingBatch
+from tokenrelay.kernels.quantized import QuantizedWeight
 from tokenrelay.kernels.registry import pick
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "mla_prefill",
     "moe",
     "moe_route",
+    "quantized_linear",
     "rms_norm",
     "rotary",
     "sample",
@@ -169,6 +171,18 @@ def gqa_prefill(q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float) -
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, wide: bool = False) -> Tensor:
     """x weight^T + bias: x [t, d], weight [n, d], bias [n] of one type -> [t, n], float32 where `wide` (logits)."""
     result: Tensor = pick("linear", x.device.type, x.dtype, weight.shape[1], weight.shape[0])(
+        x, weight, bias, wide=wide
+    )
+    return result
+
+
+def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, *, wide: bool = False) -> Tensor:
+    """x weight^T + bias with integer weights: x [t, d], bias [n] of x's type -> [t, n], float32 where `wide`.
+
+    The CPU's kernels round activations too: to signed bytes, scaled by the largest of each 128.
+    """
+    columns, bits, group = weight.scales.shape[0], weight.bits, weight.group
+    result: Tensor = pick("quantized_linear", x.device.type, x.dtype, weight.width, columns, bits, group)(
         x, weight, bias, wide=wide
     )
     return result

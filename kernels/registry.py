@@ -46,6 +46,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "gqa_decode": ("heads", "kv_heads", "head_dim", "block_tokens"),
     "gqa_prefill": ("heads", "kv_heads", "head_dim", "block_tokens"),
     "linear": ("width", "columns"),
+    "quantized_linear": ("width", "columns", "bits", "group"),
     "moe": ("experts", "width", "hidden"),
     "moe_route": ("experts",),
     "sample": ("vocab",),

@@ -20,6 +20,7 @@ else:
     for _variant in VARIANTS:
         for _part in (attention, elementwise, linear, moe, sampling):
             _part.register_variant(_variant)
+    linear.register_integers()
 
 
 def threads() -> int:

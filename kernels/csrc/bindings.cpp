@@ -11,6 +11,7 @@
 #include "attention.hpp"
 #include "cpu.hpp"
 #include "elementwise.hpp"
+#include "integer.hpp"
 #include "linear.hpp"
 #include "moe.hpp"
 #include "pool.hpp"
@@ -185,6 +186,21 @@ void bind_moe(py::module_& m) {
          Address weight, Address bias, Address out) {
         linear(table_of(isa), {dtype_of(dtype), dtype_of(out_dtype), rows, columns, depth, pointer(x), x_stride,
                                pointer(weight), pointer(bias), pointer(out)});
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "integer_linear",
+      [](int isa, int plain_isa, int dtype, int out_dtype, int bits, int64_t group, int64_t rows, int64_t columns,
+         int64_t depth, Address x, int64_t x_stride, Address data, Address scales, Address bias, Address out) {
+        integer_linear(integer_table(isa), table_of(plain_isa),
+                       {dtype_of(dtype),
+                        dtype_of(out_dtype),
+                        rows,
+                        pointer(x),
+                        x_stride,
+                        {bits, group, columns, depth, pointer<uint8_t>(data), pointer<float>(scales)},
+                        pointer(bias),
+                        pointer(out)});
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenrelay.kernels.quantized import QuantizedWeight
 from tokenrelay.kernels.registry import register
 
 
@@ -13,3 +14,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, wide: bool) -> Ten
     """See `ops.linear`."""
     out = F.linear(x, weight, bias)
     return out.float() if wide and x.element_size() < 4 else out
+
+
+@register(op="quantized_linear", path="ref/torch", device="any", priority=0)
+def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, *, wide: bool) -> Tensor:
+    """See `ops.quantized_linear`; activations stay as they are."""
+    out = F.linear(x.float(), weight.dequantize(), None if bias is None else bias.float())
+    return out if wide else out.to(x.dtype)
