@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         worker.values.check()
         fleet.values.check()
         options = WorkerSettings(worker.values, prefill.values, fleet.values, security.values, incarnation)
-        code, at_once = asyncio.run(run(options, status))
+        return asyncio.run(_run_to_its_end(options, status))
     except TokenRelayError as error:
         if parsed.status_fd is None:  # else the supervisor says it, once
             log.error("the worker ends", code=error.code, reason=error.message)
@@ -90,7 +90,12 @@ def main(arguments: list[str] | None = None) -> int:
         log.exception("the worker ends")
         status.failed(error)
         return 1
-    if at_once:  # a step may still run or hang, or the model load: nobody waits for it
+
+
+async def _run_to_its_end(options: WorkerSettings, status: StatusPipe) -> int:
+    """The exit code; stopped at once the process ends here, before the loop waits for what is left to end."""
+    code, at_once = await run(options, status)
+    if at_once:  # a step may still run or hang, or the model load, or a call: nobody waits for it
         logging.shutdown()
         os._exit(code)
     return code
