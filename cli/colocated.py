@@ -248,4 +248,16 @@ def stats_message(stats: EngineStats) -> worker_pb2.Stats:
             tokens_late=stats.floor.tokens_late,
             overrides=stats.floor.overrides,
         ),
+        host_tier=worker_pb2.HostTier(
+            blocks=stats.host.blocks,
+            blocks_used=stats.host.blocks_used,
+            copies_late=stats.host.copies_late,
+            blocks_stored=stats.host.blocks_stored,
+            blocks_loaded=stats.host.blocks_loaded,
+            loads=stats.host.loads,
+            tokens_loaded=stats.host.tokens_loaded,
+            copies_failed=stats.host.copies_failed,
+            copies_expired=stats.host.copies_expired,
+            block_bytes=stats.host.block_bytes,
+        ),
     )

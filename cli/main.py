@@ -138,6 +138,15 @@ def serve(
     blocks: Annotated[
         int | None, _option("--blocks", panel=MEMORY, metavar="N", help="The pool in blocks, instead of --kv-memory.")
     ] = None,
+    host_cache_gib: Annotated[
+        float | None,
+        _option(
+            "--host-cache-gib",
+            panel=MEMORY,
+            metavar="GIB",
+            help="Host memory to which a GPU worker writes KV blocks back, to load them again. Default: 0, none.",
+        ),
+    ] = None,
     block_tokens: Annotated[
         int | None,
         _option(
@@ -246,6 +255,7 @@ def serve(
             "block_tokens": block_tokens,
             "kv_memory": kv_memory,
             "blocks": blocks,
+            "host_cache_gib": host_cache_gib,
             "slots": slots,
             "step_tokens": step_tokens,
             "chunk_tokens": chunk_tokens,

@@ -258,7 +258,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("blocks_free", "blocks_cached", "blocks_active", "sequences_waiting", "sequences_running", "steps", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "aborts", "step_time_us", "integrity_checks", "integrity_failures", "integrity_check_us", "tps_floor")
+    __slots__ = ("blocks_free", "blocks_cached", "blocks_active", "sequences_waiting", "sequences_running", "steps", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "aborts", "step_time_us", "integrity_checks", "integrity_failures", "integrity_check_us", "tps_floor", "host_tier")
     BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_ACTIVE_FIELD_NUMBER: _ClassVar[int]
@@ -275,6 +275,7 @@ class Stats(_message.Message):
     INTEGRITY_FAILURES_FIELD_NUMBER: _ClassVar[int]
     INTEGRITY_CHECK_US_FIELD_NUMBER: _ClassVar[int]
     TPS_FLOOR_FIELD_NUMBER: _ClassVar[int]
+    HOST_TIER_FIELD_NUMBER: _ClassVar[int]
     blocks_free: int
     blocks_cached: int
     blocks_active: int
@@ -291,7 +292,32 @@ class Stats(_message.Message):
     integrity_failures: int
     integrity_check_us: int
     tps_floor: TpsFloor
-    def __init__(self, blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_active: _Optional[int] = ..., sequences_waiting: _Optional[int] = ..., sequences_running: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., aborts: _Optional[int] = ..., step_time_us: _Optional[int] = ..., integrity_checks: _Optional[int] = ..., integrity_failures: _Optional[int] = ..., integrity_check_us: _Optional[int] = ..., tps_floor: _Optional[_Union[TpsFloor, _Mapping]] = ...) -> None: ...
+    host_tier: HostTier
+    def __init__(self, blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_active: _Optional[int] = ..., sequences_waiting: _Optional[int] = ..., sequences_running: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., aborts: _Optional[int] = ..., step_time_us: _Optional[int] = ..., integrity_checks: _Optional[int] = ..., integrity_failures: _Optional[int] = ..., integrity_check_us: _Optional[int] = ..., tps_floor: _Optional[_Union[TpsFloor, _Mapping]] = ..., host_tier: _Optional[_Union[HostTier, _Mapping]] = ...) -> None: ...
+
+class HostTier(_message.Message):
+    __slots__ = ("blocks", "blocks_used", "copies_late", "blocks_stored", "blocks_loaded", "loads", "tokens_loaded", "copies_failed", "copies_expired", "block_bytes")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
+    COPIES_LATE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_STORED_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_LOADED_FIELD_NUMBER: _ClassVar[int]
+    LOADS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_LOADED_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FAILED_FIELD_NUMBER: _ClassVar[int]
+    COPIES_EXPIRED_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    blocks_used: int
+    copies_late: int
+    blocks_stored: int
+    blocks_loaded: int
+    loads: int
+    tokens_loaded: int
+    copies_failed: int
+    copies_expired: int
+    block_bytes: int
+    def __init__(self, blocks: _Optional[int] = ..., blocks_used: _Optional[int] = ..., copies_late: _Optional[int] = ..., blocks_stored: _Optional[int] = ..., blocks_loaded: _Optional[int] = ..., loads: _Optional[int] = ..., tokens_loaded: _Optional[int] = ..., copies_failed: _Optional[int] = ..., copies_expired: _Optional[int] = ..., block_bytes: _Optional[int] = ...) -> None: ...
 
 class TpsFloor(_message.Message):
     __slots__ = ("configured", "in_force", "batch_1", "users_below", "tokens", "tokens_late", "overrides")

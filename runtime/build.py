@@ -15,7 +15,8 @@ from tokenrelay.libscheduler import Config as SchedulerConfig
 from tokenrelay.libscheduler import Scheduler
 from tokenrelay.runtime.engine import Engine, EngineOptions, OnStep
 from tokenrelay.runtime.executor.executor import Executor
-from tokenrelay.runtime.executor.memory import Pool, allocate_caches, plan_pool, wrap_caches
+from tokenrelay.runtime.executor.host_tier import Copier, HostMemory
+from tokenrelay.runtime.executor.memory import Pool, allocate_caches, plan_host, plan_pool, wrap_caches
 from tokenrelay.runtime.executor.threads import default_threads
 from tokenrelay.runtime.handover import AllocatePool, OnHandover
 from tokenrelay.runtime.models.decoder import Model
@@ -39,6 +40,7 @@ class EngineSizes:
     threads: int | None = None  # of torch in a step
     tps_floor: float = 0.0  # tokens per second that each running user keeps; 0: no floor
     tps_fraction: float = 0.5  # of batch 1's rate on this device: the floor in force is no higher
+    host_memory_bytes: int = 0  # of the host tier of the KV pool; 0: none
     floor_wait_s: float = 10.0  # a request that waited longer is admitted though the floor breaks; 0: never
 
 
@@ -95,6 +97,7 @@ def build_engine(
             tps_floor=sizes.tps_floor,
             tps_fraction=sizes.tps_fraction,
             floor_wait_us=round(sizes.floor_wait_s * 1e6),
+            host_blocks=plan_host(config.kv_layout, config.layers, config.dtype, sizes.host_memory_bytes, device),
         )
     except ValueError as error:
         raise ConfigError(f"the scheduler's sizes do not fit: {error}") from error
@@ -125,4 +128,6 @@ def build_engine(
         on_handover=on_handover,
         options=EngineOptions(steps_in_flight=sizes.steps_in_flight, tps_floor=sizes.tps_floor),
     )
+    if scheduler_config.host_blocks > 0:
+        engine.tier.attach(Copier(HostMemory(caches, scheduler_config.host_blocks), engine.tier.ended))
     return BuiltEngine(engine, scheduler, pool)

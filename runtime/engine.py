@@ -27,18 +27,19 @@ import numpy.typing as npt
 from tokenrelay.base.deadlines import Deadline
 from tokenrelay.base.errors import DeadlineExceeded, InvalidRequest, Overloaded, TokenRelayError, Unavailable
 from tokenrelay.base.logging import get_logger
-from tokenrelay.libscheduler import FloorCounts, Plan, RejectReason, Scheduler
+from tokenrelay.libscheduler import Plan, RejectReason, Scheduler
+from tokenrelay.runtime.counting import count
 from tokenrelay.runtime.executor.executor import Step, StepResult
 from tokenrelay.runtime.explain import Answer, Questions
 from tokenrelay.runtime.floor_watch import FloorWatch
 from tokenrelay.runtime.handover import HandoverPort, OnHandover
+from tokenrelay.runtime.host_tier import TierPort
 from tokenrelay.runtime.integrity import Books
 from tokenrelay.runtime.requests import (
     EngineOutput,
     EngineRequest,
     EngineStats,
     Finish,
-    FloorStats,
     Reject,
     SamplingParams,
     TokenIds,
@@ -109,6 +110,7 @@ class Engine:
         self._on_cache_events = on_cache_events
         self._on_handover = on_handover
         self.handover = HandoverPort(scheduler, self._post)
+        self.tier = TierPort(scheduler, self._post)
         self._options = options or EngineOptions()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         # Shared, under the condition.
@@ -262,6 +264,8 @@ class Engine:
                 raise TokenRelayError(f"step {self._launched[0].plan.step} did not end within {STEP_MAX_S} s")
         else:
             left_s = float("inf")
+        if (copy_s := self.tier.left_s()) is not None:
+            left_s = min(left_s, copy_s)
         if self._deadlines:
             left_s = min(left_s, max(0.0, self._deadlines[0][0] - time.monotonic()))
         return None if left_s == float("inf") else left_s
@@ -373,6 +377,7 @@ class Engine:
     def _launch_next(self) -> None:
         while len(self._launched) < self._options.steps_in_flight:
             plan = self._scheduler.plan(_now_us())
+            self.tier.turn()
             if plan is None:
                 return
             self.handover.touch(plan.admitted_ids.tolist())
@@ -432,6 +437,7 @@ class Engine:
         for launched in self._launched:
             self._scheduler.commit(launched.plan.step, np.zeros(launched.samples, np.uint32), _now_us())
         self._launched.clear()
+        self.tier.close()
         self._stats = self._count()
 
     # -- small things -------------------------------------------------------------------------------------------------
@@ -446,35 +452,13 @@ class Engine:
         heapq.heappush(self._deadlines, (request.deadline.at_s, request.sequence_id))
 
     def _count(self) -> EngineStats:
-        counts = self._scheduler.counts()
-        return EngineStats(
-            blocks_free=counts.blocks_free,
-            blocks_cached=counts.blocks_cached,
-            blocks_active=counts.blocks_active,
-            sequences_waiting=counts.sequences_waiting,
-            sequences_running=counts.sequences_running,
+        return count(
+            self._scheduler,
+            self._books,
             steps=self._steps,
-            prompt_tokens=counts.prompt_tokens,
-            cached_tokens=counts.cached_tokens,
-            output_tokens=counts.output_tokens,
-            preemptions=counts.preemptions,
-            aborts=counts.aborts,
             step_time_us=self._step_time_us,
-            integrity_checks=self._books.checks,
-            integrity_failures=self._books.failures,
-            integrity_check_us=self._books.check_us,
-            floor=self._count_floor(counts.floor),
-        )
-
-    def _count_floor(self, counts: FloorCounts) -> FloorStats:
-        return FloorStats(
-            configured=self._options.tps_floor,
-            in_force=counts.tps_in_force,
-            batch_1=counts.tps_batch_1,
-            users_below=counts.users_below,
-            tokens=counts.tokens,
-            tokens_late=counts.tokens_late,
-            overrides=counts.overrides,
+            tps_floor=self._options.tps_floor,
+            block_bytes=self.tier.block_bytes,
         )
 
 

@@ -169,6 +169,22 @@ class FloorStats:
 
 
 @dataclass(frozen=True, slots=True)
+class HostStats:
+    """The host tier of the KV pool. All 0: there is none."""
+
+    block_bytes: int = 0  # of one block, all layers
+    blocks: int = 0  # that it has room for
+    blocks_used: int = 0
+    copies_late: int = 0  # in flight, past their deadline
+    blocks_stored: int = 0  # written back from the device
+    blocks_loaded: int = 0
+    loads: int = 0  # prompts that waited for one
+    tokens_loaded: int = 0  # of those prompts, that were not computed
+    copies_failed: int = 0
+    copies_expired: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters as of the last step. blocks_free + blocks_cached + blocks_active is the pool."""
 
@@ -188,3 +204,4 @@ class EngineStats:
     integrity_failures: int = 0  # then the engine ends
     integrity_check_us: int = 0  # time they took, in all
     floor: FloorStats = field(default_factory=FloorStats)
+    host: HostStats = field(default_factory=HostStats)

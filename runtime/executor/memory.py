@@ -93,6 +93,21 @@ def plan_pool(
     return Pool(blocks=blocks, context_tokens=context_tokens, bytes=blocks * block_bytes)
 
 
+def plan_host(layout: KvLayout, layers: int, dtype: torch.dtype, memory_bytes: int, device: torch.device) -> int:
+    """Blocks of the host tier in so many bytes; 0 bytes: there is none. Raises ConfigError when they are not there."""
+    if memory_bytes == 0:
+        return 0
+    block_bytes = layers * layout.bytes_per_block(dtype)
+    blocks = min(memory_bytes // block_bytes, BLOCKS_MAX)
+    if blocks < 1:
+        raise ConfigError(f"a KV block of {block_bytes} bytes does not fit in the {memory_bytes} of --host-cache-gib")
+    if memory_bytes > (free := available_bytes()):
+        raise ConfigError(f"--host-cache-gib asks for {memory_bytes} bytes of host memory, and {free} are free")
+    if device.type == "cpu":
+        log.warning("a host tier gains little on a CPU: its KV pool is in the same memory", host_blocks=blocks)
+    return blocks
+
+
 def allocate_caches(
     layout: KvLayout, layers: int, pool: Pool, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> list[Tensor]:

@@ -36,6 +36,12 @@ class WorkerConfig:
     kv_memory: str | None = setting(None, "memory of the KV pool, such as 4GiB; default: a quarter of what is free")
     kv_sharers: int = setting(1, "workers on this machine between which that default is divided", minimum=1)
     blocks: int | None = setting(None, "KV pool in blocks, instead of kv_memory", minimum=2)
+    host_cache_gib: float = setting(
+        0.0,
+        "host memory (GiB) to which KV blocks are written back, for a GPU worker; 0: none",
+        minimum=0,
+        maximum=65_536,
+    )
     slots: int = setting(64, "sequences resident at once; others wait", minimum=1, maximum=4096)
     step_tokens: int = setting(2048, "tokens of one step, all sequences together", minimum=1, maximum=1 << 20)
     chunk_tokens: int = setting(512, "prompt tokens of one sequence in one step", minimum=1, maximum=1 << 20)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from tokenrelay.proto import worker_pb2
 
@@ -121,6 +121,31 @@ class Metrics:
         help_text = "workers that ended because a check found the scheduler's books broken"
         page.add("worker_integrity_failures_total", "counter", help_text, failures)
         self._add_floor(page, {target: state[1].tps_floor for target, state in workers.items()})
+        self._add_host_tier(page, [one.host_tier for one in stats])
+
+    def _add_host_tier(self, page: _Page, tiers: Sequence[worker_pb2.HostTier]) -> None:
+        """Of all workers together; a worker without one adds nothing."""
+        used, room = sum(tier.blocks_used for tier in tiers), sum(tier.blocks for tier in tiers)
+        page.add(
+            "host_tier_blocks",
+            "gauge",
+            "KV blocks of the host tier by state",
+            {'state="used"': used, 'state="free"': room - used},
+        )
+        late = sum(tier.copies_late for tier in tiers)
+        page.add("host_tier_copies_late", "gauge", "copies to or from host memory past their deadline", {"": late})
+        for name, help_text in (
+            ("loads", "prompts whose prefix was loaded from host memory"),
+            ("tokens_loaded", "prompt tokens that were loaded instead of computed"),
+            ("copies_failed", "copies to or from host memory that failed"),
+            ("copies_expired", "copies to or from host memory that did not end before their deadline"),
+        ):
+            page.add(f"host_tier_{name}_total", "counter", help_text, {"": sum(getattr(tier, name) for tier in tiers)})
+        moved = {
+            'direction="to_host"': sum(tier.blocks_stored * tier.block_bytes for tier in tiers),
+            'direction="to_device"': sum(tier.blocks_loaded * tier.block_bytes for tier in tiers),
+        }
+        page.add("host_tier_bytes_total", "counter", "bytes of KV copied to and from host memory", moved)
 
     def _add_floor(self, page: _Page, floors: Mapping[str, worker_pb2.TpsFloor]) -> None:
         for name, kind, help_text in (

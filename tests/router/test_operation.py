@@ -113,6 +113,20 @@ def test_the_tps_floor_of_each_worker_is_on_the_page() -> None:
         assert page[f'tokenrelay_tps_floor_{name}{{worker="unix:a"}}'] == value
 
 
+def test_the_host_tiers_of_all_workers_are_on_the_page() -> None:
+    tier = worker_pb2.HostTier(blocks=10, blocks_used=4, copies_late=1, blocks_stored=7, blocks_loaded=5, loads=2)
+    tier.tokens_loaded, tier.copies_failed, tier.copies_expired, tier.block_bytes = 320, 3, 1, 1000
+    workers = {name: (True, worker_pb2.Stats(host_tier=tier)) for name in ("unix:a", "unix:b")}
+    page = samples(Metrics().render({**workers, "unix:c": (True, worker_pb2.Stats())}))
+    assert page['tokenrelay_host_tier_blocks{state="used"}'] == 8
+    assert page['tokenrelay_host_tier_blocks{state="free"}'] == 12
+    assert page["tokenrelay_host_tier_copies_late"] == 2
+    assert page['tokenrelay_host_tier_bytes_total{direction="to_host"}'] == 14_000
+    assert page['tokenrelay_host_tier_bytes_total{direction="to_device"}'] == 10_000
+    for name, value in {"loads": 4, "tokens_loaded": 640, "copies_failed": 6, "copies_expired": 2}.items():
+        assert page[f"tokenrelay_host_tier_{name}_total"] == value
+
+
 def test_histograms_are_cumulative() -> None:
     histogram = Histogram((1, 2))
     for value in (0.5, 1, 1.5, 9):
