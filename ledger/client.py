@@ -72,9 +72,10 @@ _NEVER_JOINED = Rejection(Code.STALE_INCARNATION, "this member did not join thro
 class _Life:
     """One member in this process: what it holds, and who watches."""
 
-    def __init__(self, member: Member, lease_s: float) -> None:
+    def __init__(self, member: Member, joined: Joined) -> None:
         self.member = member
-        self.lease_s = lease_s
+        self.lease_s = joined.lease_s
+        self.hash_key = joined.hash_key
         self.held: dict[Handle, HandleView] = {}  # open, as far as this process was told
         self.queues: set[NoticeQueue] = set()
 
@@ -125,7 +126,7 @@ class KvstoreClient:
             return unpack_rejection(reply.rejection)
         joined = unpack_joined(reply.joined)
         if member.actor not in self._lives:
-            self._lives[member.actor] = _Life(member, joined.lease_s)
+            self._lives[member.actor] = _Life(member, joined)
         return joined
 
     async def keepalive(self, actor: Actor) -> Rejection | None:
@@ -304,7 +305,7 @@ class KvstoreClient:
                 renewed()
         calls = []
         for actor, life in self._lives.items():
-            attach = pb.KvAttach(member=pack_member(life.member), lease_ms=to_ms(life.lease_s))
+            attach = pb.KvAttach(member=pack_member(life.member), lease_ms=to_ms(life.lease_s), hash_key=life.hash_key)
             if not resumed:
                 attach.handles.extend(map(pack_view, life.held.values()))
             calls.append(pb.KvCall(attach=attach))

@@ -89,6 +89,11 @@ class PrefixDirectory:
         """Whether anything is known of this worker."""
         return name in self._holders
 
+    def life(self, name: str) -> str | None:
+        """The incarnation of which something is known under this name."""
+        holder = self._holders.get(name)
+        return None if holder is None else holder.incarnation
+
     def names(self) -> set[str]:
         """The workers of which something is known."""
         return set(self._holders)

@@ -143,14 +143,16 @@ class KvJoin(_message.Message):
     def __init__(self, member: _Optional[_Union[KvMember, _Mapping]] = ..., lease_ms: _Optional[int] = ...) -> None: ...
 
 class KvAttach(_message.Message):
-    __slots__ = ("member", "lease_ms", "handles")
+    __slots__ = ("member", "lease_ms", "handles", "hash_key")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     HANDLES_FIELD_NUMBER: _ClassVar[int]
+    HASH_KEY_FIELD_NUMBER: _ClassVar[int]
     member: KvMember
     lease_ms: int
     handles: _containers.RepeatedCompositeFieldContainer[KvHandleView]
-    def __init__(self, member: _Optional[_Union[KvMember, _Mapping]] = ..., lease_ms: _Optional[int] = ..., handles: _Optional[_Iterable[_Union[KvHandleView, _Mapping]]] = ...) -> None: ...
+    hash_key: bytes
+    def __init__(self, member: _Optional[_Union[KvMember, _Mapping]] = ..., lease_ms: _Optional[int] = ..., handles: _Optional[_Iterable[_Union[KvHandleView, _Mapping]]] = ..., hash_key: _Optional[bytes] = ...) -> None: ...
 
 class KvReserve(_message.Message):
     __slots__ = ("owner", "extents", "deadline_ms")

@@ -175,7 +175,8 @@ class Session:
         else:
             attach = call.attach
             handles = [unpack_view(view) for view in attach.handles]
-            joined = self._store.reattach(unpack_member(attach.member), attach.lease_ms / 1000, handles)
+            member, lease_s = unpack_member(attach.member), attach.lease_ms / 1000
+            joined = self._store.reattach(member, lease_s, handles, attach.hash_key)
         if isinstance(joined, Rejection):
             _put(reply, joined)
             self._send(reply, decided=False)

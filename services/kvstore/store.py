@@ -40,8 +40,10 @@ class Store:
         if lease_s == 0.0:
             self.directory.remove(member.name)
 
-    def reattach(self, member: Member, lease_s: float, handles: list[HandleView]) -> Joined | Rejection:
-        """A life goes on after a broken connection, or under a new kvstore."""
+    def reattach(
+        self, member: Member, lease_s: float, handles: list[HandleView], hash_key: bytes = b""
+    ) -> Joined | Rejection:
+        """A life goes on after a broken connection, or under a new kvstore. `hash_key`: what it hashes blocks with."""
         if self.attach is not None:
             return self.attach(member, lease_s, handles)
         if self.host.roster.alive(member.actor):
@@ -51,7 +53,21 @@ class Store:
             return Joined(self.host.term, self.host.roster.lease_s(member.actor), self.host.hash_key)
         if self.remembers or self.host.over(member.actor):
             return Rejection(Code.STALE_INCARNATION, "this life of the member is over")
-        return self.host.join(member, lease_s)  # this kvstore was restarted and remembers nothing
+        # This kvstore was restarted and remembers nothing.
+        return self._other_key(member, hash_key) or self.host.join(member, lease_s)
+
+    def _other_key(self, member: Member, hash_key: bytes) -> Rejection | None:
+        """The fleet goes on with the key it has, unless somebody who holds KV was given the new one already."""
+        if len(hash_key) != len(self.host.hash_key) or hash_key == self.host.hash_key:
+            return None
+        others = self.host.roster.members()
+        holder = next((other for other in others if other.model_identity), None)
+        if holder is not None:
+            reason = f"{member.name} and {holder.name} do not pair: hash_key: they were given different ones"
+            return Rejection(Code.INCOMPATIBLE, reason)
+        self.host.hash_key = hash_key
+        self.host.end([other.actor for other in others], "the fleet hashes with another key than it was given")
+        return None
 
     def raise_term(self, term_seen: int) -> None:
         """A kvstore without a backend forgets its term: what clients have seen is below it all the same."""

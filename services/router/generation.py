@@ -282,12 +282,15 @@ class Run:
 
     def start(self, timeout_s: float) -> None:
         """Submit everything to one worker, so that the choices share their prompt's KV. Raises what refuses it."""
+        pool = self._places.pool
         self._deadline = asyncio.get_running_loop().call_later(timeout_s, self._expire, timeout_s)
         self._ends_s = time.monotonic() + timeout_s
         self._inherited = [self._turns.find(prompt.packed, self.wanted.salt) for prompt in self.prompts]
         turn = next((one.turn for one in self._inherited if one is not None), None)
         if turn is not None and turn.at(turn.client):
             self._places.preferred = turn.client
+        elif len(workers := pool.usable) > 1:  # not a turn of this router, but some worker may have its beginning
+            self._places.preferred = pool.prefixes.nearest(self.prompts[0].packed, self.wanted.salt, workers)
         for choice in self.choices:
             self._places.begin(self, choice)
             self._open += 1

@@ -38,18 +38,22 @@ class Members:
         self._client = KvstoreClient(config.kvstore, open_channel=security.open_channel, metadata=security.metadata)
         self._member: Member | None = None
         self._addresses: dict[str, str] = {}  # of living members, by name
-        self._task: asyncio.Task[None] | None = None
+        self._lives: dict[str, str] = {}  # their incarnations
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Begin to look, in the background."""
         self._client.start()
-        self._task = asyncio.create_task(self._run(), name="members")
+        self._tasks = [
+            asyncio.create_task(self._run(), name="members"),
+            asyncio.create_task(self._pool.prefixes.follow(self._client), name="prefixes"),
+        ]
 
     async def close(self) -> None:
         """Leave the fleet."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._member is not None:
             with contextlib.suppress(TimeoutError):  # then its lease runs out
                 async with asyncio.timeout(LEAVE_S):
@@ -67,6 +71,7 @@ class Members:
                     log.error("the fleet refuses this router", reason=joined.reason)
                 await asyncio.sleep(RETRY_S * (0.5 + random.random()))
                 continue
+            self._pool.prefixes.join(joined.hash_key)
             log.info("in the fleet", term=joined.term, lease_s=joined.lease_s)
             alive = asyncio.create_task(self._keep_alive(joined.lease_s))
             try:
@@ -86,29 +91,34 @@ class Members:
     def _take(self, notice: Notice) -> None:
         match notice:
             case Snapshot(members=members):
-                living = {member.name: member.address for member in members if _is_worker(member)}
+                living = {member.name: member for member in members if _is_worker(member)}
                 for name in [name for name in self._addresses if name not in living]:
                     self._forget(name)
-                for name, address in living.items():
-                    self._learn(name, address)
+                for member in living.values():
+                    self._learn(member)
             case MemberJoined(member=member) if _is_worker(member):
-                self._learn(member.name, member.address)
-            case MemberEnded(actor=actor):
+                self._learn(member)
+            case MemberEnded(actor=actor) if self._lives.get(actor.name) == actor.incarnation:
                 self._forget(actor.name)
             case Suspended(reason=reason):
                 log.warning("no kvstore; going on with the workers that are known", reason=reason)
             case _:
                 pass
 
-    def _learn(self, name: str, address: str) -> None:
+    def _learn(self, member: Member) -> None:
+        name, address = member.name, member.address
         known = self._addresses.get(name)
         if known is not None and known != address:
             self._forget(name)
         self._addresses[name] = address
+        self._lives[name] = member.incarnation
+        self._pool.prefixes.learn(member)
         self._pool.add(address)
 
     def _forget(self, name: str) -> None:
         address = self._addresses.pop(name, None)
+        self._lives.pop(name, None)
+        self._pool.prefixes.forget(name)
         if address is not None and address not in self._addresses.values():
             self._pool.retire(address)
 

@@ -56,7 +56,7 @@ class Relocation(Generic[SequenceT]):
     """One request's sequences. Event loop only; `close` must be called."""
 
     def __init__(self, pool: WorkerPool, metrics: Metrics) -> None:
-        self._pool = pool
+        self.pool = pool
         self._metrics = metrics
         self.preferred: WorkerClient | None = None  # it has the beginning of the prompt in its cache
         self._client: WorkerClient | None = None  # where this request's sequences go: they share their prompt's KV
@@ -70,7 +70,7 @@ class Relocation(Generic[SequenceT]):
         try:
             self.place(owner, sequence)
         except Unavailable as error:
-            if not self._pool.several or self._pool.without_s >= self._pool.config.move_wait_s:
+            if not self.pool.several or self.pool.without_s >= self.pool.config.move_wait_s:
                 raise
             self._park(owner, sequence, error)
 
@@ -78,9 +78,9 @@ class Relocation(Generic[SequenceT]):
         """Submit a sequence, beside the others of its request where that can be. Raises Unavailable or Overloaded."""
         refused = sequence.refused_by
         client = self._client
-        if client is None or client.target in refused or client not in self._pool.usable:
-            client = self._client = self._pool.choose(without=refused, preferred=self.preferred)
-        sequence.handle = self._pool.submit(client, owner.submission(sequence, client), sequence.on_output)
+        if client is None or client.target in refused or client not in self.pool.usable:
+            client = self._client = self.pool.choose(without=refused, preferred=self.preferred)
+        sequence.handle = self.pool.submit(client, owner.submission(sequence, client), sequence.on_output)
 
     def move(self, owner: Owner[SequenceT], sequence: SequenceT, output: worker_pb2.SequenceOutput) -> bool:
         """Take up a sequence whose worker ended it without being asked. False: this is its end."""
@@ -90,18 +90,18 @@ class Relocation(Generic[SequenceT]):
             self._place_or_park(owner, sequence)
             return True
         cause, target = _cause(output), sequence.handle.client.target if sequence.handle is not None else ""
-        if cause is None or not self._pool.several:
+        if cause is None or not self.pool.several:
             return False
         if cause == "full":
-            if len(sequence.refused_by) + 1 >= len(self._pool.clients):
+            if len(sequence.refused_by) + 1 >= len(self.pool.clients):
                 return False  # everybody refused it: the client hears of the last refusal
             sequence.refused_by.add(target)
         else:
             sequence.moves += 1
-            if sequence.moves > self._pool.config.moves_max:
+            if sequence.moves > self.pool.config.moves_max:
                 return False
         if cause == "drain":
-            self._pool.avoid(target)
+            self.pool.avoid(target)
         sequence.handle = None
         self._metrics.moves[cause] += 1
         log.info("sequence moves", request_id=owner.request_id, choice=sequence.index, cause=cause, worker=target)
@@ -111,7 +111,7 @@ class Relocation(Generic[SequenceT]):
     def close(self) -> None:
         """Nothing further is wanted. Idempotent."""
         self._parked.clear()
-        self._pool.forget(self._retry)
+        self.pool.forget(self._retry)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -130,9 +130,9 @@ class Relocation(Generic[SequenceT]):
     def _park(self, owner: Owner[SequenceT], sequence: SequenceT, error: TokenRelayError) -> None:
         self._parked.append((owner, sequence))
         if self._timer is None:
-            wait_s, loop = self._pool.config.move_wait_s, asyncio.get_running_loop()
+            wait_s, loop = self.pool.config.move_wait_s, asyncio.get_running_loop()
             self._timer = loop.call_later(wait_s, self._give_up, error, time.monotonic())
-            self._pool.when_usable(self._retry)
+            self.pool.when_usable(self._retry)
 
     def _retry(self) -> None:
         """A worker became usable."""

@@ -21,6 +21,7 @@ from tokenrelay.services.chassis.client import OnOutput, WorkerClient
 from tokenrelay.services.chassis.security import Security
 from tokenrelay.services.router.config import RouterConfig
 from tokenrelay.services.router.model import ServedModel, load_model
+from tokenrelay.services.router.prefixes import Prefixes
 from tokenrelay.services.router.turns import TurnMemory
 
 log = get_logger("router")
@@ -64,6 +65,7 @@ class WorkerPool:
         self._waiting: dict[Callable[[], None], None] = {}  # called when a worker becomes usable, in order
         self.model: ServedModel | None = None
         self.turns = TurnMemory(config.turn_memory_bytes)
+        self.prefixes = Prefixes()  # filled by members.py
 
     def _client(self, target: str) -> WorkerClient:
         return WorkerClient(target, security=self._security, on_ready=lambda ready: self._changed(target, ready))
