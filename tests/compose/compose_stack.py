@@ -15,6 +15,7 @@ from typing import Any
 import openai
 
 ROOT = Path(__file__).resolve().parents[2]
+INSIDE = Path(__file__).resolve().parent / "inside"
 COMPOSE = ROOT / "deploy/docker-compose.yml"
 MODEL = "tokenrelay-tiny"
 ROLES = ("router", "prefill", "decode", "kvstore", "etcd")
@@ -89,8 +90,9 @@ class Stack:
         return found[0]
 
     def python(self, container: str, program: str, *arguments: str) -> str:
-        """What a Python program prints that runs in this container, with the rights of its service."""
-        return self.docker("exec", container, "python", "-c", program, *arguments)
+        """What a program of tests/compose/inside prints in this container, with the rights of its service."""
+        text = (INSIDE / f"{program}.py").read_text()
+        return self.docker("exec", container, "python", "-Pc", text, *arguments)
 
     def kill(self, container: str) -> None:
         """SIGKILL for its process, from outside: `docker kill` would count as an operator's wish."""

@@ -23,32 +23,11 @@ CALCULATOR = {
         "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
     },
 }
+METRICS = "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:9100/metrics').read().decode())"
 QUESTION = [{"role": "user", "content": "What is 123 * 45?"}]
 
 
 # -- confinement ------------------------------------------------------------------------------------------------------
-WHO_AM_I = """
-import json, os, pathlib, socket
-status = dict(line.split(":", 1) for line in open("/proc/1/status") if ":" in line)
-def writes(path):
-    try:
-        pathlib.Path(path, "probe").write_text("x")
-        return True
-    except OSError:
-        return False
-def finds(host, port):
-    try:
-        socket.create_connection((host, port), 2).close()
-        return True
-    except OSError:
-        return False
-print(json.dumps({
-    "uids": status["Uid"].split(), "gids": status["Gid"].split(), "capabilities": int(status["CapEff"], 16),
-    "no_new_privileges": status["NoNewPrivs"].strip(), "writes": [p for p in ("/", "/etc", "/opt/tokenrelay",
-    "/models", "/run/tokenrelay", "/var/lib/tokenrelay", "/usr/local/bin") if writes(p)], "tmp": writes("/tmp"),
-    "finds_etcd": finds("etcd", 2379), "finds_kvstore": finds("kvstore", 7000),
-}))
-"""
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -69,13 +48,13 @@ def test_a_service_is_ready_and_confined(stack: Stack, role: str) -> None:
 @pytest.mark.parametrize("role", ["router", "prefill", "decode", "kvstore"])
 def test_what_a_service_can_do_from_inside(stack: Stack, role: str) -> None:
     (container,) = stack.containers(role)
-    found = json.loads(stack.python(container, WHO_AM_I))
+    found = json.loads(stack.python(container, "who_am_i"))
     assert set(found["uids"]) == set(found["gids"]) == {"10001"}
     assert found["capabilities"] == 0 and found["no_new_privileges"] == "1"
     assert found["writes"] == [], "the root file system is read-only"
-    assert found["tmp"] is True
-    assert found["finds_kvstore"] is True
-    assert found["finds_etcd"] is (role == "kvstore"), "etcd is the kvstore's alone"
+    assert found["tmp"] is True and found["token_mode"] == "0o600"
+    assert found["reaches_kvstore"] is True
+    assert found["reaches_etcd"] is (role == "kvstore"), "etcd is the kvstore's alone"
 
 
 def test_only_the_router_is_published_and_only_on_this_machine(stack: Stack) -> None:
@@ -124,29 +103,12 @@ def test_a_tool_is_called_and_its_result_used(stack: Stack, stream: bool) -> Non
 
 
 # -- the token --------------------------------------------------------------------------------------------------------
-SHAKE_HANDS = """
-import asyncio, pathlib, sys, grpc
-from tokenrelay.proto import worker_pb2, worker_pb2_grpc
-from tokenrelay.services.chassis.security import Security
-async def ask(target, token):
-    security = Security(token=token)
-    async with security.open_channel(target) as channel:
-        try:
-            reply = await worker_pb2_grpc.WorkerStub(channel).Handshake(
-                worker_pb2.HandshakeRequest(), metadata=security.metadata, timeout=10)
-            return reply.role
-        except grpc.aio.AioRpcError as error:
-            return error.code().name
-right = pathlib.Path("/run/tokenrelay/token").read_text().strip()
-for token in (right, right[:-1] + ("0" if right[-1] != "0" else "1"), ""):
-    print(asyncio.run(ask(sys.argv[1], token)))
-"""
 
 
 def test_a_wrong_token_is_refused(stack: Stack) -> None:
     (router,) = stack.containers("router")
     target = next(worker["target"] for worker in stack.workers() if worker["role"] == "decode")
-    assert stack.python(router, SHAKE_HANDS, target).split() == ["decode", "UNAUTHENTICATED", "UNAUTHENTICATED"]
+    assert stack.python(router, "shake_hands", target).split() == ["decode", "UNAUTHENTICATED", "UNAUTHENTICATED"]
 
 
 def test_a_worker_with_a_wrong_token_does_not_get_in(stack: Stack) -> None:
@@ -164,10 +126,30 @@ def test_a_worker_with_a_wrong_token_does_not_get_in(stack: Stack) -> None:
 
 def test_the_token_is_nobodys_elses_and_in_no_log(stack: Stack) -> None:
     (router,) = stack.containers("router")
-    token = stack.python(router, "print(open('/run/tokenrelay/token').read().strip())").strip()
+    token = stack.docker("exec", router, "cat", "/run/tokenrelay/token").strip()
     assert len(token) == 64 and int(token, 16)
     assert token not in stack.compose("logs", "--no-color")
     assert token not in json.dumps(stack.inspect(router))
+
+
+# -- KV from container to container -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["stream", "nixl", ""], ids=["stream", "nixl", "default"])
+def test_kv_passes_between_containers(stack: Stack, kind: str) -> None:
+    stack.environment["TOKENRELAY_TRANSPORTS"] = kind  # that one and no other; the default comes last, and stays
+    stack.compose("up", "--detach", "--wait", "--wait-timeout", "300", timeout_s=400)
+    until(lambda: stack.usable() == {"prefill": 1, "decode": 1})
+    (prefill,), (decode,), (router,) = (stack.containers(role) for role in ("prefill", "decode", "router"))
+    settings = stack.docker("exec", decode, "printenv", "TOKENRELAY_FLEET_TRANSPORTS").strip()
+    assert settings == kind
+    addresses = [f"{stack.inspect(one)['Config']['Hostname']}:7100" for one in (prefill, decode)]
+    found = json.loads(stack.python(router, "hand_over", *addresses, "1500"))
+    assert found["ends"] == ["FINISH_HANDOVER", "FINISH_LENGTH"]
+    assert found["both"] == found["alone"] and len(found["both"]) == 24
+    page = stack.docker("exec", decode, "python", "-Pc", METRICS)
+    counts = dict(line.rsplit(" ", 1) for line in page.splitlines() if line.startswith("tokenrelay_import"))
+    assert float(counts['tokenrelay_imports_total{end="imported"}']) == 1
+    assert float(counts['tokenrelay_imports_total{end="failed"}']) == 0
+    assert float(counts["tokenrelay_imported_bytes_total"]) > 1 << 20
 
 
 # -- deaths and scaling -----------------------------------------------------------------------------------------------
