@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import itertools
 import json
 import os
@@ -38,17 +39,21 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-for folder in ("tests/support", "tests/worker", "tests/kvstore", "tests/handover", "bench"):
+for folder in ("tests/support", "tests/worker", "tests/kvstore", "tests/handover"):
     sys.path.insert(0, str(ROOT / folder))
 
-from checkpoints import VOCAB, make_checkpoint  # noqa: E402
+from checkpoints import VOCAB, make_checkpoint  # noqa: E402  (from the folders above)
 from fleet import Fleet, Relayed  # noqa: E402
 from worker_process import Stream, submit_message  # noqa: E402
 
-import transfer as raw_bench  # noqa: E402  (from the folders above)
 from tokenrelay.base.version import version  # noqa: E402
 from tokenrelay.proto import worker_pb2  # noqa: E402
 from tokenrelay.transfer.select import available  # noqa: E402
+
+_spec = importlib.util.spec_from_file_location("bench_transfer", ROOT / "bench" / "transfer.py")
+assert _spec is not None and _spec.loader is not None
+raw_bench = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(raw_bench)
 
 LATENT, ROPE = 512, 64
 BLOCK_TOKENS = 64
