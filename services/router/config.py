@@ -29,6 +29,12 @@ class RouterConfig:
         "kvstores (the active one and its standbys), comma-separated: workers are found there, `worker` may be empty",
     )
     model_dir: str = setting("", "folder with the tokenizer files; empty: the folder the worker names")
+    tool_parser: Literal[
+        "auto", "dsml", "deepseek", "kimi", "mistral", "qwen-coder", "glm", "hermes", "llama3", "channel"
+    ] = setting("auto", "how the model writes tool calls; auto: as its chat template shows")
+    reasoning_parser: Literal["auto", "think", "channel", "none"] = setting(
+        "auto", "how the model writes reasoning; auto: as its chat template and tokens show"
+    )
     model_alias: tuple[str, ...] = setting((), "further names under which the model is served, comma-separated")
     body_bytes_max: int = setting(32 * MIB, "largest HTTP body, bytes; 1 M tokens are about 4 MiB", minimum=1024)
     requests_open_max: int = setting(2048, "requests in work at once; one more is answered 429", minimum=1)

@@ -25,7 +25,23 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         raise InvalidRequest("messages is empty", param="messages")
     if len(messages) > limits.MESSAGES_MAX:
         raise InvalidRequest(f"messages has {len(messages)} entries, at most {limits.MESSAGES_MAX}", param="messages")
+    _check_results(messages)
     return [_template_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _check_results(messages: Sequence[Message]) -> None:
+    """Raise InvalidRequest for a tool's result that names a call which the assistant did not make. One that names none
+    is the template's affair.
+    """
+    asked: set[str | None] = set()
+    for index, message in enumerate(messages):
+        if message.role == "assistant":
+            asked.update(call.id for call in message.tool_calls or ())
+        elif message.role == "tool" and message.tool_call_id is not None and message.tool_call_id not in asked:
+            name = f"messages[{index}].tool_call_id"
+            raise InvalidRequest(
+                f"{name}: no assistant message before has a call {message.tool_call_id[:64]!r}", param=name
+            )
 
 
 def _template_message(message: Message, name: str) -> dict[str, Any]:

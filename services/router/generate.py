@@ -76,11 +76,13 @@ async def serve_chat(
     text, tools = await render_messages(state, model, body, size)
     model.check_text(text, "messages")
     prompt = Prompt(await encode_prompt(model, text, "messages", add_special_tokens=False), "messages")
-    inside = model.thinks and prompt_ends_inside_thinking(text)
+    formats = model.formats
+    inside = formats.think is not None and prompt_ends_inside_thinking(text, formats.think[0])
     calls_max = 1 if body.parallel_tool_calls is False else None
 
     def make_text() -> TextSink:
-        return ChatText(thinks=model.thinks, inside_thinking=inside, tools=bool(tools), calls_max=calls_max)
+        parser = formats.parser(tools)
+        return ChatText(think=formats.think, inside_thinking=inside, tools=parser, calls_max=calls_max)
 
     return await _serve(request, state, model, wanted, [prompt], make_text, make_shape, prefix, arrived_s)
 

@@ -16,11 +16,12 @@ from tokenizers import Tokenizer
 
 from tokenrelay.base.errors import CheckpointError, InvalidRequest, NotFound, TokenRelayError
 from tokenrelay.proto import worker_pb2
-from tokenrelay.services.router import limits, reasoning, tools
+from tokenrelay.services.router import limits
 from tokenrelay.services.router.config import RouterConfig
 from tokenrelay.services.router.detokenize import Vocabulary
 from tokenrelay.services.router.template import ChatTemplate
 from tokenrelay.services.router.tokenize import PromptTokenizer
+from tokenrelay.services.router.tool_formats import Formats, choose
 from tokenrelay.services.router.validate import Defaults, check_range
 
 _TOKEN_BYTES_MAX = 256  # no token is longer than this; see `check_text`
@@ -39,7 +40,7 @@ class ServedModel:
     tokenizer: PromptTokenizer
     template: ChatTemplate | None
     defaults: Defaults
-    thinks: bool
+    formats: Formats
     tag_ids: frozenset[int]
     created: int
 
@@ -85,9 +86,13 @@ def load_model(reply: worker_pb2.HandshakeReply, config: RouterConfig, executor:
         raise CheckpointError(f"{tokenizer_file}: not a tokenizer: {error}", file=str(tokenizer_file)) from error
     template = ChatTemplate.load(folder, _read_json(folder / "tokenizer_config.json"))
     vocabulary = Vocabulary(tokenizer, spec)
-    tags = (reasoning.OPEN, reasoning.CLOSE, tools.OPEN, tools.CLOSE)
-    tag_ids = {tag: tokenizer.token_to_id(tag) for tag in tags}
-    source = template.source if template is not None else ""
+    formats = choose(
+        template.source if template is not None else "",
+        tool_parser=config.tool_parser,
+        reasoning_parser=config.reasoning_parser,
+        has_token=lambda tag: tokenizer.token_to_id(tag) is not None,
+    )
+    tag_ids = (tokenizer.token_to_id(tag) for tag in formats.tags)
     return ServedModel(
         names=(reply.model_name or folder.name, *config.model_alias),
         folder=folder,
@@ -104,8 +109,8 @@ def load_model(reply: worker_pb2.HandshakeReply, config: RouterConfig, executor:
         ),
         template=template,
         defaults=_defaults(folder / "generation_config.json", reply),
-        thinks=tag_ids[reasoning.CLOSE] is not None or reasoning.CLOSE in source,
-        tag_ids=frozenset(token_id for token_id in tag_ids.values() if token_id is not None),
+        formats=formats,
+        tag_ids=frozenset(token_id for token_id in tag_ids if token_id is not None),
         created=int(time.time()),
     )
 

@@ -1,4 +1,4 @@
-"""Splits a reply into reasoning and content at `<think>` … `</think>`.
+"""Splits a reply into reasoning and content at `<think>` … `</think>`, or other tags.
 
     parser = ReasoningParser(inside=prompt_ends_inside_thinking(prompt))
     parser.feed("<think>\\nwell")       # ("well", "")     (reasoning, content)
@@ -14,9 +14,9 @@ OPEN = "<think>"
 CLOSE = "</think>"
 
 
-def prompt_ends_inside_thinking(prompt: str) -> bool:
+def prompt_ends_inside_thinking(prompt: str, open_tag: str = OPEN) -> bool:
     """Whether the rendered prompt already opened the tag for the reply, as templates of always-thinking models do."""
-    return prompt.rstrip("\n").endswith(OPEN)
+    return prompt.rstrip("\n").endswith(open_tag)
 
 
 def held_suffix(text: str, tag: str) -> int:
@@ -30,9 +30,10 @@ def held_suffix(text: str, tag: str) -> int:
 class ReasoningParser:
     """One sequence. `done` once everything further is content: then the caller need not ask any more."""
 
-    __slots__ = ("_begun", "_held", "_inside", "_skip_newlines", "done")
+    __slots__ = ("_begun", "_close", "_held", "_inside", "_open", "_skip_newlines", "done")
 
-    def __init__(self, *, inside: bool) -> None:
+    def __init__(self, *, inside: bool, tags: tuple[str, str] = (OPEN, CLOSE)) -> None:
+        self._open, self._close = tags
         self._inside = inside
         self._held = ""
         self._begun = False  # reasoning text has left
@@ -45,10 +46,10 @@ class ReasoningParser:
         self._held += text
         if not self._inside and not self.done and not self._skip_newlines:
             stripped = self._held.lstrip()
-            if OPEN.startswith(stripped[: len(OPEN)]) and len(stripped) < len(OPEN):
+            if len(stripped) < len(self._open) and self._open.startswith(stripped):
                 return "", ""  # nothing yet, or a beginning of the tag
-            if stripped.startswith(OPEN):
-                self._inside, self._held = True, stripped[len(OPEN) :]
+            if stripped.startswith(self._open):
+                self._inside, self._held = True, stripped[len(self._open) :]
             else:
                 self.done = True
         if self._inside:
@@ -58,12 +59,12 @@ class ReasoningParser:
         return reasoning, self._feed_content()
 
     def _feed_inside(self) -> str:
-        before, tag, after = self._held.partition(CLOSE)
+        before, tag, after = self._held.partition(self._close)
         if tag:
             self._inside, self._skip_newlines = False, True
             self._held = after
             return self._trim(before).rstrip("\n")
-        held = held_suffix(before, CLOSE)
+        held = held_suffix(before, self._close)
         # Newlines before the tag belong to it: they wait, too.
         ready = before[: len(before) - held].rstrip("\n")
         self._held = before[len(ready) :]

@@ -9,7 +9,16 @@ from typing import Protocol
 
 from tokenrelay.proto import worker_pb2
 from tokenrelay.services.router.reasoning import ReasoningParser
-from tokenrelay.services.router.tools import CallArguments, CallBroken, CallEnd, CallStart, Event, Text, ToolCallParser
+from tokenrelay.services.router.tools import (
+    CallArguments,
+    CallBroken,
+    CallEnd,
+    CallStart,
+    Event,
+    Parser,
+    Text,
+    Thought,
+)
 
 
 class Delta:
@@ -86,13 +95,21 @@ class PlainText:
 class ChatText:
     """Chat: reasoning, then content and tool calls. Parsers that the request does not need are not run."""
 
-    def __init__(self, *, thinks: bool, inside_thinking: bool, tools: bool, calls_max: int | None = None) -> None:
-        self._reasoning = ReasoningParser(inside=inside_thinking) if thinks else None
-        self._tools = ToolCallParser() if tools else None
+    def __init__(
+        self,
+        *,
+        think: tuple[str, str] | None = None,
+        inside_thinking: bool = False,
+        tools: Parser | None = None,
+        calls_max: int | None = None,
+    ) -> None:
+        """`think`: the tags around reasoning, if there are any; `tools`: what finds calls."""
+        self._reasoning = ReasoningParser(inside=inside_thinking, tags=think) if think is not None else None
+        self._tools = tools
         self._calls_max = calls_max
         self._calls = 0  # whole ones
-        self.needs_tags = thinks or tools
-        self.may_end = tools and calls_max is not None
+        self.needs_tags = think is not None or tools is not None
+        self.may_end = tools is not None and calls_max is not None
 
     @property
     def ended(self) -> bool:
@@ -119,6 +136,9 @@ class ChatText:
         for event in events:
             if self.ended:
                 return
+            if isinstance(event, Thought):
+                delta.reasoning += event.text
+                continue
             if isinstance(event, Text | CallBroken):
                 delta.content += event.text
             elif isinstance(event, CallEnd):

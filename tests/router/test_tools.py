@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenrelay.services.router.text import ChatText, Delta, whole_calls
-from tokenrelay.services.router.tools import CallArguments, CallBroken, CallEnd, CallStart, Event, Text, ToolCallParser
+from tokenrelay.services.router.tool_parsers import HermesParser
+from tokenrelay.services.router.tools import CallArguments, CallBroken, CallEnd, CallStart, Event, Text
 
 CALL = '<tool_call>\n{"name": "read", "arguments": {"path": "a"}}\n</tool_call>'
 
 
 def fed(pieces: list[str]) -> list[Event]:
-    parser = ToolCallParser()
+    parser = HermesParser()
     return [event for piece in pieces for event in parser.feed(piece)] + parser.finish()
 
 
@@ -108,7 +109,7 @@ def test_any_text_comes_out_the_same_however_it_is_cut(pieces: list[str]) -> Non
 
 
 def test_arguments_stream_as_they_come() -> None:
-    parser = ToolCallParser()
+    parser = HermesParser()
     first = parser.feed('<tool_call>\n{"name": "read", "arguments": {"pa')
     assert [type(event) for event in first] == [CallStart, CallArguments]
     assert first[1] == CallArguments(0, '{"pa')
@@ -117,7 +118,7 @@ def test_arguments_stream_as_they_come() -> None:
 
 
 def test_a_call_that_breaks_after_it_began_to_stream_is_no_tool_call() -> None:
-    text = ChatText(thinks=False, inside_thinking=False, tools=True)
+    text = ChatText(tools=HermesParser())
     delta = Delta()
     text.feed('<tool_call>{"name": "x", "arguments": {"a": 1} oops</tool_call>', delta)
     text.finish(delta)
@@ -127,7 +128,7 @@ def test_a_call_that_breaks_after_it_began_to_stream_is_no_tool_call() -> None:
 
 
 def test_only_one_call_when_calls_may_not_be_parallel() -> None:
-    text = ChatText(thinks=False, inside_thinking=False, tools=True, calls_max=1)
+    text = ChatText(tools=HermesParser(), calls_max=1)
     delta = Delta()
     text.feed(CALL + CALL, delta)
     assert text.ended
