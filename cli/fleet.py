@@ -262,7 +262,7 @@ class FleetWorker:
             worker_pb2_grpc.add_WorkerServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
             peer_pb2_grpc.add_PeerServicer_to_server(self.host.source, server)  # type: ignore[no-untyped-call]
 
-        return GrpcServer(register, self._address, security=self._security)
+        return GrpcServer(register, self._config.listen or self._address, security=self._security)
 
     async def drain(self, deadline: Deadline) -> bool:
         """After the requests: until all offered KV has been read or taken back."""

@@ -17,7 +17,8 @@ class FleetConfig:
     role: Literal["colocated", "prefill", "decode"] = setting("colocated", "what the fleet uses this worker for")
     name: str = setting("", "stays the same over restarts; empty: the role and the socket's name")
     kvstore: tuple[str, ...] = setting((), "addresses of kvstores, host:port or unix:PATH, comma-separated")
-    address: str = setting("", "host:port to serve on and to be reached at; empty: the worker's Unix socket")
+    address: str = setting("", "host:port to be reached at and to serve on; empty: the worker's Unix socket")
+    listen: str = setting("", "host:port to serve on, such as 0.0.0.0:7100, where it is not the address; empty: it is")
     transports: tuple[str, ...] = setting((), "kinds of transport, best first; empty: what works here")
     transfer_host: str = setting("", "address that peers of other hosts read KV from; empty: this machine only")
     lease_s: float = setting(10.0, "how long the fleet waits for a sign of life, seconds", minimum=0.1, maximum=3600)
@@ -32,6 +33,13 @@ class FleetConfig:
         """What bounds of single fields cannot say. Raises ConfigError."""
         if self.role != "colocated" and not self.kvstore:
             raise ConfigError(f"fleet.kvstore is empty: a {self.role} worker needs the address of a kvstore")
+        for name in ("address", "listen"):
+            given = getattr(self, name)
+            host, _, port = given.rpartition(":")
+            if given and (not host or not port.isdigit() or not 0 < int(port) < 65536):
+                raise ConfigError(f"fleet.{name} is {given!r}, expected host:port")
+        if self.listen and not self.address:
+            raise ConfigError("fleet.listen is set, and fleet.address is empty: where do others reach this worker?")
         unknown = [kind for kind in self.transports if kind not in available()]
         if unknown:
             raise ConfigError(f"fleet.transports has {', '.join(unknown)}, expected some of {', '.join(available())}")

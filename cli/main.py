@@ -10,6 +10,7 @@ import typer
 
 from tokenrelay.base.errors import TokenRelayError
 from tokenrelay.base.parent import die_with_parent
+from tokenrelay.cli import services
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -380,16 +381,7 @@ def chat(
     )
 
 
-@app.command(
-    rich_help_panel="Services",
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
-def kvstore(context: typer.Context) -> None:
-    """The kvstore: who owns which KV, who holds which prefix, blocks that outlive their worker. See docs/kvstore.md."""
-    from tokenrelay.services.kvstore.__main__ import main as run_kvstore
-
-    raise typer.Exit(run_kvstore(context.args))
+services.register(app)
 
 
 @kernels_app.command("list")

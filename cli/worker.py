@@ -1,6 +1,7 @@
-"""The worker process: loads a model and serves it to routers on a Unix socket.
+"""The worker process: loads a model and serves it to routers on a Unix socket, or in a fleet at a TCP address.
 
     python -m tokenrelay.cli.worker --model DIR --socket PATH [--status-fd N] [--config FILE] [--slots 64 …]
+    tokenrelay prefill --kvstore kvstore:7000 --address prefill-0:7100     # the same with its role given
 
 Every field of `WorkerConfig` is a flag. First SIGTERM: finish what runs, refuse what is new, exit 0; a second one stops
 at once. An expected failure at the start ends with one sentence and exit code 1.
@@ -63,10 +64,10 @@ class WorkerSettings:
     incarnation: str
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point; the exit code."""
+def main(arguments: list[str] | None = None, *, role: str | None = None) -> int:
+    """Entry point; the exit code. `role`: what `tokenrelay prefill` and `tokenrelay decode` say, instead of --role."""
     die_with_parent()
-    parsed = _parser().parse_args(arguments)
+    parsed = _parser(role).parse_args(arguments)
     status = StatusPipe(parsed.status_fd)
     incarnation = new_incarnation()
     try:
@@ -117,10 +118,25 @@ def settings(
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tokenrelay.cli.worker", description="A TokenRelay worker process.")
-    for field in (*dataclasses.fields(WorkerConfig), *dataclasses.fields(FleetConfig)):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, help=field.metadata["help"])
+def _parser(role: str | None) -> argparse.ArgumentParser:
+    if role is None:
+        parser = argparse.ArgumentParser(prog="tokenrelay.cli.worker", description="A TokenRelay worker process.")
+    else:
+        parser = argparse.ArgumentParser(
+            prog=f"tokenrelay {role}",
+            description=f"A {role} worker of a fleet: tokenrelay {role} --kvstore HOST:PORT --address HOST:PORT. "
+            "Every setting can be given by --config (tables [worker] and [fleet]) and by the environment, too "
+            "(TOKENRELAY_WORKER_MODEL, TOKENRELAY_FLEET_KVSTORE).",
+        )
+        parser.set_defaults(role=role)
+    for group, config in (("model and engine", WorkerConfig), ("the fleet", FleetConfig)):
+        options = parser.add_argument_group(group)
+        for field in dataclasses.fields(config):
+            if role is None or field.name != "role":
+                default = "" if field.default in (None, "", ()) else f" [{field.default}]"
+                said = f"{field.metadata['help']}{default}".replace("%", "%%")
+                flag = f"--{field.name.replace('_', '-')}"
+                options.add_argument(flag, dest=field.name, help=said, metavar="VALUE")
     parser.add_argument(
         "--config", type=Path, help="TOML file with the tables [worker], [prefill], [fleet] and [security]"
     )
@@ -138,16 +154,17 @@ async def run(options: WorkerSettings, status: StatusPipe) -> tuple[int, bool]:
     from tokenrelay.services.chassis.server import WorkerServer, socket_path
     from tokenrelay.services.chassis.session import WorkerServicer
 
-    config = options.worker
-    if not config.socket:
-        raise ConfigError("worker.socket is empty: where should the worker listen?")
-    address = f"unix:{config.socket}"
+    config, fleet = options.worker, options.fleet
+    address = (fleet.address if fleet.kvstore else "") or (f"unix:{config.socket}" if config.socket else "")
+    if not address:
+        where = "fleet.address (host:port) or worker.socket" if fleet.kvstore else "worker.socket"
+        raise ConfigError(f"{where} is empty: where should the worker listen?")
     socket_path(address)  # not after minutes of loading
     began_s = time.monotonic()
     lifecycle = Lifecycle()
     lifecycle.install_signals()
-    if options.fleet.kvstore:
-        return await run_fleet(options, status, lifecycle, options.fleet.address or address, began_s)
+    if fleet.kvstore:
+        return await run_fleet(options, status, lifecycle, address, began_s)
     model = await _load_unless_ended(config, status, lifecycle)
     if model is None:
         return 0, True

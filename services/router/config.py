@@ -83,7 +83,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The flags: settings as they were written, `config`, `print_config`, `status_fd`. An unknown one ends the
     process.
     """
-    parser = argparse.ArgumentParser(prog="python -m tokenrelay.services.router", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tokenrelay router", description=__doc__)
     parser.add_argument("--config", type=Path, help="TOML file with a table [router]")
     parser.add_argument("--print-config", action="store_true", help="show each setting and where it came from, and end")
     parser.add_argument("--status-fd", type=int, help="file descriptor for status lines to a supervisor")
