@@ -162,6 +162,27 @@ def integer_linear(
     out: int,
     /,
 ) -> None: ...
+def integer_moe(
+    isa: int,
+    plain_isa: int,
+    dtype: int,
+    bits: int,
+    gate_up_group: int,
+    down_group: int,
+    tokens: int,
+    top_k: int,
+    experts: int,
+    d: int,
+    f: int,
+    x: int,
+    x_stride: int,
+    chosen: int,
+    weights: int,
+    gate_up: tuple[int, int],
+    down: tuple[int, int],
+    out: int,
+    /,
+) -> None: ...
 def moe(
     isa: int,
     dtype: int,

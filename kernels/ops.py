@@ -32,6 +32,7 @@ __all__ = [
     "moe",
     "moe_route",
     "quantized_linear",
+    "quantized_moe",
     "rms_norm",
     "rotary",
     "sample",
@@ -197,6 +198,15 @@ def moe(x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: 
     result: Tensor = pick("moe", x.device.type, x.dtype, w_gate_up.shape[0], x.shape[-1], w_down.shape[2])(
         x, experts, weights, w_gate_up, w_down
     )
+    return result
+
+
+def quantized_moe(
+    x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: QuantizedWeight, w_down: QuantizedWeight
+) -> Tensor:
+    """As `moe`, with integer weights: w_gate_up [E, 2f, d], w_down [E, d, f]. See `quantized_linear`."""
+    sizes = (w_gate_up.scales.shape[0], x.shape[-1], w_down.width, w_down.bits, w_down.group)
+    result: Tensor = pick("quantized_moe", x.device.type, x.dtype, *sizes)(x, experts, weights, w_gate_up, w_down)
     return result
 
 

@@ -48,6 +48,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "linear": ("width", "columns"),
     "quantized_linear": ("width", "columns", "bits", "group"),
     "moe": ("experts", "width", "hidden"),
+    "quantized_moe": ("experts", "width", "hidden", "bits", "group"),
     "moe_route": ("experts",),
     "sample": ("vocab",),
     "token_logprobs": ("vocab",),

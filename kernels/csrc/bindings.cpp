@@ -204,6 +204,29 @@ void bind_moe(py::module_& m) {
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
+      "integer_moe",
+      [](int isa, int plain_isa, int dtype, int bits, int64_t gate_up_group, int64_t down_group, int64_t tokens,
+         int64_t top_k, int64_t experts, int64_t d, int64_t f, Address x, int64_t x_stride, Address chosen,
+         Address weights, const std::pair<Address, Address>& gate_up, const std::pair<Address, Address>& down,
+         Address out) {
+        integer_moe(
+            integer_table(isa), table_of(plain_isa),
+            {dtype_of(dtype),
+             tokens,
+             top_k,
+             experts,
+             d,
+             f,
+             pointer(x),
+             x_stride,
+             pointer<int32_t>(chosen),
+             pointer<float>(weights),
+             {bits, gate_up_group, experts * 2 * f, d, pointer<uint8_t>(gate_up.first), pointer<float>(gate_up.second)},
+             {bits, down_group, experts * d, f, pointer<uint8_t>(down.first), pointer<float>(down.second)},
+             pointer(out)});
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
       "moe",
       [](int isa, int dtype, int64_t tokens, int64_t top_k, int64_t experts, int64_t d, int64_t f, Address x,
          int64_t x_stride, Address chosen, Address weights, Address gate_up, Address down, Address out) {

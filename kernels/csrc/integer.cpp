@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "expert_groups.hpp"
 #include "pool.hpp"
 
 namespace tokenrelay {
@@ -27,6 +28,104 @@ void check(const IntegerWeights& w) {
                                 ": expected 8 bits in rows (0), or 4 in groups of 32, 64 or 128");
   }
 }
+
+// Activations, rounded to bytes for products with some weights.
+struct Quantized {
+  Quantized(const IntegerTable& integers, DType dtype, const void* x, int64_t rows, int64_t stride,
+            const IntegerWeights& beside)
+      : data(static_cast<size_t>(rows * beside.chunks() * kChunk)),
+        scales(static_cast<size_t>(rows * beside.chunks())),
+        zeros(scales.size() * 2 * kLanes),
+        view{beside.chunks(), data.data(), scales.data(), zeros.data()} {
+    const auto quantize = [&](int64_t r) { integers.quantize(dtype, at(x, r * stride, dtype), beside, view, r); };
+    if (rows == 1) {
+      quantize(0);  // not worth waking anybody
+    } else {
+      parallel_for(rows, quantize);
+    }
+  }
+  Quantized(const Quantized&) = delete;
+  Quantized& operator=(const Quantized&) = delete;
+
+  std::vector<int8_t> data;
+  std::vector<float> scales;
+  std::vector<int32_t> zeros;
+  IntegerRows view;
+};
+
+class IntegerMoe {
+ public:
+  IntegerMoe(const IntegerTable& integers, const Table& table, const IntegerExperts& e)
+      : integers_(integers),
+        table_(table),
+        e_(e),
+        groups_(group_by_expert(e.chosen, e.weights, e.tokens, e.top_k, e.experts)) {}
+
+  void run() {
+    const auto rows = static_cast<int64_t>(groups_.assignments.size());
+    const Quantized inputs(integers_, e_.dtype, e_.x, e_.tokens, e_.x_stride, e_.gate_up);
+    std::vector<float> hidden(static_cast<size_t>(rows * e_.f));
+    const int64_t blocks = ceil_div(e_.f, kColumns);
+    parallel_for(groups_.count() * blocks,
+                 [&](int64_t i) { activate(inputs.view, i / blocks, i % blocks * kColumns, hidden.data()); });
+    const Quantized between(integers_, DType::float32, hidden.data(), rows, e_.f, e_.down);
+    parallel_for(ceil_div(e_.d, kColumns), [&](int64_t i) { down(between.view, i * kColumns); });
+  }
+
+ private:
+  // hidden[assignments of the group, columns] = silu(x . gate) * (x . up)
+  void activate(const IntegerRows& inputs, int64_t group, int64_t column, float* hidden) {
+    const size_t first = groups_.firsts[static_cast<size_t>(group)];
+    const int64_t rows = static_cast<int64_t>(groups_.firsts[static_cast<size_t>(group) + 1] - first);
+    const int64_t columns = min_of(kColumns, e_.f - column), gate_row = groups_.assignments[first].expert * 2 * e_.f;
+    float* gate = static_cast<float*>(scratch(kProduct, 2 * kRows * kColumns * 4));
+    float* up = gate + kRows * kColumns;
+    int64_t* tokens = static_cast<int64_t*>(scratch(kNumbers, kRows * 8));
+    for (int64_t r = 0; r < rows; r += kRows) {
+      const int64_t some = min_of(kRows, rows - r);
+      for (int64_t i = 0; i < some; ++i) tokens[i] = groups_.assignments[first + static_cast<size_t>(r + i)].token;
+      const int64_t begins[] = {gate_row + column, gate_row + e_.f + column};
+      integers_.dot({&e_.gate_up, begins[0], columns, &inputs, tokens, some, gate, kColumns});
+      integers_.dot({&e_.gate_up, begins[1], columns, &inputs, tokens, some, up, kColumns});
+      for (int64_t i = 0; i < some; ++i) {
+        float* to = hidden + (static_cast<int64_t>(first) + r + i) * e_.f + column;
+        table_.silu_mul(DType::float32, gate + i * kColumns, up + i * kColumns, DType::float32, to, columns);
+      }
+    }
+  }
+
+  // out[all tokens, columns], summed over experts in ascending order.
+  void down(const IntegerRows& between, int64_t column) {
+    const int64_t columns = min_of(kColumns, e_.d - column);
+    float* out = static_cast<float*>(scratch(kProduct, (e_.tokens + kRows) * kColumns * 4));
+    float* product = out + e_.tokens * kColumns;
+    int64_t* numbers = static_cast<int64_t*>(scratch(kNumbers, kRows * 8));
+    std::fill(out, product, 0.0f);
+    for (int64_t group = 0; group < groups_.count(); ++group) {
+      const size_t first = groups_.firsts[static_cast<size_t>(group)],
+                   last = groups_.firsts[static_cast<size_t>(group) + 1];
+      const int64_t row = groups_.assignments[first].expert * e_.d + column;
+      for (size_t r = first; r < last; r += kRows) {
+        const int64_t some = min_of(kRows, static_cast<int64_t>(last - r));
+        for (int64_t i = 0; i < some; ++i) numbers[i] = static_cast<int64_t>(r) + i;
+        integers_.dot({&e_.down, row, columns, &between, numbers, some, product, kColumns});
+        for (int64_t i = 0; i < some; ++i) {
+          const Assignment& assignment = groups_.assignments[r + static_cast<size_t>(i)];
+          table_.axpy(assignment.weight, product + i * kColumns, out + assignment.token * kColumns, columns);
+        }
+      }
+    }
+    for (int64_t t = 0; t < e_.tokens; ++t) {
+      void* to = static_cast<char*>(e_.out) + (t * e_.d + column) * size_of(e_.dtype);
+      table_.convert(DType::float32, out + t * kColumns, e_.dtype, to, columns);
+    }
+  }
+
+  const IntegerTable& integers_;
+  const Table& table_;
+  const IntegerExperts& e_;
+  const Groups groups_;
+};
 
 }  // namespace
 
@@ -54,21 +153,9 @@ const IntegerTable& integer_table(int isa) {
 
 void integer_linear(const IntegerTable& integers, const Table& table, const IntegerLinear& job) {
   check(job.weights);
-  const int64_t chunks = job.weights.chunks();
-  std::vector<int8_t> data(static_cast<size_t>(job.rows * chunks * kChunk));
-  std::vector<float> scales(static_cast<size_t>(job.rows * chunks));
-  std::vector<int32_t> zeros(scales.size() * 2 * kLanes);
-  const IntegerRows rows{chunks, data.data(), scales.data(), zeros.data()};
-  const auto quantize = [&](int64_t r) {
-    integers.quantize(job.dtype, at(job.x, r * job.x_stride, job.dtype), job.weights, rows, r);
-  };
-  if (job.rows > 1) {
-    parallel_for(job.rows, quantize);
-  } else if (job.rows == 1) {
-    quantize(0);
-  }
-  const int64_t columns = job.weights.columns;
   if (job.rows == 0) return;
+  const Quantized rows(integers, job.dtype, job.x, job.rows, job.x_stride, job.weights);
+  const int64_t columns = job.weights.columns;
   parallel_for(ceil_div(columns, kColumns), [&](int64_t task) {
     const int64_t first = task * kColumns, count = min_of(kColumns, columns - first);
     float* product = static_cast<float*>(scratch(kProduct, (kRows + 1) * kColumns * 4));
@@ -78,7 +165,7 @@ void integer_linear(const IntegerTable& integers, const Table& table, const Inte
     for (int64_t r = 0; r < job.rows; r += kRows) {
       const int64_t some = min_of(kRows, job.rows - r);
       for (int64_t i = 0; i < some; ++i) numbers[i] = r + i;
-      integers.dot({&job.weights, first, count, &rows, numbers, some, product, kColumns});
+      integers.dot({&job.weights, first, count, &rows.view, numbers, some, product, kColumns});
       for (int64_t i = 0; i < some; ++i) {
         float* from = product + i * kColumns;
         if (job.bias != nullptr) table.axpy(1.0f, bias, from, count);
@@ -87,6 +174,12 @@ void integer_linear(const IntegerTable& integers, const Table& table, const Inte
       }
     }
   });
+}
+
+void integer_moe(const IntegerTable& integers, const Table& table, const IntegerExperts& experts) {
+  check(experts.gate_up);
+  check(experts.down);
+  if (experts.tokens > 0) IntegerMoe(integers, table, experts).run();
 }
 
 }  // namespace tokenrelay

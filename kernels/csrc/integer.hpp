@@ -70,6 +70,19 @@ struct IntegerLinear {
   const void* bias;  // [columns] of dtype, or null
   void* out;
 };
+// As moe.hpp's Experts: gate_up of [experts * 2f, d], down of [experts * d, f].
+struct IntegerExperts {
+  DType dtype;
+  int64_t tokens, top_k, experts, d, f;
+  const void* x;  // [tokens, d]
+  int64_t x_stride;
+  const int32_t* chosen;  // [tokens, top_k]; -1: none
+  const float* weights;   // [tokens, top_k]
+  IntegerWeights gate_up, down;
+  void* out;  // [tokens, d]
+};
+void integer_moe(const IntegerTable& integers, const Table& table, const IntegerExperts& experts);
+
 void integer_linear(const IntegerTable& integers, const Table& table, const IntegerLinear& job);
 
 }  // namespace tokenrelay

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "expert_groups.hpp"
 #include "pool.hpp"
 
 namespace tokenrelay {
@@ -24,38 +25,6 @@ const char* at(const void* base, int64_t elements, DType dtype) {
 }
 char* at(void* base, int64_t elements, DType dtype) { return static_cast<char*>(base) + elements * size_of(dtype); }
 
-// The choices, sorted by expert and, within one, by token.
-struct Assignment {
-  int64_t expert, token;
-  float weight;
-};
-
-struct Groups {
-  std::vector<Assignment> assignments;
-  std::vector<size_t> firsts;  // of each chosen expert, and the end
-  int64_t count() const { return static_cast<int64_t>(firsts.size()) - 1; }
-};
-
-Groups group_by_expert(const Experts& e) {
-  Groups groups;
-  for (int64_t i = 0; i < e.tokens * e.top_k; ++i) {
-    const int64_t expert = e.chosen[i];
-    if (expert == -1) continue;
-    if (expert < -1 || expert >= e.experts) {
-      throw std::invalid_argument("token " + std::to_string(i / e.top_k) + " chose expert " + std::to_string(expert) +
-                                  " of " + std::to_string(e.experts));
-    }
-    groups.assignments.push_back({expert, i / e.top_k, e.weights[i]});
-  }
-  std::stable_sort(groups.assignments.begin(), groups.assignments.end(),
-                   [](const Assignment& a, const Assignment& b) { return a.expert < b.expert; });
-  for (size_t i = 0; i < groups.assignments.size(); ++i) {
-    if (i == 0 || groups.assignments[i].expert != groups.assignments[i - 1].expert) groups.firsts.push_back(i);
-  }
-  groups.firsts.push_back(groups.assignments.size());
-  return groups;
-}
-
 const void** addresses(int64_t count) {
   return static_cast<const void**>(scratch(kAddresses, count * static_cast<int64_t>(sizeof(void*))));
 }
@@ -63,7 +32,10 @@ const void** addresses(int64_t count) {
 class Moe {
  public:
   Moe(const Table& table, const Experts& e)
-      : table_(table), e_(e), groups_(group_by_expert(e)), a_type_(table.q_type(e.dtype)) {}
+      : table_(table),
+        e_(e),
+        groups_(group_by_expert(e.chosen, e.weights, e.tokens, e.top_k, e.experts)),
+        a_type_(table.q_type(e.dtype)) {}
 
   void run() {
     const int64_t rows = static_cast<int64_t>(groups_.assignments.size());

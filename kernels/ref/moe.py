@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokenrelay.kernels.quantized import QuantizedWeight
 from tokenrelay.kernels.ref.elementwise import accumulate
 from tokenrelay.kernels.registry import register
 
@@ -24,6 +25,14 @@ def moe(x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: 
         down = (torch.nn.functional.silu(gate) * up) @ accumulate(w_down[expert]).T
         out.index_add_(0, token, down * weights[token, choice, None].to(wide.dtype))
     return out.to(x.dtype)
+
+
+@register(op="quantized_moe", path="ref/torch", device="any", priority=0)
+def quantized_moe(
+    x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: QuantizedWeight, w_down: QuantizedWeight
+) -> Tensor:
+    """See `ops.quantized_moe`; activations stay as they are."""
+    return moe(x.float(), experts, weights, w_gate_up.dequantize(), w_down.dequantize()).to(x.dtype)
 
 
 @register(op="moe_route", path="ref/torch", device="any", priority=0)

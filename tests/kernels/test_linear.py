@@ -7,10 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import close, each_path, paths
-from torch import Tensor
 
 from tokenrelay.kernels import cpu, ops, registry
-from tokenrelay.kernels.quantized import quantize
 
 SHAPES = [(1, 1, 1), (1, 40, 7), (2, 33, 64), (5, 100, 96), (64, 31, 130), (70, 65, 257), (3, 8, 2048)]  # rows, out, in
 
@@ -61,88 +59,6 @@ def test_any_shape_and_stride(rows: int, columns: int, width: int, step: int, pa
     weight = torch.randint(-4, 5, (columns, width)).to(dtype)
     with registry.force("linear", path):
         assert torch.equal(ops.linear(x, weight, wide=True), x.float() @ weight.float().T)
-
-
-def rounded(x: Tensor) -> Tensor:
-    """Activations as the integer kernels round them, in float64: signed bytes, scaled by the largest of each 128."""
-    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 128)).unflatten(-1, (-1, 128))
-    largest = padded.abs().amax(dim=-1, keepdim=True)
-    inverse = torch.full_like(largest, 127) / largest  # torch takes 127 / largest for 127 * (1 / largest)
-    whole = (padded * torch.where(largest > 0, inverse, 0)).round()  # ties to even, as the kernels do
-    return (whole.double() * (largest / 127).double()).flatten(-2)[:, : x.shape[1]]
-
-
-FORMATS = [(8, 0), (4, 32), (4, 64), (4, 128)]
-
-
-@each_path("quantized_linear", reference=False)
-@pytest.mark.parametrize(("rows", "columns", "width"), SHAPES)
-@pytest.mark.parametrize(("bits", "group"), FORMATS)
-def test_quantized_linear(
-    path: str, dtype: torch.dtype, rows: int, columns: int, width: int, bits: int, group: int
-) -> None:
-    """Against the same integers in float64: all that is left is the order of a few float32 sums."""
-    x = torch.randn(rows, width).to(dtype) * torch.logspace(-2, 1, width).to(dtype)
-    weight, bias = quantize(torch.randn(columns, width), bits=bits, group=group or 64), torch.randn(columns).to(dtype)
-    truth = rounded(x) @ weight.dequantize().double().T + bias.double()
-    with registry.force("quantized_linear", path):
-        close(ops.quantized_linear(x, weight, bias, wide=True), truth, 4)
-        close(ops.quantized_linear(x, weight, bias), truth, 4)
-        assert ops.quantized_linear(x[:0], weight, bias).shape == (0, columns)
-
-
-@pytest.mark.parametrize(("bits", "group", "error"), [(8, 0, 0.012), (4, 32, 0.11), (4, 64, 0.12), (4, 128, 0.14)])
-def test_quantized_weights_are_near_what_they_stand_for(bits: int, group: int, error: float) -> None:
-    """Of a normal distribution, by the theory of a uniform step: the largest of 512 is 3 sigma, of a group less."""
-    matrix, x = torch.randn(3, 40, 512), torch.randn(7, 512)
-    weight = quantize(matrix, bits=bits, group=group or 64)
-    assert weight.data.shape[:2] == (3, 40) and weight.nbytes < matrix.numel() * (bits / 8 + 4 / (group or 512) + 0.01)
-    assert float((weight.dequantize() - matrix).square().mean().sqrt()) < error
-    one = quantize(matrix[0], bits=bits, group=group or 64)
-    assert torch.equal(one.data, weight.data[0])
-    exact = x @ matrix[0].T
-    off = ops.quantized_linear(x, one) - exact
-    assert float(off.square().mean().sqrt() / exact.square().mean().sqrt()) < error + 0.012
-
-
-def test_quantized_extremes() -> None:
-    """Zeros stay zeros; what is not a number comes out as such, in its row only."""
-    for bits, group in FORMATS:
-        weight = quantize(torch.cat((torch.zeros(1, 200), torch.full((1, 200), 1e30))), bits=bits, group=group or 64)
-        assert torch.equal(weight.dequantize()[0], torch.zeros(200))
-        assert torch.allclose(weight.dequantize()[1], torch.full((200,), 1e30))
-        x = torch.ones(3, 200)
-        x[1, 150], x[2] = float("nan"), 0
-        for path in paths("quantized_linear"):
-            with registry.force("quantized_linear", path):
-                out = ops.quantized_linear(x, weight)
-            assert torch.isnan(out[1]).all() and torch.isfinite(out[[0, 2]]).all()
-            assert torch.equal(out[2], torch.zeros(2)) and out[0, 0] == 0
-
-
-@each_path("quantized_linear", reference=False)
-@pytest.mark.parametrize(("bits", "group"), FORMATS)
-def test_a_quantized_row_does_not_depend_on_those_beside_it(
-    path: str, dtype: torch.dtype, bits: int, group: int
-) -> None:
-    x, weight = torch.randn(70, 320).to(dtype), quantize(torch.randn(45, 320), bits=bits, group=group or 64)
-    with registry.force("quantized_linear", path):
-        whole = ops.quantized_linear(x, weight, wide=True)
-        for rows in (1, 2, 3, 5, 64):
-            for first in (0, 70 - rows):
-                some = ops.quantized_linear(x[first : first + rows], weight, wide=True)
-                assert torch.equal(some, whole[first : first + rows])
-
-
-def test_unknown_formats_are_refused() -> None:
-    with pytest.raises(ValueError, match="weights of 3 bits"):
-        quantize(torch.randn(2, 8), bits=3)
-    with pytest.raises(ValueError, match="groups of 48"):
-        quantize(torch.randn(2, 8), bits=4, group=48)
-    weight = quantize(torch.randn(2, 8), bits=8)
-    refused = pytest.raises(ValueError, match=r"x has shape \(3, 9\), expected \(3, 8\)")
-    with registry.force("quantized_linear", paths("quantized_linear")[0]), refused:
-        ops.quantized_linear(torch.randn(3, 9), weight)
 
 
 def test_wrong_arguments_are_named() -> None:
