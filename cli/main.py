@@ -104,6 +104,15 @@ def serve(
         Dtype | None,
         _option("--dtype", panel=MODEL, help="Default: auto, bfloat16 where the machine computes in it, else float32."),
     ] = None,
+    weight_dtype: Annotated[
+        Literal["auto", "int8", "int4", "int4-32", "int4-128"] | None,
+        _option(
+            "--weight-dtype",
+            panel=MODEL,
+            help="int8 or int4: matrices are quantized at load (CPU): smaller, faster, a little less exact. "
+            "Default: auto, as they are.",
+        ),
+    ] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda"] | None,
         _option("--device", panel=MODEL, help="Default: auto, a GPU if there is one, else the CPU."),
@@ -250,6 +259,7 @@ def serve(
         worker={
             "model": None if model is None else str(model),
             "dtype": dtype,
+            "weight_dtype": weight_dtype,
             "device": device,
             "served_model_name": served_model_name,
             "context_tokens": context_tokens,

@@ -283,14 +283,15 @@ def load(config: WorkerConfig, status: StatusPipe) -> Model:
     import torch
 
     from tokenrelay.runtime.weights.loader import load_model
+    from tokenrelay.runtime.weights.quantize import quantize_model
 
     told_s = 0.0
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, total: int, what: str = "weights") -> None:
         nonlocal told_s
         if time.monotonic() - told_s >= PROGRESS_INTERVAL_S or done == total:
             told_s = time.monotonic()
-            status.progress("weights", done=done, total=total)
+            status.progress(what, done=done, total=total)
 
     device = config.device
     if device == "auto":
@@ -298,7 +299,7 @@ def load(config: WorkerConfig, status: StatusPipe) -> Model:
     elif device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("worker.device is cuda, but this torch sees no GPU")
     folder = Path(config.model) if config.model else BUNDLED_MODEL
-    return load_model(
+    model = load_model(
         folder,
         dtype=_dtype(config.dtype, device),
         device=device,
@@ -306,6 +307,10 @@ def load(config: WorkerConfig, status: StatusPipe) -> Model:
         block_tokens=config.block_tokens,
         context_tokens=config.context_tokens,
     )
+    if config.weight_dtype != "auto":
+        told_s = 0.0
+        quantize_model(model, config.weight_dtype, lambda done, total: progress(done, total, "matrices"))
+    return model
 
 
 def _dtype(name: str, device: str) -> torch.dtype | None:
@@ -387,17 +392,17 @@ def handshake_of(model: Model, options: WorkerSettings, pool: Pool | None) -> wo
         device=str(model.cos_sin.device),
         vocab_size=model_config.vocab_size,
         eos_token_ids=model_config.eos_token_ids,
-        numerics=_numerics(str(model_config.dtype).removeprefix("torch.")),
+        numerics=_numerics(str(model_config.dtype).removeprefix("torch."), config.weight_dtype),
     )
 
 
-def _numerics(dtype: str) -> str:
+def _numerics(dtype: str, weight_dtype: str) -> str:
     """The numerics fingerprint: what two workers must share for their sums to be comparable."""
     import torch
 
     from tokenrelay.kernels.isa import features, machine
 
-    return f"{machine()};{','.join(sorted(features()))};{dtype};torch-{torch.__version__}"
+    return f"{machine()};{','.join(sorted(features()))};{dtype};{weight_dtype};torch-{torch.__version__}"
 
 
 def _facts(handshake: worker_pb2.HandshakeReply, pool: Pool, load_s: float) -> dict[str, Any]:

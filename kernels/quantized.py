@@ -21,6 +21,22 @@ _ROWS = 1 << 24  # elements worked on at once
 
 
 @dataclass(frozen=True, slots=True)
+class WeightForm:
+    """How a model's matrices are kept."""
+
+    bits: int
+    group: int
+
+
+FORMS = {
+    "int8": WeightForm(8, 0),
+    "int4": WeightForm(4, 64),
+    "int4-32": WeightForm(4, 32),
+    "int4-128": WeightForm(4, 128),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class QuantizedWeight:
     """[..., n, d] as integers around a zero point; leading axes number experts."""
 

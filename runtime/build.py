@@ -20,6 +20,7 @@ from tokenrelay.runtime.executor.memory import Pool, allocate_caches, plan_host,
 from tokenrelay.runtime.executor.threads import default_threads
 from tokenrelay.runtime.handover import AllocatePool, OnHandover
 from tokenrelay.runtime.models.decoder import Model
+from tokenrelay.runtime.weights.quantize import weight_bytes
 
 HASH_KEY_BYTES = 16
 
@@ -101,7 +102,7 @@ def build_engine(
         )
     except ValueError as error:
         raise ConfigError(f"the scheduler's sizes do not fit: {error}") from error
-    parameter_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    parameter_bytes = weight_bytes(model)
     if allocate is None:
         scheduler = Scheduler(scheduler_config)
         caches = allocate_caches(config.kv_layout, config.layers, pool, config.dtype, device)

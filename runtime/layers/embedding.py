@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenrelay.kernels import ops
+from tokenrelay.kernels.quantized import QuantizedWeight, WeightForm, quantize
 from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, parameter
 from tokenrelay.runtime.placement import Boundary, Partial, Port, Shard
@@ -46,6 +47,7 @@ class Head(Module):
         self.width = width
         self.vocab = vocab
         self._tied = [tied] if tied is not None else []  # in a list: not a child, so that it is counted and loaded once
+        self.quantized: QuantizedWeight | None = None  # in the place of the table, once `quantize` was called
         if tied is None:
             self.weight = parameter(vocab, width, dtype=dtype)
         self.boundary = Boundary(
@@ -66,5 +68,13 @@ class Head(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[s, d] -> float32 [s, vocab]."""
+        if self.quantized is not None:
+            return ops.quantized_linear(x, self.quantized, wide=True)
         table = self._tied[0].weight if self._tied else self.weight
         return ops.linear(x, table, wide=True)
+
+    def quantize(self, form: WeightForm) -> None:
+        """Keep the table as bytes from now on, also where the form has nibbles: logits are worth it."""
+        self.quantized = quantize(self._tied[0].weight if self._tied else self.weight, bits=8)
+        if not self._tied:
+            del self.weight

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenrelay.kernels import ops
+from tokenrelay.kernels.quantized import QuantizedWeight, WeightForm, quantize
 from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, parameter
 from tokenrelay.runtime.placement import Boundary, Layout, Partial, Port, Shard
@@ -45,6 +46,7 @@ class Linear(Module):
         out = sum(self.outputs.values())
         self.weight = parameter(out, width, dtype=dtype)
         self.bias = parameter(out, dtype=dtype) if bias else None
+        self.quantized: QuantizedWeight | None = None  # in the place of `weight`, once `quantize` was called
         self.boundary = _boundary(width, out, split, axes, bias)
 
     def sources(self, prefix: str) -> Iterator[WeightSource]:
@@ -59,7 +61,14 @@ class Linear(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[t, in] -> [t, out]."""
+        if self.quantized is not None:
+            return ops.quantized_linear(x, self.quantized, self.bias)
         return ops.linear(x, self.weight, self.bias)
+
+    def quantize(self, form: WeightForm) -> None:
+        """Keep the weights as integers from now on."""
+        self.quantized = quantize(self.weight, bits=form.bits, group=form.group)
+        del self.weight
 
 
 def _boundary(width: int, out: int, split: Split, axes: tuple[str, ...], bias: bool) -> Boundary:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenrelay.kernels import ops
+from tokenrelay.kernels.quantized import QuantizedWeight, WeightForm, quantize
 from tokenrelay.runtime.layers.mlp import SwiGlu
 from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, parameter
@@ -85,6 +86,7 @@ class Experts(Module):
         self.hidden = hidden
         self.w_gate_up = parameter(moe.experts, 2 * moe.width, hidden, dtype=dtype)
         self.w_down = parameter(moe.experts, hidden, moe.width, dtype=dtype)
+        self.quantized: tuple[QuantizedWeight, QuantizedWeight] | None = None  # in their place
         chosen = Port((None, moe.top_k))
         self.boundary = Boundary(
             {"x": Port((None, hidden)), "experts": chosen, "weights": chosen},
@@ -108,7 +110,16 @@ class Experts(Module):
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """[t, d], [t, k], [t, k] -> [t, d]."""
+        if self.quantized is not None:
+            return ops.quantized_moe(x, experts, weights, *self.quantized)
         return ops.moe(x, experts, weights, self.w_gate_up, self.w_down)
+
+    def quantize(self, form: WeightForm) -> None:
+        """Keep the weights as integers from now on."""
+        gate_up = quantize(self.w_gate_up, bits=form.bits, group=form.group)
+        del self.w_gate_up
+        self.quantized = gate_up, quantize(self.w_down, bits=form.bits, group=form.group)
+        del self.w_down
 
 
 class MoeMlp(Module):

@@ -26,6 +26,9 @@ class WorkerConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "of weights and KV; auto: bfloat16 where the machine computes in it, else float32"
     )
+    weight_dtype: Literal["auto", "int8", "int4", "int4-32", "int4-128"] = setting(
+        "auto", "int8, or int4 in groups of 64 (32, 128): matrices are quantized at load; auto: they stay as dtype says"
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs; auto: a GPU if there is one")
     context_tokens: int | None = setting(
         None,
