@@ -32,7 +32,8 @@ class Gate:
     """A model that waits when told to."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.config, self.cos_sin, self.parameters = model, model.config, model.cos_sin, model.parameters
+        self.model, self.config, self.cos_sin = model, model.config, model.cos_sin
+        self.parameters, self.modules = model.parameters, model.modules
         self.open = threading.Event()
         self.open.set()
 
