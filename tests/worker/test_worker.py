@@ -289,7 +289,7 @@ async def test_a_worker_whose_books_are_broken_answers_what_is_open_and_ends(
 
     monkeypatch.setattr(engine_module, "Books", lambda _: Books(broken))
     flags = ["--model", str(checkpoint), "--socket", str(tmp_path / "s"), "--blocks", "200", "--dtype", "float32"]
-    tables = worker_module.settings(worker_module._parser().parse_args([*flags, "--block-tokens", "16"]))
+    tables = worker_module.settings(worker_module._parser(None).parse_args([*flags, "--block-tokens", "16"]))
     options = worker_module.WorkerSettings(*(table.values for table in tables), incarnation="life-1")
     task = asyncio.create_task(worker_module.run(options, StatusPipe(None)))
     gone, stream = asyncio.Event(), Stream()
