@@ -460,6 +460,36 @@ def explain(
 
 
 @app.command(rich_help_panel="Looking inside")
+def plan(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder, or a config.json alone.")],
+    tp: Annotated[int, _option("--tp", metavar="N", help="Ranks that heads and features are cut over.")] = 1,
+    ep: Annotated[int, _option("--ep", metavar="N", help="Ranks that whole experts are dealt out to.")] = 1,
+    dp: Annotated[
+        int, _option("--dp", metavar="N", help="Ranks that sequences are dealt out to; experts are dealt out too.")
+    ] = 1,
+    whole_experts: Annotated[
+        bool, _option("--whole-experts", help="Deal experts out over tp as well, instead of cutting their width.")
+    ] = False,
+    tokens: Annotated[int, _option("--tokens", metavar="N", help="Tokens of a step, all ranks. Default: 64.")] = 64,
+    host_ranks: Annotated[
+        int, _option("--host-ranks", metavar="N", help="Ranks of one host, on the fast link. Default: 8.")
+    ] = 8,
+    svg: Annotated[Path | None, _option("--svg", metavar="FILE", help="Draw it too.")] = None,
+    json: Annotated[bool, _option("--json", help="All numbers, as JSON.")] = False,
+) -> None:
+    """Say which collectives a model needs on a mesh of ranks, their bytes and time. Needs no weights and no devices.
+
+    [cyan]tokenrelay plan /models/DeepSeek-V3 --tp 8 --dp 8 --whole-experts[/cyan]
+    """
+    from tokenrelay.cli.plan import run_plan
+
+    mesh = {"dp": dp, "ep": ep, "tp": tp}
+    if tokens < 1 or host_ranks < 1:
+        _fail("--tokens and --host-ranks are at least 1", 2)
+    run_plan(model, mesh, tokens=tokens, host_ranks=host_ranks, whole_experts=whole_experts, svg=svg, as_json=json)
+
+
+@app.command(rich_help_panel="Looking inside")
 def version() -> None:
     """Versions of the parts, what the CPU can do, and whether there is a GPU."""
     from tokenrelay.cli.introspect import print_version

@@ -40,10 +40,10 @@ class GqaCore(Module):
         self.scale = gqa.head_dim**-0.5
         self.q_norm = RmsNorm("q_norm", gqa.head_dim, eps, dtype=dtype) if gqa.qk_norm else None
         self.k_norm = RmsNorm("k_norm", gqa.head_dim, eps, dtype=dtype) if gqa.qk_norm else None
-        cut = {"tensor": Shard(-1)}
+        cut = {"tp": Shard(-1)}
         whole_heads = math.gcd(gqa.heads, gqa.kv_heads)  # q, k and v are each cut by heads
         self.boundary = Boundary(
-            {"qkv": Port((None, sum(self.split) * gqa.head_dim), cut, pieces=whole_heads)},
+            {"qkv": Port((None, sum(self.split) * gqa.head_dim), cut, pieces=whole_heads, stacked=3)},
             {"y": Port((None, gqa.heads * gqa.head_dim), cut, pieces=whole_heads)},
         )
 
@@ -87,7 +87,7 @@ class GqaAttention(Module):
         self.out = Linear(q_width, {"o_proj": hidden}, split=Split.ROWS, bias=gqa.out_bias, dtype=dtype)
         self.boundary = Boundary(
             {"x": Port((None, hidden))},
-            {"y": Port((None, hidden), {"tensor": Partial()})},
+            {"y": Port((None, hidden), {"tp": Partial()})},
             edges=edges("x -> qkv.x", "qkv.y -> core.qkv", "core.y -> out.x", "out.y -> y"),
         )
 

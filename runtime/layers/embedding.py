@@ -25,8 +25,8 @@ class Embedding(Module):
         # Cut by vocabulary: a rank gives zeros for ids that are not its own, so the output is a sum.
         self.boundary = Boundary(
             {"token_ids": Port((None,))},
-            {"y": Port((None, width), {"tensor": Partial()})},
-            {"weight": {"tensor": Shard(0)}},
+            {"y": Port((None, width), {"tp": Partial()})},
+            {"weight": {"tp": Shard(0)}},
         )
 
     def sources(self, prefix: str) -> Iterator[WeightSource]:
@@ -52,8 +52,8 @@ class Head(Module):
             self.weight = parameter(vocab, width, dtype=dtype)
         self.boundary = Boundary(
             {"x": Port((None, width))},
-            {"y": Port((None, vocab), {"tensor": Shard(-1)})},
-            {} if tied is not None else {"weight": {"tensor": Shard(0)}},
+            {"y": Port((None, vocab), {"tp": Shard(-1)})},
+            {} if tied is not None else {"weight": {"tp": Shard(0)}},
         )
 
     @property

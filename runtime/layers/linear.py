@@ -12,7 +12,7 @@ from tokenrelay.kernels import ops
 from tokenrelay.kernels.quantized import QuantizedWeight, WeightForm, quantize
 from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, parameter
-from tokenrelay.runtime.placement import Boundary, Layout, Partial, Port, Shard
+from tokenrelay.runtime.placement import Boundary, Layout, Partial, Placement, Port, Replicate, Shard
 
 
 class Split(Enum):
@@ -38,7 +38,7 @@ class Linear(Module):
         split: Split,
         dtype: torch.dtype,
         bias: bool = False,
-        axes: tuple[str, ...] = ("tensor",),
+        axes: tuple[str, ...] = ("tp",),
     ) -> None:
         super().__init__()
         self.outputs = dict(outputs)
@@ -47,7 +47,7 @@ class Linear(Module):
         self.weight = parameter(out, width, dtype=dtype)
         self.bias = parameter(out, dtype=dtype) if bias else None
         self.quantized: QuantizedWeight | None = None  # in the place of `weight`, once `quantize` was called
-        self.boundary = _boundary(width, out, split, axes, bias)
+        self.boundary = _boundary(width, out, split, axes, bias, len(self.outputs))
 
     def sources(self, prefix: str) -> Iterator[WeightSource]:
         """`<prefix><name>.weight` and `.bias` for each stacked matrix."""
@@ -71,8 +71,9 @@ class Linear(Module):
         del self.weight
 
 
-def _boundary(width: int, out: int, split: Split, axes: tuple[str, ...], bias: bool) -> Boundary:
-    inputs: Layout = dict.fromkeys(axes, Shard(-1)) if split is Split.ROWS else {}
+def _boundary(width: int, out: int, split: Split, axes: tuple[str, ...], bias: bool, stacked: int) -> Boundary:
+    # An axis that cuts the weights sees the same tokens on all of its ranks.
+    inputs: Layout = {axis: Shard(-1) if split is Split.ROWS else Replicate() for axis in axes}
     weight: Layout = {}
     outputs: Layout = {}
     if split is Split.COLUMNS:
@@ -81,6 +82,8 @@ def _boundary(width: int, out: int, split: Split, axes: tuple[str, ...], bias: b
         weight, outputs = dict.fromkeys(axes, Shard(1)), dict.fromkeys(axes, Partial())
     parameters = {"weight": weight}
     if bias:
-        # A bias after a row split belongs to the sum: of the ranks that hold it, one adds it.
-        parameters["bias"] = dict.fromkeys(axes, Shard(0)) if split is Split.COLUMNS else {}
-    return Boundary({"x": Port((None, width), inputs)}, {"y": Port((None, out), outputs)}, parameters)
+        # A bias after a row split belongs to the sum: the first rank adds it, the others' are zeros.
+        placements: dict[Split, Placement] = {Split.COLUMNS: Shard(0), Split.ROWS: Partial()}
+        parameters["bias"] = dict.fromkeys(axes, placements.get(split, Replicate()))
+    y = Port((None, out), outputs, stacked=stacked)
+    return Boundary({"x": Port((None, width), inputs)}, {"y": y}, parameters, tokenwise=True)

@@ -53,7 +53,7 @@ class MlaCore(Module):
         self.out_width = mla.heads * mla.v
         self.w_uk = parameter(mla.heads, mla.nope, mla.kv_rank, dtype=dtype)
         self.w_uv = parameter(mla.heads, mla.v, mla.kv_rank, dtype=dtype)
-        cut = {"tensor": Shard(-1)}
+        cut = {"tp": Shard(-1)}
         self.boundary = Boundary(
             {
                 "q": Port((None, mla.heads * (mla.nope + mla.rope)), cut, pieces=mla.heads),
@@ -61,7 +61,7 @@ class MlaCore(Module):
                 "k_rope": Port((None, mla.rope)),
             },
             {"y": Port((None, self.out_width), cut, pieces=mla.heads)},
-            {"w_uk": {"tensor": Shard(0)}, "w_uv": {"tensor": Shard(0)}},
+            {"w_uk": {"tp": Shard(0)}, "w_uv": {"tp": Shard(0)}},
         )
 
     def sources(self, prefix: str) -> Iterator[WeightSource]:
@@ -133,7 +133,7 @@ class MlaAttention(Module):
         queries = [f"down.y[0:{q_rank}] -> q_norm.x", "q_norm.y -> q_up.x"] if q_rank else ["x -> q_up.x"]
         self.boundary = Boundary(
             {"x": Port((None, hidden))},
-            {"y": Port((None, hidden), {"tensor": Partial()})},
+            {"y": Port((None, hidden), {"tp": Partial()})},
             edges=edges(
                 "x -> down.x",
                 *queries,

@@ -11,7 +11,7 @@ from tokenrelay.kernels import ops
 from tokenrelay.runtime.layers.linear import Linear, Split
 from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.sources import WeightSource
-from tokenrelay.runtime.placement import Boundary, Partial, Port, Shard, edges
+from tokenrelay.runtime.placement import TOKEN_AXES, Boundary, Partial, Port, Replicate, Shard, edges
 
 
 class Activation(Module):
@@ -20,7 +20,9 @@ class Activation(Module):
     def __init__(self, width: int, axes: tuple[str, ...]) -> None:
         super().__init__()
         cut = dict.fromkeys(axes, Shard(-1))
-        self.boundary = Boundary({"gate_up": Port((None, 2 * width), cut)}, {"y": Port((None, width), cut)})
+        self.boundary = Boundary(
+            {"gate_up": Port((None, 2 * width), cut, stacked=2)}, {"y": Port((None, width), cut)}, tokenwise=True
+        )
 
     def forward(self, gate_up: Tensor) -> Tensor:
         """[t, 2f] -> [t, f]."""
@@ -36,7 +38,7 @@ class SwiGlu(Module):
         width: int,
         *,
         bias: bool = False,
-        axes: tuple[str, ...] = ("tensor",),
+        axes: tuple[str, ...] = ("tp",),
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
@@ -45,7 +47,7 @@ class SwiGlu(Module):
         self.activation = Activation(width, axes)
         self.down = Linear(width, {"down_proj": hidden}, split=Split.ROWS, bias=bias, axes=axes, dtype=dtype)
         self.boundary = Boundary(
-            {"x": Port((None, hidden))},
+            {"x": Port((None, hidden), {axis: Replicate() for axis in axes if axis in TOKEN_AXES})},
             {"y": Port((None, hidden), dict.fromkeys(axes, Partial()))},
             edges=edges("x -> gate_up.x", "gate_up.y -> activation.gate_up", "activation.y -> down.x", "down.y -> y"),
         )

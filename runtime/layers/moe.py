@@ -14,9 +14,10 @@ from tokenrelay.kernels.quantized import QuantizedWeight, WeightForm, quantize
 from tokenrelay.runtime.layers.mlp import SwiGlu
 from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, parameter
-from tokenrelay.runtime.placement import Boundary, Layout, Partial, Port, Shard, edges
+from tokenrelay.runtime.placement import Boundary, Layout, Partial, Port, Replicate, Shard, edges
 
-EXPERT_AXES = ("tensor", "expert")
+EXPERT_AXES = ("dp", "ep", "tp")
+_EVERYWHERE: Layout = {"dp": Replicate()}  # routed and expert work sees the tokens of all
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,10 @@ class Router(Module):
         self.moe = moe
         self.weight = parameter(moe.experts, hidden, dtype=torch.float32)
         self.bias = parameter(moe.experts, dtype=torch.float32) if moe.bias else None
-        chosen = Port((None, moe.top_k))
+        chosen = Port((None, moe.top_k), _EVERYWHERE)
         parameters: dict[str, Layout] = {"weight": {}, "bias": {}} if moe.bias else {"weight": {}}
-        self.boundary = Boundary({"x": Port((None, hidden))}, {"experts": chosen, "weights": chosen}, parameters)
+        x = Port((None, hidden), _EVERYWHERE)
+        self.boundary = Boundary({"x": x}, {"experts": chosen, "weights": chosen}, parameters)
 
     def sources(self, prefix: str) -> Iterator[WeightSource]:
         """`gate.weight` and, where the model has it, `gate.e_score_correction_bias` below `prefix`."""
@@ -78,23 +80,26 @@ class Router(Module):
 
 
 class Experts(Module):
-    """All routed experts of a layer: w_gate_up [E, 2f, d], w_down [E, d, f]."""
+    """All routed experts of a layer: w_gate_up [E, 2f, d], w_down [E, d, f].
 
-    def __init__(self, moe: Moe, hidden: int, *, dtype: torch.dtype) -> None:
+    On a mesh experts are dealt out over dp and ep, and over tp their width is cut, or with `whole` they are dealt out.
+    """
+
+    def __init__(self, moe: Moe, hidden: int, *, whole: bool = False, dtype: torch.dtype) -> None:
         super().__init__()
         self.moe = moe
         self.hidden = hidden
         self.w_gate_up = parameter(moe.experts, 2 * moe.width, hidden, dtype=dtype)
         self.w_down = parameter(moe.experts, hidden, moe.width, dtype=dtype)
         self.quantized: tuple[QuantizedWeight, QuantizedWeight] | None = None  # in their place
-        chosen = Port((None, moe.top_k))
+        chosen = Port((None, moe.top_k), _EVERYWHERE)
         self.boundary = Boundary(
-            {"x": Port((None, hidden)), "experts": chosen, "weights": chosen},
+            {"x": Port((None, hidden), _EVERYWHERE), "experts": chosen, "weights": chosen},
             # A rank adds what its own experts, and its part of their width, give to each token.
             {"y": Port((None, hidden), dict.fromkeys(EXPERT_AXES, Partial()))},
             {
-                "w_gate_up": {"expert": Shard(0), "tensor": Shard(1)},
-                "w_down": {"expert": Shard(0), "tensor": Shard(2)},
+                "w_gate_up": {"dp": Shard(0), "ep": Shard(0), "tp": Shard(0 if whole else 1)},
+                "w_down": {"dp": Shard(0), "ep": Shard(0), "tp": Shard(0 if whole else 2)},
             },
         )
 
@@ -125,16 +130,16 @@ class Experts(Module):
 class MoeMlp(Module):
     """The routed experts' weighted sum plus the shared expert: [t, d] -> [t, d]."""
 
-    def __init__(self, moe: Moe, hidden: int, *, dtype: torch.dtype) -> None:
+    def __init__(self, moe: Moe, hidden: int, *, whole: bool = False, dtype: torch.dtype) -> None:
         super().__init__()
         self.router = Router(moe, hidden)
-        self.experts = Experts(moe, hidden, dtype=dtype)
+        self.experts = Experts(moe, hidden, whole=whole, dtype=dtype)
         self.shared = SwiGlu(hidden, moe.shared_width, axes=EXPERT_AXES, dtype=dtype) if moe.shared_width else None
         wires = ["x -> router.x", "x -> experts.x", "router.experts -> experts.experts"]
         wires += ["router.weights -> experts.weights", "experts.y -> y"]
         wires += ["x -> shared.x", "shared.y -> y"] if self.shared is not None else []
         self.boundary = Boundary(
-            {"x": Port((None, hidden))},
+            {"x": Port((None, hidden), _EVERYWHERE)},
             {"y": Port((None, hidden), dict.fromkeys(EXPERT_AXES, Partial()))},
             edges=edges(*wires),
         )

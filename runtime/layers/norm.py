@@ -22,7 +22,7 @@ class RmsNorm(Module):
         self.eps = eps
         self.weight = parameter(width, dtype=dtype)
         port = Port((None, width))
-        self.boundary = Boundary({"x": port}, {"y": port}, {"weight": {}})
+        self.boundary = Boundary({"x": port}, {"y": port}, {"weight": {}}, tokenwise=True)
 
     def sources(self, prefix: str) -> Iterator[WeightSource]:
         """`<prefix><name>.weight`."""
@@ -39,7 +39,9 @@ class AddRmsNorm(RmsNorm):
     def __init__(self, name: str, width: int, eps: float, *, dtype: torch.dtype) -> None:
         super().__init__(name, width, eps, dtype=dtype)
         port = Port((None, width))
-        self.boundary = Boundary({"x": port, "residual": port}, {"y": port, "residual": port}, {"weight": {}})
+        self.boundary = Boundary(
+            {"x": port, "residual": port}, {"y": port, "residual": port}, {"weight": {}}, tokenwise=True
+        )
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """([t, d], [t, d]) -> (norm of the sum, the sum)."""

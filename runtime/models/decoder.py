@@ -7,6 +7,7 @@ synchronises with the device or reads metadata per layer.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +19,38 @@ from tokenrelay.runtime.layers.mla import Mla, MlaAttention
 from tokenrelay.runtime.layers.mlp import SwiGlu
 from tokenrelay.runtime.layers.module import Module, freeze_all
 from tokenrelay.runtime.layers.moe import EXPERT_AXES, MoeMlp
-from tokenrelay.runtime.layers.norm import AddRmsNorm
+from tokenrelay.runtime.layers.norm import AddRmsNorm, RmsNorm
 from tokenrelay.runtime.layers.rope import cos_sin_table
 from tokenrelay.runtime.layers.sources import WeightSource
 from tokenrelay.runtime.models.config import Architecture, ModelConfig
 from tokenrelay.runtime.placement import Boundary, Layout, Partial, Port, edges
 
 
+class SampledRows(Module):
+    """After the last layer's attention only the rows that are sampled go on, before anything is summed over ranks."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        x, residual = Port((None, hidden), {"tp": Partial()}), Port((None, hidden))
+        self.boundary = Boundary({"x": x, "residual": residual}, {"y": x, "residual": residual})
+
+    def forward(self, x: Tensor, residual: Tensor, sample_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """([t, d], [t, d], int64 [s]) -> ([s, d], [s, d])."""
+        return x.index_select(0, sample_rows), residual.index_select(0, sample_rows)
+
+
 class DecoderLayer(Module):
     """Attention and MLP, each after a norm and added to the residual stream (pre-norm)."""
 
-    def __init__(self, architecture: Architecture, layer: int, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self, architecture: Architecture, layer: int, *, whole_experts: bool = False, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         hidden, eps = architecture.hidden, architecture.norm_eps
-        self.input_norm = AddRmsNorm("input_layernorm", hidden, eps, dtype=dtype)
+        # The stream begins at the first layer: there is nothing to add to yet.
+        first, last = layer == 0, layer == architecture.layers - 1
+        norm = RmsNorm if first else AddRmsNorm
+        self.input_norm: Any = norm("input_layernorm", hidden, eps, dtype=dtype)
         self.attention: nn.Module
         if isinstance(architecture.attention, Mla):
             self.attention = MlaAttention(architecture.attention, hidden, dtype=dtype)
@@ -39,26 +58,25 @@ class DecoderLayer(Module):
             self.attention = GqaAttention(architecture.attention, hidden, eps, dtype=dtype)
         self.post_norm = AddRmsNorm("post_attention_layernorm", hidden, eps, dtype=dtype)
         self.mlp: nn.Module
-        out: Layout = {"tensor": Partial()}
+        out: Layout = {"tp": Partial()}
         if architecture.moe is not None and layer in architecture.moe_layers:
-            self.mlp = MoeMlp(architecture.moe, hidden, dtype=dtype)
+            self.mlp = MoeMlp(architecture.moe, hidden, whole=whole_experts, dtype=dtype)
             out = dict.fromkeys(EXPERT_AXES, Partial())
         else:
             self.mlp = SwiGlu(hidden, architecture.mlp_width, bias=architecture.mlp_bias, dtype=dtype)
+        self.rows = SampledRows(hidden) if last else None
         port = Port((None, hidden))
+        wires = ["x -> input_norm.x", "input_norm.y -> attention.x", "post_norm.y -> mlp.x", "mlp.y -> y"]
+        wires += [] if first else ["residual -> input_norm.residual"]
+        attended, stream = "attention.y", "x" if first else "input_norm.residual"
+        if last:
+            wires += [f"{attended} -> rows.x", f"{stream} -> rows.residual"]
+            attended, stream = "rows.y", "rows.residual"
+        wires += [f"{attended} -> post_norm.x", f"{stream} -> post_norm.residual", "post_norm.residual -> residual"]
         self.boundary = Boundary(
-            {"x": port, "residual": port},
+            {"x": port} if first else {"x": port, "residual": port},
             {"y": Port((None, hidden), out), "residual": port},
-            edges=edges(
-                "x -> input_norm.x",
-                "residual -> input_norm.residual",
-                "input_norm.y -> attention.x",
-                "attention.y -> post_norm.x",
-                "input_norm.residual -> post_norm.residual",
-                "post_norm.y -> mlp.x",
-                "mlp.y -> y",
-                "post_norm.residual -> residual",
-            ),
+            edges=edges(*wires),
         )
 
     def sources(self, prefix: str) -> Iterator[WeightSource]:
@@ -90,12 +108,14 @@ class Model(Module):
 
     config: ModelConfig
 
-    def __init__(self, architecture: Architecture, *, dtype: torch.dtype) -> None:
+    def __init__(self, architecture: Architecture, *, whole_experts: bool = False, dtype: torch.dtype) -> None:
         super().__init__()
         self.architecture = architecture
         vocab, hidden = architecture.vocab_size, architecture.hidden
         self.embed = Embedding("embed_tokens", vocab, hidden, dtype=dtype)
-        self.layers = nn.ModuleList(DecoderLayer(architecture, i, dtype=dtype) for i in range(architecture.layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(architecture, i, whole_experts=whole_experts, dtype=dtype) for i in range(architecture.layers)
+        )
         self.norm = AddRmsNorm("norm", hidden, architecture.norm_eps, dtype=dtype)
         tied = self.embed if architecture.tied else None
         self.head = Head("lm_head", vocab, hidden, tied=tied, dtype=dtype)
@@ -106,10 +126,11 @@ class Model(Module):
 
     def _wires(self) -> Iterator[str]:
         yield "token_ids -> embed.token_ids"
-        x = residual = "embed.y"
+        x, residual = "embed.y", ""
         for i in range(len(self.layers)):
             yield f"{x} -> layers.{i}.x"
-            yield f"{residual} -> layers.{i}.residual"
+            if i:
+                yield f"{residual} -> layers.{i}.residual"
             x, residual = f"layers.{i}.y", f"layers.{i}.residual"
         yield f"{x} -> norm.x"
         yield f"{residual} -> norm.residual"
@@ -148,7 +169,7 @@ class Model(Module):
             if i == last:
                 if sample_rows.shape[0] == 0:
                     return x.new_empty((0, self.architecture.vocab_size), dtype=torch.float32)
-                x, residual = x.index_select(0, sample_rows), residual.index_select(0, sample_rows)
+                x, residual = layer.rows(x, residual, sample_rows)  # type: ignore[operator]
             x, residual = layer.feed(x, residual)  # type: ignore[operator]
         assert residual is not None  # a model has at least one layer
         normed, _ = self.norm.add(x, residual)

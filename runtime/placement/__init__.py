@@ -1,17 +1,18 @@
 """Where tensors lie on a mesh: named axes, placements in torch's vocabulary, and the check of a model's boundaries.
 
-boundary = Boundary(inputs={"x": Port((None, 4096))}, outputs={"y": Port((None, 14336), {"tensor": Shard(-1)})})
-report = check(model, Mesh(tensor=8))       # PlacementError names both modules of an edge that cannot fit
+boundary = Boundary(inputs={"x": Port((None, 4096))}, outputs={"y": Port((None, 14336), {"tp": Shard(-1)})})
+report = check(model, Mesh(tp=8))       # PlacementError names both modules of an edge that cannot fit
 print(report)                               # the collectives that the declarations ask for
 """
 
 from tokenrelay.runtime.placement.boundary import Boundary, Edge, Port, edges
 from tokenrelay.runtime.placement.check import Collective, PlacementReport, check
-from tokenrelay.runtime.placement.mesh import AXES, Mesh
+from tokenrelay.runtime.placement.mesh import AXES, TOKEN_AXES, Mesh
 from tokenrelay.runtime.placement.placements import Layout, Partial, Placement, Replicate, Shard
 
 __all__ = [
     "AXES",
+    "TOKEN_AXES",
     "Boundary",
     "Collective",
     "Edge",

@@ -12,7 +12,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tokenrelay.runtime.placement.placements import Layout
+from tokenrelay.runtime.placement.mesh import TOKEN_AXES
+from tokenrelay.runtime.placement.placements import Layout, Placement, Replicate, Shard
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,21 @@ class Port:
     """One tensor that crosses a boundary. `shape` is the whole tensor's, None for a size known at run time (tokens).
 
     `pieces` says into how many parts a sharded dimension may be cut at most (attention heads must stay whole); 0: any.
+    `stacked` tensors lie side by side in the last dimension and are each cut: such a shard is no piece of the whole,
+    and nothing converts it.
     """
 
     shape: tuple[int | None, ...]
     layout: Layout = field(default_factory=dict)
     pieces: int = 0
+    stacked: int = 1
+
+    def placement(self, axis: str) -> Placement:
+        """The placement along `axis`: Replicate() where the layout says nothing, but tokens are dealt out over dp."""
+        said = self.layout.get(axis)
+        if said is not None:
+            return Shard(said.dim % len(self.shape)) if isinstance(said, Shard) else said
+        return Shard(0) if axis in TOKEN_AXES and self.shape and self.shape[0] is None else Replicate()
 
 
 @dataclass(frozen=True)
@@ -41,12 +52,17 @@ class Edge:
 
 @dataclass(frozen=True)
 class Boundary:
-    """What a module promises: its ports, the placement of its own parameters, and the edges among its children."""
+    """What a module promises: its ports, the placement of its own parameters, and the edges among its children.
+
+    `tokenwise`: tokens do not meet in it and no rank's weights differ along an axis that its ports do not name, so it
+    may run on a part of the tokens (Shard(0)) where its ports say Replicate.
+    """
 
     inputs: Mapping[str, Port]
     outputs: Mapping[str, Port]
     parameters: Mapping[str, Layout] = field(default_factory=dict)
     edges: tuple[Edge, ...] = ()
+    tokenwise: bool = False
 
 
 _LINE = re.compile(r"\s*([\w.]+)(?:\[(\d+):(\d+)\])?\s*->\s*([\w.]+)\s*")

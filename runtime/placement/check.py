@@ -14,7 +14,7 @@ from torch import nn
 from tokenrelay.base.errors import PlacementError
 from tokenrelay.runtime.placement.boundary import Boundary, Port
 from tokenrelay.runtime.placement.mesh import AXES, Mesh
-from tokenrelay.runtime.placement.placements import Layout, Partial, Placement, Replicate, Shard, placement_of
+from tokenrelay.runtime.placement.placements import Layout, Partial, Placement, Replicate, Shard
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _check_layouts(path: str, module: nn.Module, boundary: Boundary, mesh: Mesh)
     for name, layout in boundary.parameters.items():
         parameter = module.get_parameter(name)
         _check_layout(_join(path, name), tuple(parameter.shape), layout, mesh)
-        if any(isinstance(placement, Partial) for placement in layout.values()):
+        if name != "bias" and any(isinstance(placement, Partial) for placement in layout.values()):
             raise PlacementError(f"{_join(path, name)} is a parameter and cannot be Partial")
 
 
@@ -164,17 +164,24 @@ def _compare(source_name: str, source: Port, target_name: str, target: Port, mes
     if source.shape != target.shape:
         raise PlacementError(f"{both}: {source_name} has the shape {source.shape}, {target_name} takes {target.shape}")
     for axis in AXES:
-        have = _positive(placement_of(source.layout, axis), source)
-        want = _positive(placement_of(target.layout, axis), target)
+        have, want = source.placement(axis), target.placement(axis)
         kind = _conversion(have, want)
         if kind == "refused":
-            raise PlacementError(f"{both}: {source_name} is {have} along {axis!r}, and {target_name} takes {want}")
+            raise PlacementError(
+                f"{both}: {source_name} is {have} along {axis!r}, and {target_name} takes {want}; "
+                f"it would fit if {target_name} took {have}, or {source_name} gave {want}"
+            )
+        if kind and any(_cuts_stacked(port, axis) for port in (source, target)):
+            raise PlacementError(
+                f"{both}: {source_name} is {have} along {axis!r}, and {target_name} takes {want}; what is stacked "
+                f"there is cut piece by piece and cannot be converted: give {target_name} {have}"
+            )
         if kind and mesh.size(axis) > 1:
             yield Collective(kind, axis, source_name, target_name)
 
 
-def _positive(placement: Placement, port: Port) -> Placement:
-    return Shard(placement.dim % len(port.shape)) if isinstance(placement, Shard) else placement
+def _cuts_stacked(port: Port, axis: str) -> bool:
+    return port.stacked > 1 and port.placement(axis) == Shard(len(port.shape) - 1)
 
 
 def _conversion(have: Placement, want: Placement) -> str:

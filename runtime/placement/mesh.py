@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from tokenrelay.base.errors import PlacementError
 
-# tensor: one layer's matrices are cut over it. expert: whole experts are dealt out over it.
-AXES = ("tensor", "expert")
+# From the outermost to the innermost: where several axes cut one dimension, the first has the largest pieces, and
+# ranks that differ in the last are neighbours. dp: sequences are dealt out. ep: whole experts are dealt out, tokens are
+# whole. tp: one layer's matrices are cut over it.
+AXES = ("dp", "ep", "tp")
+TOKEN_AXES = ("dp",)  # a port with a dimension of tokens is Shard(0) along these where it does not say otherwise
+_NOT_YET = {
+    "cp": "attention over a paged cache would need the keys of all ranks",
+    "pp": "a step passes through all layers in one group of ranks",
+}
 
 
 class Mesh:
-    """Sizes of the named axes; an axis that is not given has one rank. `Mesh(tensor=4)` has 4 ranks."""
+    """Sizes of the named axes; an axis that is not given has one rank. `Mesh(tp=4)` has 4 ranks."""
 
     def __init__(self, **sizes: int) -> None:
         for axis, size in sizes.items():
-            if axis not in AXES:
+            if axis in _NOT_YET and size != 1:
+                raise PlacementError(f"mesh axis {axis!r} is not computed: {_NOT_YET[axis]}")
+            if axis not in AXES and axis not in _NOT_YET:
                 raise PlacementError(f"the mesh has no axis {axis!r}; known: {', '.join(AXES)}")
             if size < 1:
                 raise PlacementError(f"mesh axis {axis!r} has size {size}; an axis has at least one rank")
@@ -32,4 +41,39 @@ class Mesh:
         return total
 
     def __repr__(self) -> str:
-        return "Mesh(" + ", ".join(f"{axis}={size}" for axis, size in self._sizes.items()) + ")"
+        return "Mesh(" + ", ".join(f"{axis}={size}" for axis, size in self._sizes.items() if size > 1) + ")"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mesh) and self._sizes == other._sizes
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._sizes.values()))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """All axes with their sizes, outermost first."""
+        return dict(self._sizes)
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Where `rank` stands along each axis. Raises PlacementError for a rank that the mesh has not."""
+        if not 0 <= rank < self.ranks:
+            raise PlacementError(f"rank {rank} is not one of the {self.ranks} ranks of {self!r}")
+        found = {}
+        for axis in reversed(AXES):
+            rank, found[axis] = divmod(rank, self._sizes[axis])
+        return {axis: found[axis] for axis in AXES}
+
+    def rank_at(self, coordinates: dict[str, int]) -> int:
+        """The rank that stands there: the inverse of `coordinates`."""
+        rank = 0
+        for axis in AXES:
+            rank = rank * self._sizes[axis] + coordinates[axis]
+        return rank
+
+    def groups(self, axes: tuple[str, ...]) -> list[list[int]]:
+        """The ranks that differ along `axes` only, one list for each place along the others, in rank order."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.ranks):
+            at = self.coordinates(rank)
+            found.setdefault(tuple(at[axis] for axis in AXES if axis not in axes), []).append(rank)
+        return list(found.values())

@@ -31,8 +31,3 @@ class Partial:
 Placement = Shard | Replicate | Partial
 # Mesh axis -> placement. An axis that is not named is Replicate().
 Layout = Mapping[str, Placement]
-
-
-def placement_of(layout: Layout, axis: str) -> Placement:
-    """The placement of `layout` along `axis`: Replicate() where it says nothing."""
-    return layout.get(axis, Replicate())

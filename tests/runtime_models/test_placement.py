@@ -46,9 +46,9 @@ def port(width: int = 8, **layout: Any) -> Port:
 
 def test_column_then_row_parallel_fits_and_its_sum_needs_a_reduction() -> None:
     chain = Chain(linear(8, 16, Split.COLUMNS), linear(16, 8, Split.ROWS))
-    report = check(chain, Mesh(tensor=4))
+    report = check(chain, Mesh(tp=4))
     assert report.edges == 3
-    assert [(c.kind, c.axis, c.source, c.target) for c in report.collectives] == [("all_reduce", "tensor", "b.y", "y")]
+    assert [(c.kind, c.axis, c.source, c.target) for c in report.collectives] == [("all_reduce", "tp", "b.y", "y")]
     assert check(chain, Mesh()).collectives == (), "one rank needs nothing"
 
 
@@ -66,17 +66,17 @@ def test_column_then_row_parallel_fits_and_its_sum_needs_a_reduction() -> None:
     ],
 )
 def test_each_conversion(have: Any, want: Any, kind: str | None) -> None:
-    chain = Chain(Leaf(port(), port(tensor=have)), Leaf(port(tensor=want), port()))
-    kinds = [collective.kind for collective in check(chain, Mesh(tensor=2)).collectives]
+    chain = Chain(Leaf(port(), port(tp=have)), Leaf(port(tp=want), port()))
+    kinds = [collective.kind for collective in check(chain, Mesh(tp=2)).collectives]
     assert kinds == ([kind] if kind else [])
 
 
 @pytest.mark.parametrize(
     ("have", "want"), [(Replicate(), Partial()), (Shard(0), Partial()), (Partial(), Partial("max"))]
 )
-@pytest.mark.parametrize("mesh", [Mesh(), Mesh(tensor=2)])
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(tp=2)])
 def test_what_no_collective_can_do_is_refused_on_every_mesh(have: Any, want: Any, mesh: Mesh) -> None:
-    chain = Chain(Leaf(port(), port(tensor=have)), Leaf(port(tensor=want), port()))
+    chain = Chain(Leaf(port(), port(tp=have)), Leaf(port(tp=want), port()))
     with pytest.raises(PlacementError) as caught:
         check(chain, mesh)
     assert "a.y" in caught.value.message and "b.x" in caught.value.message
@@ -88,11 +88,11 @@ def test_what_no_collective_can_do_is_refused_on_every_mesh(have: Any, want: Any
     [
         (Chain(Leaf(port(), port(16)), Leaf(port(), port())), Mesh(), r"a.y has the shape \(None, 16\), b.x takes"),
         (Chain(Leaf(port(), port(pipe=Shard(0))), Leaf(port(), port())), Mesh(), "a.y names the mesh axis 'pipe'"),
-        (Chain(Leaf(port(), port(tensor=Shard(2))), Leaf(port(), port())), Mesh(), "a.y has 2 dimensions and cannot"),
-        (Chain(Leaf(port(), port(tensor=Shard(1))), Leaf(port(), port())), Mesh(tensor=3), "a.y: a dimension of 8"),
+        (Chain(Leaf(port(), port(tp=Shard(2))), Leaf(port(), port())), Mesh(), "a.y has 2 dimensions and cannot"),
+        (Chain(Leaf(port(), port(tp=Shard(1))), Leaf(port(), port())), Mesh(tp=3), "a.y: a dimension of 8"),
         (
-            Chain(Leaf(port(), Port((None, 8), {"tensor": Shard(1)}, pieces=2)), Leaf(port(), port())),
-            Mesh(tensor=4),
+            Chain(Leaf(port(), Port((None, 8), {"tp": Shard(1)}, pieces=2)), Leaf(port(), port())),
+            Mesh(tp=4),
             "a.y: 2 pieces cannot be dealt out evenly to 4 ranks",
         ),
         (Chain(nn.Linear(8, 8), Leaf(port(), port())), Mesh(), r"a \(Linear\) declares no boundary"),
@@ -115,7 +115,7 @@ def test_what_no_collective_can_do_is_refused_on_every_mesh(have: Any, want: Any
         ),
         (
             Chain(
-                Leaf(port(), port(16, tensor=Shard(-1))),
+                Leaf(port(), port(16, tp=Shard(-1))),
                 Leaf(port(), port()),
                 "x -> a.x",
                 "a.y[0:8] -> b.x",
@@ -135,13 +135,13 @@ def test_a_slice_is_passed_on_and_several_edges_add_up() -> None:
     chain = Chain(
         Leaf(port(), port(12)), Leaf(port(), port()), "x -> a.x", "a.y[4:12] -> b.x", "b.y -> y", "a.y[0:8] -> y"
     )
-    assert check(chain, Mesh(tensor=2)).edges == 4
+    assert check(chain, Mesh(tp=2)).edges == 4
     assert chain.boundary.edges[1] == Edge("a.y", "b.x", (4, 12))
 
 
 def test_parameters_cannot_be_partial() -> None:
     module = linear(8, 8, Split.WHOLE)
-    module.boundary = Boundary({"x": port()}, {"y": port()}, {"weight": {"tensor": Partial()}})
+    module.boundary = Boundary({"x": port()}, {"y": port()}, {"weight": {"tp": Partial()}})
     with pytest.raises(PlacementError, match="weight is a parameter and cannot be Partial"):
         check(module, Mesh())
 
@@ -152,13 +152,13 @@ def test_edges_are_written_one_way() -> None:
 
 
 def test_meshes() -> None:
-    mesh = Mesh(tensor=2, expert=3)
-    assert (mesh.size("tensor"), mesh.size("expert"), mesh.ranks) == (2, 3, 6)
+    mesh = Mesh(tp=2, ep=3)
+    assert (mesh.size("tp"), mesh.size("ep"), mesh.ranks) == (2, 3, 6)
     assert Mesh().ranks == 1
     with pytest.raises(PlacementError, match="no axis 'pipeline'"):
         Mesh(pipeline=2)
     with pytest.raises(PlacementError, match="has size 0"):
-        Mesh(tensor=0)
+        Mesh(tp=0)
 
 
 # The models
@@ -168,7 +168,7 @@ def test_meshes() -> None:
 def test_every_model_is_wired_and_needs_two_reductions_a_layer(pair_of: Callable[..., Any], case: Any) -> None:
     """Megatron's count: one after attention, one after the MLP; for all, the embedding's sum and the logits' gather."""
     model: Model = pair_of(case).model
-    report = check(model, Mesh(tensor=2))
+    report = check(model, Mesh(tp=2))
     kinds = [collective.kind for collective in report.collectives]
     layers = model.config.layers
     assert kinds.count("all_reduce") == 2 * layers + 1
@@ -179,14 +179,14 @@ def test_every_model_is_wired_and_needs_two_reductions_a_layer(pair_of: Callable
 
 def test_experts_need_a_reduction_of_their_own_axis(pair_of: Callable[..., Any]) -> None:
     model = pair_of(CASE["v3"]).model  # the first of three layers is dense
-    collectives = check(model, Mesh(expert=4)).collectives
+    collectives = check(model, Mesh(ep=4)).collectives
     assert [(c.kind, c.source) for c in collectives] == [("all_reduce", "layers.1.y"), ("all_reduce", "layers.2.y")]
 
 
 def test_heads_stay_whole(pair_of: Callable[..., Any]) -> None:
     with pytest.raises(PlacementError, match=r"layers\.0\.attention\.core\.qkv: 2 pieces .* 4 ranks"):
-        check(pair_of(CASE["qwen3-tied"]).model, Mesh(tensor=4))
-    check(pair_of(CASE["v3"]).model, Mesh(tensor=4))  # four heads, one latent for all
+        check(pair_of(CASE["qwen3-tied"]).model, Mesh(tp=4))
+    check(pair_of(CASE["v3"]).model, Mesh(tp=4))  # four heads, one latent for all
 
 
 def test_a_wrong_declaration_in_a_model_names_both_modules(pair_of: Callable[..., Any]) -> None:
@@ -194,7 +194,7 @@ def test_a_wrong_declaration_in_a_model_names_both_modules(pair_of: Callable[...
 
     model = load_model(pair_of(CASE["qwen3-tied"]).folder)
     norm = model.layers[1].input_norm
-    wanted = Port((None, 64), {"tensor": Partial("max")})
+    wanted = Port((None, 64), {"tp": Partial("max")})
     norm.boundary = Boundary({"x": wanted, "residual": Port((None, 64))}, norm.boundary.outputs, {"weight": {}})  # type: ignore[assignment,union-attr]
     with pytest.raises(PlacementError) as caught:
         check(model, Mesh())
@@ -202,6 +202,6 @@ def test_a_wrong_declaration_in_a_model_names_both_modules(pair_of: Callable[...
 
 
 def test_the_report_is_for_people(pair_of: Callable[..., Any]) -> None:
-    text = str(check(pair_of(CASE["qwen3-tied"]).model, Mesh(tensor=2)))
-    assert text.startswith("Mesh(tensor=2, expert=1): ")
-    assert "all_reduce     tensor  layers.0.attention.y -> layers.0.post_norm.x" in text
+    text = str(check(pair_of(CASE["qwen3-tied"]).model, Mesh(tp=2)))
+    assert text.startswith("Mesh(tp=2): ")
+    assert "all_reduce     tp      layers.0.attention.y -> layers.0.post_norm.x" in text
