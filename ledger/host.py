@@ -40,6 +40,7 @@ EXTENTS_MAX = 1 << 24
 DEADLINE_MAX_S = 24 * 3600.0
 DUTY_AGAIN_FIRST_S, DUTY_AGAIN_MAX_S = 0.5, 30.0  # a duty nobody did is told again after this, doubled each time
 AUTHORITY_AGAIN_S = 0.2  # looks again after this while the right to decide is in doubt
+HELD_UP_S = 0.25  # a timer that comes later than this, and than a quarter of a lease: nobody could be heard
 WATCHERS_MAX = 8192
 ENDED_MAX = 65536
 _TIMED = frozenset({Event.OFFER, Event.CLAIM, Event.TRANSFER, Event.ADOPT, Event.QUARANTINE})  # may set a deadline
@@ -307,6 +308,14 @@ class LedgerHost:
             return  # `resume` arms the timer
         if self.refusal() is not None:
             self._arm(AUTHORITY_AGAIN_S)
+            return
+        late_s = asyncio.get_running_loop().time() - self._timer_at_s
+        if late_s > max(
+            HELD_UP_S, self.roster.shortest_s() / 4
+        ):  # stopped, or starved: what members said meanwhile waits to be read, so that comes first
+            log.warning("this process was held up: leases count anew", late_s=round(late_s, 3))
+            self.roster.touch_all()
+            self._arm(HELD_UP_S)
             return
         for actor in self.roster.lapsed():
             self._end(actor, f"nothing was heard of it for {self.roster.lease_s(actor):g} s", fenced=False)

@@ -91,6 +91,10 @@ class Roster:
         """What was granted; 0 for nobody."""
         return self._leases[actor.name].lease_s if self.alive(actor) else 0.0
 
+    def shortest_s(self) -> float:
+        """The shortest lease; 0 when nobody is there."""
+        return min((lease.lease_s for lease in self._leases.values()), default=0.0)
+
     def find(self, name: str) -> Member | None:
         """The present life of this name."""
         lease = self._leases.get(name)

@@ -110,6 +110,35 @@ async def test_14_etcd_is_away_for_30_s(tmp_path: Path) -> None:
     await blip(tmp_path, away_s=30)
 
 
+def the_look_at_its_own_lateness(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("tokenrelay.ledger.host.HELD_UP_S", float("inf"))
+
+
+@fault(the_look_at_its_own_lateness)
+async def test_14_a_kvstore_that_was_paused_takes_nobody_for_dead() -> None:
+    """What members said meanwhile waits in its sockets, and its clock says that every lease is over."""
+    fleet, ended = Fleet(), list[str]()
+    try:
+        await fleet.start_service()
+        lives = [
+            Membership(await fleet.kvstore_client(), member(name), lease_s=0.6, on_ended=ended.append) for name in NAMES
+        ]
+        for life in lives:
+            await life.begin(5)
+        await asyncio.sleep(0.3)
+        time.sleep(1.5)  # noqa: ASYNC251 - nothing runs, as after SIGSTOP
+        await asyncio.sleep(1.5)
+        assert not ended, ended
+        await lives[0]._ledger.close()  # type: ignore[attr-defined]
+        await until(
+            lambda: len(fleet.services[0].store.host.roster.members()) == 2, "who is dead is found out all the same"
+        )
+        for life in lives[1:]:
+            await life.leave()
+    finally:
+        await fleet.close()
+
+
 def the_jitter(patch: pytest.MonkeyPatch) -> None:
     same = types.SimpleNamespace(random=lambda: 0.5, sample=random.sample)
     patch.setattr("tokenrelay.ledger.connection.random", same)

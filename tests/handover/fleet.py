@@ -44,13 +44,21 @@ class Relayed:
 class Fleet:
     """The processes, and a client of each."""
 
-    def __init__(self, model: Path, *, transport: str = "", chunk_tokens: int = 32, prefill_blocks: int = 120) -> None:
+    def __init__(
+        self,
+        model: Path,
+        *,
+        transport: str = "",
+        chunk_tokens: int = 32,
+        prefill_blocks: int = 120,
+        decode_blocks: int = 120,
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="trf-")  # short: a socket's path has at most 107 bytes
         self.model = model
         self.flags = ["--slots", "8", "--chunk-tokens", str(chunk_tokens), *TIMES]
         if transport:
             self.flags += ["--transports", transport]
-        self._blocks = {"prefill": prefill_blocks, "decode": 120}
+        self._blocks = {"prefill": prefill_blocks, "decode": decode_blocks}
         self.workers: dict[str, WorkerProcess] = {}
         self.clients: dict[str, WorkerClient] = {}
 
