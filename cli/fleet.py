@@ -17,6 +17,7 @@ from tokenrelay.base.errors import InvalidRequest, TokenRelayError, Unavailable
 from tokenrelay.base.logging import get_logger
 from tokenrelay.cli.colocated import EngineLink, Posts, stats_message
 from tokenrelay.cli.fleet_config import FleetConfig
+from tokenrelay.cli.fleet_tier import FleetTier
 from tokenrelay.cli.fleet_transports import open_transports
 from tokenrelay.ledger.api import PROTOCOL, Member
 from tokenrelay.ledger.client import KvstoreClient
@@ -35,7 +36,7 @@ from tokenrelay.services.chassis.session import WorkerServicer
 from tokenrelay.services.decode.destination import Destination
 from tokenrelay.services.prefill.convert import engine_request
 from tokenrelay.services.prefill.source import Source, as_source
-from tokenrelay.transfer.memory import Layout, SharedPool
+from tokenrelay.transfer.memory import Layout, Memory, SharedPool
 from tokenrelay.transfer.transport import Identity, Transport
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
     from tokenrelay.runtime.engine import Engine
     from tokenrelay.runtime.models.decoder import Model
+    from tokenrelay.runtime.requests import EngineRequest
 
 log = get_logger("fleet")
 
@@ -89,6 +91,7 @@ class FleetHost:
         self._handshake = handshake
         self.source = source
         self.destination = destination
+        self.tier: FleetTier | None = None
         self._roles: dict[int, Handover] = {}  # of open sequences that are handed over
         self._deliver: Callable[[list[worker_pb2.SequenceOutput], worker_pb2.Stats], None] | None = None
 
@@ -115,24 +118,30 @@ class FleetHost:
                 if refusal is None:
                     self._roles[sequence_id] = Handover.DESTINATION
                 return refusal
+        except TokenRelayError as error:
+            return _refusal(sequence_id, error)
+        if self.tier is not None and self.tier.reader.wants(request):
+            self.tier.begin(request, lambda: self._start(request, role))
+            return None
+        return self._start(request, role)
+
+    def _start(self, request: EngineRequest, role: int) -> worker_pb2.SequenceOutput | None:
+        """Begin one that has its prompt computed here."""
+        try:
             if role == worker_pb2.Handover.ROLE_SOURCE:
-                self._roles[sequence_id] = Handover.SOURCE
+                self._roles[request.sequence_id] = Handover.SOURCE
                 self.source.submit(as_source(request))
             else:
                 self._engine.submit(request)
         except TokenRelayError as error:
-            invalid = isinstance(error, InvalidRequest)
-            return worker_pb2.SequenceOutput(
-                id=sequence_id,
-                finish=worker_pb2.FINISH_REJECTED,
-                reject_reason=worker_pb2.REJECT_INVALID if invalid else worker_pb2.REJECT_QUEUE_FULL,
-                error=encode_error(error),
-            )
+            return _refusal(request.sequence_id, error)
         return None
 
     def abort(self, sequence_id: int) -> None:
         """End a sequence; its terminal output follows."""
         role = self._roles.get(sequence_id)
+        if self.tier is not None and self.tier.abort(sequence_id):
+            return
         if role == Handover.SOURCE:
             self.source.abort(sequence_id)
         elif role == Handover.DESTINATION:
@@ -147,6 +156,8 @@ class FleetHost:
         for outputs, stats in posts:
             messages = []
             for output in outputs:
+                if self.tier is not None and self.tier.reader.emit(output):
+                    continue
                 role = self._roles.get(output.sequence_id, Handover.NONE)
                 if output.finish:
                     self._roles.pop(output.sequence_id, None)
@@ -167,8 +178,18 @@ class FleetHost:
         for notice in notices:
             if isinstance(notice, Sealed):
                 self.source.sealed(notice)
-            else:
+            elif self.tier is None or not self.tier.reader.room(notice):
                 self.destination.room(notice)
+
+
+def _refusal(sequence_id: int, error: TokenRelayError) -> worker_pb2.SequenceOutput:
+    invalid = isinstance(error, InvalidRequest)
+    return worker_pb2.SequenceOutput(
+        id=sequence_id,
+        finish=worker_pb2.FINISH_REJECTED,
+        reject_reason=worker_pb2.REJECT_INVALID if invalid else worker_pb2.REJECT_QUEUE_FULL,
+        error=encode_error(error),
+    )
 
 
 class FleetWorker:
@@ -246,14 +267,35 @@ class FleetWorker:
         self.host = FleetHost(engine, handshake, source, destination)
         self.feed = DirectoryFeed(self.client, self.member.actor)
         self.client.on_renewed.append(self.feed.renew)
+        if self._config.block_tier:
+            self.host.tier = self._open_tier(engine, memory)
         self.link.bind(self.host.take, self._publish)
         self.feed.start()
         for work in (source.watch(), destination.watch()):
             self._tasks.append(asyncio.create_task(work))
         return self.host
 
+    def _open_tier(self, engine: Engine, memory: Memory) -> FleetTier:
+        assert self.memory.pool is not None and self.membership.joined is not None
+        tier = FleetTier(
+            engine,
+            self.memory.pool,
+            memory,
+            self.client,
+            self.feed,
+            self.member,
+            self._security,
+            hash_key=self.membership.joined.hash_key,
+            tokens_min=self._config.block_tier_tokens_min,
+            deliver=lambda output: self.host.deliver_one(output),
+        )
+        tier.writer.start()
+        return tier
+
     def _publish(self, events: list[CacheEvent]) -> None:
         self.feed.publish(events)
+        if self.host.tier is not None:
+            self.host.tier.writer.publish(events)
 
     def server(self, servicer: WorkerServicer) -> GrpcServer:
         """Serves routers and peers at one address."""
@@ -273,6 +315,8 @@ class FleetWorker:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.host.tier is not None:
+            await self.host.tier.close()
         await self.host.source.close()
         await self.host.destination.close()
         await self.membership.leave()
@@ -301,4 +345,6 @@ class FleetWorker:
         page.add("imports_total", "counter", "sequences taken over, by how it ended", ends)
         page.add("imported_bytes_total", "counter", "KV pulled", {"": times.bytes_pulled})
         page.add("import_exposed_seconds_total", "counter", "not overlapped with prefill", {"": times.after_last_s})
+        if host.tier is not None:
+            host.tier.add_metrics(page)
         return page.text()

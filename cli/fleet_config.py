@@ -26,6 +26,10 @@ class FleetConfig:
     handle_deadline_s: float = setting(600.0, "seconds from admission until a peer must have claimed", minimum=0.1)
     read_deadline_s: float = setting(30.0, "seconds without a sign of reading until a claim is over", minimum=0.1)
     transfer_deadline_s: float = setting(600.0, "seconds from admission until all KV must be here", minimum=0.1)
+    block_tier: bool = setting(False, "write sealed blocks to the kvstore's tier, and load prefixes from it")
+    block_tier_tokens_min: int = setting(
+        256, "a prefix that the tier has and this worker lacks is loaded from so many tokens on", minimum=1
+    )
     admin_host: str = setting("127.0.0.1", "address of the HTTP port with /health, /ready and /metrics")
     admin_port: int | None = setting(None, "that port; 0 lets the system choose; default: none", minimum=0)
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenrelay.base.logging import get_logger
-from tokenrelay.libscheduler import HandleEvent, Handover, ImportAnswer, Scheduler
+from tokenrelay.libscheduler import HandleEvent, Handover, ImportAnswer, Scheduler, block_hashes
 
 __all__ = [
     "AllocatePool",
@@ -27,10 +27,12 @@ __all__ = [
     "Handover",
     "HandoverNotice",
     "HandoverPort",
+    "ImportAnswer",
     "OnHandover",
     "PoolMemory",
     "Room",
     "Sealed",
+    "block_hashes",
 ]
 
 log = get_logger("engine")
@@ -94,13 +96,32 @@ class HandoverPort:
 
         self._post(work)
 
-    def imported(self, sequence_id: int, first_token: int) -> None:
-        """All KV of a destination is there and was validated."""
-        self._post(lambda: self._end(sequence_id, self._scheduler.imported(sequence_id, first_token)))
+    def imported(self, sequence_id: int, first_token: int, then: Callable[[ImportAnswer], None] | None = None) -> None:
+        """All KV of a destination is there and was validated; `then` is told in the engine's thread what was found."""
+
+        def work() -> None:
+            answer = self._scheduler.imported(sequence_id, first_token)
+            self._end(sequence_id, answer)
+            if then is not None:
+                then(answer)
+
+        self._post(work)
 
     def stopped(self, sequence_id: int, first_token: int | None = None) -> None:
         """Nobody writes into a destination's blocks any more. `first_token`: the source's, if it is known."""
         self._post(lambda: self._end(sequence_id, self._scheduler.import_stopped(sequence_id, first_token)))
+
+    def locate(self, block_hash: bytes, then: Callable[[int, int], None]) -> None:
+        """`then(block, generation)`, in the engine's thread: where this content is, sealed; block -1: nowhere.
+
+        Whoever reads the block compares the generation after the read: the block may be taken for others meanwhile.
+        """
+
+        def work() -> None:
+            block = self._scheduler.sealed_block(block_hash)
+            then(block, int(self._scheduler.generations[block]) if block >= 0 else 0)
+
+        self._post(work)
 
     # -- engine's thread ----------------------------------------------------------------------------------------------
     def submitted(self, sequence_id: int, handover: Handover) -> None:

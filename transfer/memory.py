@@ -173,6 +173,31 @@ class SharedPool:
             for offset, size in zip(self._offsets, self._block_bytes, strict=False)
         ]
 
+    @property
+    def payload_bytes(self) -> int:
+        """Of one block, all layers."""
+        return sum(self._block_bytes)
+
+    def read_block(self, block: int) -> bytes:
+        """A copy of one block, layer after layer. What it holds is for the caller to validate by its generation."""
+        return b"".join(part for part in self._parts(block))
+
+    def write_block(self, block: int, payload: bytes) -> None:
+        """The reverse. Raises ValueError for a payload of another size; the block is the caller's to write."""
+        if len(payload) != self.payload_bytes:
+            raise ValueError(f"a block has {self.payload_bytes} bytes, the payload {len(payload)}")
+        start, view = 0, memoryview(payload)
+        for part in self._parts(block):
+            part[:] = view[start : start + len(part)]
+            start += len(part)
+
+    def _parts(self, block: int) -> list[memoryview]:
+        if not 0 <= block < self.blocks:
+            raise ValueError(f"block {block} is outside [0, {self.blocks})")
+        return [
+            layer[block * size : (block + 1) * size] for layer, size in zip(self.layers, self._block_bytes, strict=True)
+        ]
+
     def memory(self, layout: Layout) -> Memory:
         """The pool for a transport."""
         regions = [

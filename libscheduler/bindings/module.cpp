@@ -422,6 +422,12 @@ void bind_scheduler(py::module_& m) {
             return blocks_of(self.scheduler.readable(id, first));
           },
           py::arg("sequence_id"), py::arg("first") = 0)
+      .def(
+          "sealed_block",
+          [](const PyScheduler& self, const py::bytes& hash) {
+            return self.scheduler.sealed_block(ts::from_bytes(key_of(hash, "block_hash")));
+          },
+          py::arg("block_hash"))
       .def_property_readonly("generations", &generations_of)
       .def("take_reserved", &take_reserved)
       .def(

@@ -72,6 +72,13 @@ std::array<std::uint8_t, 16> to_bytes(const Hash128& hash) noexcept {
   return bytes;
 }
 
+Hash128 from_bytes(std::span<const std::uint8_t, 16> bytes) noexcept {
+  Hash128 hash;
+  std::memcpy(&hash.low, bytes.data(), 8);
+  std::memcpy(&hash.high, bytes.data() + 8, 8);
+  return hash;
+}
+
 HashKey key_from_bytes(std::span<const std::uint8_t, 16> bytes) noexcept {
   return {load64(bytes.data()), load64(bytes.data() + 8)};
 }

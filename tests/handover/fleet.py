@@ -112,10 +112,14 @@ class Fleet:
 
     async def alone(self, role: str, prompt: list[int], tokens_max: int) -> list[int]:
         """The same request on one worker from its first to its last token."""
+        return (await self.stream(role, prompt, tokens_max)).token_ids
+
+    async def stream(self, role: str, prompt: list[int], tokens_max: int, **fields: object) -> Stream:
+        """What such a request was answered, all of it."""
         stream = Stream()
-        self.clients[role].submit(submit_message(prompt, tokens_max), stream)
+        self.clients[role].submit(submit_message(prompt, tokens_max, **fields), stream)  # type: ignore[arg-type]
         await stream.ended()
-        return stream.token_ids
+        return stream
 
     def logs(self, *more: object) -> str:
         """For a failure's message."""

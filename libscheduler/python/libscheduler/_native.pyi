@@ -450,6 +450,9 @@ class Scheduler:
     def readable(self, sequence_id: int, first: int = 0) -> NDArray[np.int32]:
         """Blocks from the `first` on that the handle lets a peer read, in the order of the sequence's tokens."""
 
+    def sealed_block(self, block_hash: bytes) -> int:
+        """The block that holds this content, sealed; -1 when there is none. Its generation says if it still does."""
+
     @property
     def generations(self) -> NDArray[np.uint64]:
         """How often each block was taken, [blocks]; a read-only view."""

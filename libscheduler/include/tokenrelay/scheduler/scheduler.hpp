@@ -64,6 +64,11 @@ class Scheduler {
     return exports_.state(sequence_id);
   }
   /// Its blocks from the `first` on that a peer may read, in the order of its tokens.
+  /// The sealed block with this content, or no_block. Its generation says later whether it still is. O(1).
+  [[nodiscard]] BlockId sealed_block(const Hash128& hash) const noexcept {
+    const BlockPool::Found found = pool_.find(hash);
+    return found.sealed ? found.id : no_block;
+  }
   [[nodiscard]] std::vector<BlockId> readable(std::uint64_t sequence_id, std::size_t first) const;
   // The destination:
   /// Sequences that got room since the last call.

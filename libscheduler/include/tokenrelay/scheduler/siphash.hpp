@@ -33,6 +33,7 @@ struct HashKey {
 
 /// 16 bytes, in the order of the reference code.
 [[nodiscard]] std::array<std::uint8_t, 16> to_bytes(const Hash128& hash) noexcept;
+[[nodiscard]] Hash128 from_bytes(std::span<const std::uint8_t, 16> bytes) noexcept;
 [[nodiscard]] HashKey key_from_bytes(std::span<const std::uint8_t, 16> bytes) noexcept;
 
 /// SipHash-2-4-128 of any bytes.
