@@ -98,7 +98,9 @@ def build_engine(
             tps_floor=sizes.tps_floor,
             tps_fraction=sizes.tps_fraction,
             floor_wait_us=round(sizes.floor_wait_s * 1e6),
-            host_blocks=plan_host(config.kv_layout, config.layers, config.dtype, sizes.host_memory_bytes, device),
+            host_blocks=plan_host(
+                config.kv_layout, config.layers, config.dtype, sizes.host_memory_bytes, pool.blocks, device
+            ),
         )
     except ValueError as error:
         raise ConfigError(f"the scheduler's sizes do not fit: {error}") from error

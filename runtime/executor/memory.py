@@ -23,6 +23,7 @@ FREE_FRACTION = 0.25
 FREE_FRACTION_GPU = 0.9  # a device of one's own
 SHARED_BLOCKS_FACTOR = 2  # room for cached prefixes beside what running sequences hold
 BLOCKS_MAX = 1 << 24
+HOST_FACTOR = 2  # of the pool: a smaller host tier holds little that the device does not (docs/scheduler.md)
 
 
 class KvLayout(Protocol):
@@ -93,7 +94,9 @@ def plan_pool(
     return Pool(blocks=blocks, context_tokens=context_tokens, bytes=blocks * block_bytes)
 
 
-def plan_host(layout: KvLayout, layers: int, dtype: torch.dtype, memory_bytes: int, device: torch.device) -> int:
+def plan_host(
+    layout: KvLayout, layers: int, dtype: torch.dtype, memory_bytes: int, pool_blocks: int, device: torch.device
+) -> int:
     """Blocks of the host tier in so many bytes; 0 bytes: there is none. Raises ConfigError when they are not there."""
     if memory_bytes == 0:
         return 0
@@ -105,6 +108,8 @@ def plan_host(layout: KvLayout, layers: int, dtype: torch.dtype, memory_bytes: i
         raise ConfigError(f"--host-cache-gib asks for {memory_bytes} bytes of host memory, and {free} are free")
     if device.type == "cpu":
         log.warning("a host tier gains little on a CPU: its KV pool is in the same memory", host_blocks=blocks)
+    if blocks < HOST_FACTOR * pool_blocks:
+        log.warning("a host tier gains little unless it is several times the pool", host=blocks, pool=pool_blocks)
     return blocks
 
 

@@ -247,10 +247,10 @@ def test_runs_are_moved_together() -> None:
 def test_room_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     layout, cpu = MlaLayout(8, 4, 16), torch.device("cpu")
     per_block = 2 * layout.bytes_per_block(torch.float32)
-    assert plan_host(layout, 2, torch.float32, 0, cpu) == 0
-    assert plan_host(layout, 2, torch.float32, 10 * per_block + 5, cpu) == 10
+    assert plan_host(layout, 2, torch.float32, 0, 3, cpu) == 0
+    assert plan_host(layout, 2, torch.float32, 10 * per_block + 5, 3, cpu) == 10
     with pytest.raises(ConfigError, match=r"does not fit in the 5 of --host-cache-gib"):
-        plan_host(layout, 2, torch.float32, 5, cpu)
+        plan_host(layout, 2, torch.float32, 5, 3, cpu)
     monkeypatch.setattr(memory, "available_bytes", lambda: 9 * per_block)
     with pytest.raises(ConfigError, match=r"--host-cache-gib asks for .* bytes of host memory, and .* are free"):
-        plan_host(layout, 2, torch.float32, 10 * per_block, cpu)
+        plan_host(layout, 2, torch.float32, 10 * per_block, 3, cpu)

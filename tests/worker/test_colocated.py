@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -15,12 +16,13 @@ import torch
 from worker_process import submit_message
 
 from tokenrelay.base.errors import DeadlineExceeded
-from tokenrelay.cli.colocated import Colocated, EngineLink, mount_roles
+from tokenrelay.cli.colocated import Colocated, EngineLink, mount_roles, stats_message
 from tokenrelay.ledger.ledger import Actor, EmbeddedLedger
 from tokenrelay.ledger.states import TERMINAL, State
 from tokenrelay.libscheduler import block_hashes
 from tokenrelay.proto import worker_pb2
 from tokenrelay.runtime.build import EngineSizes, build_engine
+from tokenrelay.runtime.requests import EngineStats, HostStats
 from tokenrelay.runtime.weights.loader import load_model
 from tokenrelay.services.chassis.channel import decode_error
 from tokenrelay.services.chassis.mailbox import LoopMailbox
@@ -100,6 +102,15 @@ async def bench_of(model: Any, handle_deadline_s: float) -> AsyncIterator[Bench]
 async def bench(model: Any) -> AsyncIterator[Bench]:
     async for each in bench_of(model, 600):
         yield each
+
+
+def test_the_host_tiers_counters_reach_the_wire() -> None:
+    fields = {field.name: number for number, field in enumerate(dataclasses.fields(HostStats), start=1)}
+    message = stats_message(EngineStats(steps=7, host=HostStats(**fields)))
+    assert message.steps == 7
+    assert {
+        field.name: getattr(message.host_tier, field.name) for field in message.host_tier.DESCRIPTOR.fields
+    } == fields
 
 
 async def test_a_sequence_is_handed_over_with_its_first_token(bench: Bench) -> None:
