@@ -59,7 +59,7 @@ class TerminalObserver(Observer):
     def serving(self, facts: Mapping[str, Mapping[str, Any]]) -> None:
         """The panel."""
         self._served = True
-        worker = next((its for name, its in facts.items() if name.startswith("worker")), {})
+        worker = next((its for its in facts.values() if "model" in its), {})
         self._console.print(panel(self._url, worker, time.monotonic() - self._began_s))
         self._console.print("Try it, or talk to it in another terminal:", style="dim")
         # Outside of any frame and unwrapped, so that it can be copied.
@@ -136,7 +136,7 @@ class StatusObserver(Observer):
     def serving(self, facts: Mapping[str, Mapping[str, Any]]) -> None:
         """`ready` with the URL and the worker's facts. Failures are told by the command, which knows all of them."""
         pids = {f"{child}_pid": its["pid"] for child, its in facts.items()}
-        worker = next((its for name, its in facts.items() if name.startswith("worker")), {})
+        worker = next((its for its in facts.values() if "model" in its), {})
         self._pipe.ready(**{**worker, **pids, "url": self._url})
 
 

@@ -44,6 +44,10 @@ def _option(*names: str, help: str, panel: str | None = None, metavar: str | Non
     return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, show_default=False, hidden=hidden)
 
 
+def _count(*names: str, help: str, least: int = 0) -> Any:
+    return typer.Option(*names, min=least, max=64, metavar="N", help=help)
+
+
 def _version_and_end(wanted: bool) -> None:
     if wanted:
         from tokenrelay.base.version import version as installed
@@ -288,10 +292,9 @@ def serve(
 @app.command(rich_help_panel="Serving")
 def up(
     model: ModelArgument = None,
-    workers: Annotated[
-        int,
-        typer.Option("--workers", "-w", min=1, max=64, metavar="N", help="Workers that prefill and decode."),
-    ] = 2,
+    workers: Annotated[int, _count("--workers", "-w", help="Workers that prefill and decode.", least=1)] = 2,
+    prefill: Annotated[int, _count("--prefill", help="Workers for prompts alone, with --decode.")] = 0,
+    decode: Annotated[int, _count("--decode", help="Workers that go on with them; instead of --workers.")] = 0,
     dtype: Annotated[Dtype | None, _option("--dtype", panel=MODEL, help="Default: auto.")] = None,
     host: Annotated[str | None, _option("--host", panel=NETWORK, metavar="ADDRESS", help="Default: 127.0.0.1.")] = None,
     port: Annotated[int | None, _option("--port", "-p", panel=NETWORK, metavar="PORT", help="Default: 8000.")] = None,
@@ -309,9 +312,14 @@ def up(
 
     [cyan]tokenrelay up[/cyan]
 
+    [cyan]tokenrelay up --prefill 2 --decode 2[/cyan]  —  KV passes between them; a kvstore says who owns it
+
     [cyan]tokenrelay up /models/Qwen3-8B --workers 4 --config relay.toml[/cyan]
     """
     from tokenrelay.cli.serve import ServeOptions, run_serve
+
+    if bool(prefill) != bool(decode):
+        raise typer.BadParameter("--prefill and --decode go together: at least one worker of each")
 
     options = ServeOptions(
         file=config,
@@ -319,7 +327,9 @@ def up(
         worker={"model": None if model is None else str(model), "dtype": dtype},
         status_fd=status_fd,
         quiet=quiet,
-        workers=workers,
+        workers=prefill + decode or workers,
+        prefill=prefill,
+        decode=decode,
         table=True,
     )
     raise typer.Exit(run_serve(options))

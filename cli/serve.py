@@ -49,6 +49,8 @@ class ServeOptions:
     status_fd: int | None = None
     quiet: bool = False  # no display even on a terminal
     workers: int = 1
+    prefill: int = 0  # workers for prompts, and `decode` to go on with them, instead of `workers` that do both
+    decode: int = 0
     table: bool = False  # a live table of the workers, on a terminal
 
 
@@ -77,10 +79,18 @@ def _serve(options: ServeOptions) -> int:
         quieter = all(part.origins["log_level"] == "default" for part in (settings.router, settings.worker))
         levels = {"log_level": "warning"} if quieter else {}  # the display says what a person at a terminal asks first
     with private_folder() as folder:
-        workers = worker_children({**levels, **_given(options.worker), "model": model}, options, folder)
-        targets = ",".join(f"unix:{spec.socket}" for spec in workers)
-        flags = {**levels, **_given(options.router), "port": port, "worker": targets}
-        stages = [workers, [router_child(flags, options.file, listening)]]
+        flags = {**levels, **_given(options.worker), "model": model}
+        first: list[list[ChildSpec]] = []
+        if options.prefill:
+            keeper = kvstore_child(levels, options.file, folder)
+            first = [[keeper]]
+            workers = fleet_children(flags, options, folder, str(keeper.socket))
+            its = {"kvstore": f"unix:{keeper.socket}"}
+        else:
+            workers = worker_children(flags, options, folder)
+            its = {"worker": ",".join(f"unix:{spec.socket}" for spec in workers)}
+        flags = {**levels, **_given(options.router), "port": port, **its}
+        stages = [*first, workers, [router_child(flags, options.file, listening)]]
         limits = settings.supervisor.values
 
         async def supervise() -> int:
@@ -103,6 +113,26 @@ def worker_children(flags: Mapping[str, Any], options: ServeOptions, folder: Pat
         its = {**flags, "socket": path, "kv_sharers": options.workers}
         specs.append(ChildSpec(name, _command("tokenrelay.cli.worker", its, options.file), socket=path))
     return specs
+
+
+def fleet_children(flags: Mapping[str, Any], options: ServeOptions, folder: Path, kvstore: str) -> list[ChildSpec]:
+    """Prefill and decode workers that find each other at a kvstore."""
+    specs = []
+    for role, count in (("prefill", options.prefill), ("decode", options.decode)):
+        for number in range(1, count + 1):
+            name = f"{role}-{number}"
+            path = str(folder / f"{name}.sock")
+            its = {**flags, "socket": path, "kv_sharers": options.prefill + options.decode}
+            its |= {"role": role, "name": name, "kvstore": f"unix:{kvstore}"}
+            specs.append(ChildSpec(name, _command("tokenrelay.cli.worker", its, options.file), socket=path))
+    return specs
+
+
+def kvstore_child(flags: Mapping[str, Any], file: Path | None, folder: Path) -> ChildSpec:
+    """Of this fleet alone: its handles and members are in memory, and workers tell a new life of it who they are."""
+    path = str(folder / "kvstore.sock")
+    its = {**flags, "address": f"unix:{path}", "admin_port": 0}
+    return ChildSpec("kvstore", _command("tokenrelay.services.kvstore", its, file), socket=path, light=True)
 
 
 def router_child(flags: Mapping[str, Any], file: Path | None, listening: socket.socket) -> ChildSpec:

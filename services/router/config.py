@@ -45,6 +45,17 @@ class RouterConfig:
     move_wait_s: float = setting(
         15.0, "how long a sequence without a worker waits for one to come back, seconds", minimum=0
     )
+    remote_prefill: Literal["auto", "always", "never"] = setting(
+        "auto", "whether prefill workers compute prompts for decode workers; auto: where that pays"
+    )
+    remote_tokens_min: int = setting(
+        256, "fewer prompt tokens than this that a decode worker's cache lacks are computed there", minimum=1
+    )
+    remote_queue_factor: float = setting(
+        4.0,
+        "a prompt is computed at its busy decode worker when prefill workers have so many times its tokens to do",
+        minimum=1.0,
+    )
     drain_s: float = setting(60.0, "how long SIGTERM waits for open requests, seconds", minimum=0)
     tokenize_inline_chars: int = setting(
         8192, "more text than this to tokenize goes to a thread (8 k characters take about 2 ms)", minimum=0

@@ -64,6 +64,7 @@ async def one_request(request: web.Request) -> web.Response:
 
 async def _ask_all(request: web.Request, request_id: str) -> dict[str, Any]:
     clients = request.app[STATE].pool.clients
+    placements = request.app[STATE].placements
     replies = await asyncio.gather(*(_ask(client, request_id) for client in clients))
     found: dict[str, Any] = {"requests": [], "left_out": 0, "problems": {}}
     for client, reply in zip(clients, replies, strict=True):
@@ -72,7 +73,10 @@ async def _ask_all(request: web.Request, request_id: str) -> dict[str, Any]:
             continue
         found["left_out"] += reply.left_out
         for one in reply.sequences:
-            said = {"request_id": one.request_id, "choice": one.choice, "worker": client.target, "text": one.text}
+            text = f"{one.text}; {placement}" if (placement := placements.get(one.request_id)) else one.text
+            said = {"request_id": one.request_id, "choice": one.choice, "worker": client.target, "text": text}
+            if placement:
+                said["placement"] = placement
             found["requests"].append({**msgspec.json.decode(one.json), **said})
     return found
 

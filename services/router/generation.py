@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,9 +23,10 @@ from tokenrelay.base.logging import get_logger
 from tokenrelay.proto import worker_pb2
 from tokenrelay.services.chassis.channel import decode_error
 from tokenrelay.services.chassis.client import WorkerClient
+from tokenrelay.services.router.legs import TwoLegs
 from tokenrelay.services.router.metrics import Metrics
 from tokenrelay.services.router.model import ServedModel, context_exceeded
-from tokenrelay.services.router.relocate import Relocation
+from tokenrelay.services.router.relocate import HANDOVERS_MAX, Relocation
 from tokenrelay.services.router.stops import StopMatcher
 from tokenrelay.services.router.text import Delta, TextSink
 from tokenrelay.services.router.tokenize import unpack_ids
@@ -70,6 +71,7 @@ class Choice:
         "emitted",
         "finish_reason",
         "handle",
+        "handovers_left",
         "index",
         "moves",
         "output_tokens",
@@ -89,13 +91,14 @@ class Choice:
         self.prompt_index = prompt_index
         self.text = text
         self.delta = Delta()
-        self.handle: Handle | None = None
+        self.handle: Handle | TwoLegs | None = None
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self.output_tokens = 0
         self.cached_tokens = 0
         self.emitted = bytearray()  # every token so far, packed: another worker may have to go on from here
         self.moves = 0
+        self.handovers_left = HANDOVERS_MAX
         self.refused_by: set[str] = set()
         self.whole = False
         self.sent = False  # a chunk of it has left
@@ -274,6 +277,7 @@ class Run:
         self._places: Relocation[Choice] = Relocation(pool, metrics)
         self._turns = pool.turns
         self._inherited: list[Inherited | None] = [None] * len(prompts)
+        self._cached: list[dict[str, int] | None] = [None] * len(prompts)  # asked once
         self.choices = [
             Choice(self, prompt_index * wanted.n + choice, prompt_index, make_text())
             for prompt_index in range(len(prompts))
@@ -289,7 +293,7 @@ class Run:
         turn = next((one.turn for one in self._inherited if one is not None), None)
         if turn is not None and turn.at(turn.client):
             self._places.preferred = turn.client
-        elif len(workers := pool.usable) > 1:  # not a turn of this router, but some worker may have its beginning
+        elif len(workers := pool.decoders) > 1:  # not a turn of this router, but some worker may have its beginning
             self._places.preferred = pool.prefixes.nearest(self.prompts[0].packed, self.wanted.salt, workers)
         for choice in self.choices:
             self._places.begin(self, choice)
@@ -319,6 +323,24 @@ class Run:
             submit.token_ids = submit.token_ids[4 * inherited.tokens :]
             self.metrics.turns["sent"] += 1
         return submit
+
+    def outlook(self, choice: Choice) -> tuple[int, Mapping[str, int]]:
+        """For the decision where it is computed."""
+        prompt, inherited = self.prompts[choice.prompt_index], self._inherited[choice.prompt_index]
+        cached = self._cached[choice.prompt_index]
+        if cached is None:
+            cached = self._cached[choice.prompt_index] = self._places.pool.prefixes.cached_tokens(
+                prompt.packed, self.wanted.salt
+            )
+            if inherited is not None and inherited.turn.at(client := inherited.turn.client):
+                cached[client.target] = max(cached.get(client.target, 0), inherited.tokens)
+        return prompt.tokens + len(choice.emitted) // 4, cached
+
+    @property
+    def placement(self) -> str:
+        """Why its prompt is computed where it is, for people; empty where there was no choice."""
+        decision = self._places.decision
+        return decision.text if decision is not None else ""
 
     def taken_up(self, choice: Choice, output: worker_pb2.SequenceOutput) -> bool:
         """Whether another worker goes on where one ended a sequence without being asked."""

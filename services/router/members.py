@@ -91,6 +91,7 @@ class Members:
     def _take(self, notice: Notice) -> None:
         match notice:
             case Snapshot(members=members):
+                self._pool.handovers.suspended = ""
                 living = {member.name: member for member in members if _is_worker(member)}
                 for name in [name for name in self._addresses if name not in living]:
                     self._forget(name)
@@ -101,6 +102,7 @@ class Members:
             case MemberEnded(actor=actor) if self._lives.get(actor.name) == actor.incarnation:
                 self._forget(actor.name)
             case Suspended(reason=reason):
+                self._pool.handovers.suspended = reason or "its connection is lost"
                 log.warning("no kvstore; going on with the workers that are known", reason=reason)
             case _:
                 pass

@@ -56,6 +56,8 @@ class Metrics:
         self.requests: Counter[tuple[str, int]] = Counter()  # (endpoint, status)
         self.aborts: Counter[str] = Counter()  # why sequences were aborted
         self.moves: Counter[str] = Counter()  # why sequences went on at another worker
+        self.decisions: Counter[tuple[str, str]] = Counter()  # (where a prompt is computed, why); of Handovers
+        self.handovers: Counter[str] = Counter()  # how they ended; of Handovers
         self.turns: Counter[str] = Counter()  # sequences that named a parent: "sent", and of those "unknown"
         self.integrity_failures: dict[str, int] = {}  # by worker; its own counters ended with it
         self.requests_open = 0
@@ -80,6 +82,10 @@ class Metrics:
         page.add("aborts_total", "counter", "sequences aborted by the router, by reason", aborts)
         moves = {f'cause="{cause}"': count for cause, count in self.moves.items()}
         page.add("moves_total", "counter", "sequences taken up at another worker, by cause", moves)
+        decisions = {f'where="{where}",reason="{reason}"': count for (where, reason), count in self.decisions.items()}
+        page.add("prefills_total", "counter", "sequences by where their prompt was computed, and why", decisions)
+        ends = {f'end="{end}"': count for end, count in self.handovers.items()}
+        page.add("handovers_total", "counter", "sequences with two legs, by how that ended", ends)
         turns = {f'parent="{kind}"': count for kind, count in self.turns.items()}
         page.add("turns_total", "counter", "sequences sent as (parent, appended tokens), and those refused", turns)
         page.add("prompt_tokens_total", "counter", "prompt tokens of admitted requests", {"": self.prompt_tokens})

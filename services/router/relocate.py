@@ -1,5 +1,7 @@
 """Where the sequences of one request run, and where they go on when their worker dies, drains or is full.
 
+Where that pays its prompt is computed at another worker than the one that decodes it (placement.py, legs.py).
+
 A sequence that moves is submitted again with its prompt and every token it emitted so far. Random numbers are keyed by
 (seed, choice, output position), so that the other worker goes on with the same text, and the client's stream has no
 token twice and none missing. Moves are bounded: a request that kills whoever runs it must not end the whole fleet.
@@ -9,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from tokenrelay.base.errors import Overloaded, TokenRelayError, Unavailable
@@ -16,20 +20,25 @@ from tokenrelay.base.logging import get_logger
 from tokenrelay.proto import worker_pb2
 from tokenrelay.services.chassis.channel import decode_error
 from tokenrelay.services.chassis.client import WorkerClient
+from tokenrelay.services.router.legs import TwoLegs
 from tokenrelay.services.router.metrics import Metrics
+from tokenrelay.services.router.placement import Decision, decide
 from tokenrelay.services.router.workers import Handle, WorkerPool
 
 log = get_logger("router")
+
+HANDOVERS_MAX = 2  # of one sequence that may fail; then one worker does all of it
 
 
 class Movable(Protocol):
     """A sequence, as far as this file is concerned."""
 
     index: int
-    handle: Handle | None
+    handle: Handle | TwoLegs | None
     output_tokens: int
     refused_by: set[str]  # targets that had no room for it
     moves: int
+    handovers_left: int
     whole: bool  # submit all its tokens: its worker does not have its parent's text
 
     def on_output(self, output: worker_pb2.SequenceOutput) -> None:
@@ -48,6 +57,9 @@ class Owner(Protocol[ContraT]):
     def submission(self, choice: ContraT, client: WorkerClient) -> worker_pb2.Submit:
         """What to submit to this worker for a sequence as it stands now."""
 
+    def outlook(self, choice: ContraT) -> tuple[int, Mapping[str, int]]:
+        """Tokens of its text, and how many of them workers have in their caches, by target."""
+
     def fail(self, error: TokenRelayError, reason: str) -> None:
         """End the whole request."""
 
@@ -58,6 +70,7 @@ class Relocation(Generic[SequenceT]):
     def __init__(self, pool: WorkerPool, metrics: Metrics) -> None:
         self.pool = pool
         self._metrics = metrics
+        self.decision: Decision | None = None  # of the last sequence that was placed, where there was a choice
         self.preferred: WorkerClient | None = None  # it has the beginning of the prompt in its cache
         self._client: WorkerClient | None = None  # where this request's sequences go: they share their prompt's KV
         self._parked: list[tuple[Owner[SequenceT], SequenceT]] = []  # no worker is usable, but one may come back
@@ -80,7 +93,30 @@ class Relocation(Generic[SequenceT]):
         client = self._client
         if client is None or client.target in refused or client not in self.pool.usable:
             client = self._client = self.pool.choose(without=refused, preferred=self.preferred)
-        sequence.handle = self.pool.submit(client, owner.submission(sequence, client), sequence.on_output)
+        source = self._source_for(owner, sequence, client)
+        if source is None:
+            sequence.handle = self.pool.submit(client, owner.submission(sequence, client), sequence.on_output)
+        else:
+            assert self.decision is not None
+            make_submit, tokens = partial(owner.submission, sequence), self.decision.tokens
+            sequence.handle = TwoLegs(source, client, make_submit, sequence.on_output, self.pool.handovers, tokens)
+
+    def _source_for(
+        self, owner: Owner[SequenceT], sequence: SequenceT, destination: WorkerClient
+    ) -> WorkerClient | None:
+        """The worker that computes its prompt for `destination`; None: that one does."""
+        sources = self.pool.sources
+        if not sources:  # colocated: there is nothing to decide
+            return None
+        sources = [client for client in sources if client.target not in sequence.refused_by]
+        if sequence.handovers_left == 0:
+            self.decision = Decision(None, "failed", "handing its KV over failed: one worker does all of it")
+        else:
+            tokens, cached = owner.outlook(sequence)
+            self.decision = decide(tokens, cached, destination, sources, self.pool.handovers, self.pool.config)
+        where = "alone" if self.decision.source is None else "remote"
+        self.pool.handovers.decisions[where, self.decision.reason] += 1
+        return self.decision.source
 
     def move(self, owner: Owner[SequenceT], sequence: SequenceT, output: worker_pb2.SequenceOutput) -> bool:
         """Take up a sequence whose worker ended it without being asked. False: this is its end."""
@@ -89,14 +125,19 @@ class Relocation(Generic[SequenceT]):
             self._metrics.turns["unknown"] += 1
             self._place_or_park(owner, sequence)
             return True
-        cause, target = _cause(output), sequence.handle.client.target if sequence.handle is not None else ""
+        handle, cause = sequence.handle, _cause(output)
+        if isinstance(handle, TwoLegs):
+            cause = handle.cause(output, cause)
+            if not handle.decoding:
+                sequence.handovers_left = 0 if cause == "handover" else max(0, sequence.handovers_left - 1)
+        target = handle.client.target if handle is not None else ""
         if cause is None or not self.pool.several:
             return False
         if cause == "full":
             if len(sequence.refused_by) + 1 >= len(self.pool.clients):
                 return False  # everybody refused it: the client hears of the last refusal
             sequence.refused_by.add(target)
-        else:
+        elif cause != "handover":  # which has its own bound
             sequence.moves += 1
             if sequence.moves > self.pool.config.moves_max:
                 return False

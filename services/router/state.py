@@ -26,6 +26,7 @@ class RouterState:
         self.pool = pool
         self.executor = executor
         self.metrics = Metrics()
+        self.metrics.decisions, self.metrics.handovers = pool.handovers.decisions, pool.handovers.ends
         self.responses = ResponseStore(config.response_store_bytes)
         self.draining = False
         self.handing_over = False  # new connections go to another router; what comes on the old ones is served
@@ -50,6 +51,11 @@ class RouterState:
         self.metrics.requests_open = self._open
         if self._open == 0:
             self._quiet.set()
+
+    @property
+    def placements(self) -> dict[str, str]:
+        """Why prompts of open requests are computed where they are, by request."""
+        return {run.request_id: run.placement for run in self._runs if run.placement}
 
     def opened(self, run: Run) -> None:
         """A run has begun; `closed` must follow."""

@@ -21,6 +21,7 @@ from tokenrelay.services.chassis.client import OnOutput, WorkerClient
 from tokenrelay.services.chassis.security import Security
 from tokenrelay.services.router.config import RouterConfig
 from tokenrelay.services.router.model import ServedModel, load_model
+from tokenrelay.services.router.placement import Handovers, is_source
 from tokenrelay.services.router.prefixes import Prefixes
 from tokenrelay.services.router.turns import TurnMemory
 
@@ -66,6 +67,7 @@ class WorkerPool:
         self.model: ServedModel | None = None
         self.turns = TurnMemory(config.turn_memory_bytes)
         self.prefixes = Prefixes()  # filled by members.py
+        self.handovers = Handovers()
 
     def _client(self, target: str) -> WorkerClient:
         return WorkerClient(target, security=self._security, on_ready=lambda ready: self._changed(target, ready))
@@ -85,6 +87,17 @@ class WorkerPool:
         """Workers that take sequences now."""
         usable = self._usable - self._avoided
         return [client for client in self._clients if client.ready and client.target in usable]
+
+    @property
+    def decoders(self) -> list[WorkerClient]:
+        """Where sequences go: the usable workers, without those for prompts unless there are no others."""
+        usable = self.usable
+        return [client for client in usable if not is_source(client)] or usable
+
+    @property
+    def sources(self) -> list[WorkerClient]:
+        """Usable workers for prompts."""
+        return [client for client in self.usable if is_source(client)]
 
     async def start(self) -> None:
         """Begin to connect, in the background."""
@@ -150,9 +163,11 @@ class WorkerPool:
     def choose(self, without: Collection[str] = (), preferred: WorkerClient | None = None) -> WorkerClient:
         """The usable worker with the fewest open sequences, none of `without` (targets). Raises Unavailable.
 
-        `preferred` has the beginning of the prompt in its cache: it is chosen unless it has far more to do than others.
+        Workers for prompts alone are chosen when there is no other. `preferred` has the beginning of the prompt in its
+        cache: it is chosen unless it has far more to do than others.
         """
         usable = [client for client in self.usable if client.target not in without]
+        usable = [client for client in usable if not is_source(client)] or usable
         if not usable:
             raise Unavailable(f"no worker is ready: {self.why_not()}")
         if len(usable) == 1:
