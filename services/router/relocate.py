@@ -10,6 +10,7 @@ token twice and none missing. Moves are bounded: a request that kills whoever ru
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -94,12 +95,13 @@ class Relocation(Generic[SequenceT]):
         if client is None or client.target in refused or client not in self.pool.usable:
             client = self._client = self.pool.choose(without=refused, preferred=self.preferred)
         source = self._source_for(owner, sequence, client)
-        if source is None:
-            sequence.handle = self.pool.submit(client, owner.submission(sequence, client), sequence.on_output)
-        else:
+        if source is not None:
             assert self.decision is not None
             make_submit, tokens = partial(owner.submission, sequence), self.decision.tokens
-            sequence.handle = TwoLegs(source, client, make_submit, sequence.on_output, self.pool.handovers, tokens)
+            with contextlib.suppress(Overloaded, Unavailable):  # the prefill worker does not take it
+                sequence.handle = TwoLegs(source, client, make_submit, sequence.on_output, self.pool.handovers, tokens)
+                return
+        sequence.handle = self.pool.submit(client, owner.submission(sequence, client), sequence.on_output)
 
     def _source_for(
         self, owner: Owner[SequenceT], sequence: SequenceT, destination: WorkerClient

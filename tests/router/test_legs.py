@@ -1,0 +1,262 @@
+"""A sequence with two legs, and whether it gets two: scripted workers, every order of their outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tokenrelay.base.errors import Overloaded, TokenRelayError, TransferFailed, Unavailable
+from tokenrelay.proto import worker_pb2
+from tokenrelay.services.chassis.channel import encode_error
+from tokenrelay.services.router.config import RouterConfig
+from tokenrelay.services.router.legs import TwoLegs
+from tokenrelay.services.router.placement import Handovers, decide
+from tokenrelay.services.router.tokenize import pack_ids, unpack_ids
+
+HANDOVER, STOP, LENGTH = worker_pb2.FINISH_HANDOVER, worker_pb2.FINISH_STOP, worker_pb2.FINISH_LENGTH
+ERROR, ABORT, REJECTED = worker_pb2.FINISH_ERROR, worker_pb2.FINISH_ABORT, worker_pb2.FINISH_REJECTED
+
+
+class Scripted:
+    """What a WorkerClient is to its callers."""
+
+    def __init__(self, target: str, role: str = "decode") -> None:
+        self.target, self.ready, self.open_count = target, True, 0
+        self.handshake = worker_pb2.HandshakeReply(role=role, block_tokens=64)
+        self.stats = worker_pb2.Stats()
+        self.submits: list[worker_pb2.Submit] = []
+        self.aborted: list[int] = []
+        self.refuses: TokenRelayError | None = None
+        self._on_output: Callable[[worker_pb2.SequenceOutput], None] | None = None
+
+    def submit(self, submit: worker_pb2.Submit, on_output: Callable[[worker_pb2.SequenceOutput], None]) -> int:
+        if self.refuses is not None:
+            raise self.refuses
+        self.submits.append(submit)
+        self._on_output = on_output
+        return len(self.submits)
+
+    def abort(self, sequence: int) -> None:
+        self.aborted.append(sequence)
+
+    def says(self, *token_ids: int, **fields: Any) -> None:
+        assert self._on_output is not None
+        self._on_output(worker_pb2.SequenceOutput(token_ids=pack_ids(token_ids), **fields))
+
+
+class Sequence:
+    """Two legs, and what came out of them."""
+
+    def __init__(self) -> None:
+        self.prefill, self.decode = Scripted("p", "prefill"), Scripted("d")
+        self.handovers = Handovers()
+        self.outputs: list[worker_pb2.SequenceOutput] = []
+        self.ends_after: int | None = None  # the client has enough after so many tokens
+        self.legs = TwoLegs(
+            self.prefill,  # type: ignore[arg-type]
+            self.decode,  # type: ignore[arg-type]
+            lambda client: worker_pb2.Submit(request_id="r"),
+            self.take,
+            self.handovers,
+            100,
+        )
+
+    def take(self, output: worker_pb2.SequenceOutput) -> None:
+        self.outputs.append(output)
+        if self.ends_after is not None and len(self.token_ids) >= self.ends_after:
+            self.legs.abort()
+
+    def offered(self) -> Sequence:
+        self.prefill.says(offer=b"offer")
+        return self
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [one for output in self.outputs for one in unpack_ids(output.token_ids)]
+
+    @property
+    def ends(self) -> list[int]:
+        return [output.finish for output in self.outputs if output.finish]
+
+
+def test_the_destination_is_asked_when_the_offer_is_there() -> None:
+    sequence = Sequence()
+    assert sequence.prefill.submits[0].handover.role == worker_pb2.Handover.ROLE_SOURCE
+    assert sequence.decode.submits == []
+    assert sequence.handovers.queued["p"] == 100
+    sequence.offered()
+    assert sequence.decode.submits[0].handover.role == worker_pb2.Handover.ROLE_DESTINATION
+    assert sequence.decode.submits[0].handover.offer == b"offer"
+    sequence.prefill.says(7, finish=HANDOVER)
+    assert sequence.handovers.queued["p"] == 0
+    assert (sequence.token_ids, sequence.ends) == ([7], []), "the client need not wait for the destination"
+    sequence.decode.says(8)
+    sequence.decode.says(9, finish=STOP)
+    assert (sequence.token_ids, sequence.ends) == ([7, 8, 9], [STOP])
+    assert sequence.legs.client is sequence.decode, "its KV is there: the next turn goes there"
+    assert sequence.handovers.ends == {"done": 1}
+    assert sequence.prefill.aborted == sequence.decode.aborted == []
+
+
+@pytest.mark.parametrize("end", [STOP, LENGTH])
+def test_what_overtakes_the_first_token_is_held_back(end: int) -> None:
+    sequence = Sequence().offered()
+    sequence.decode.says(8)
+    sequence.decode.says(9, finish=end)
+    assert sequence.outputs == []
+    sequence.prefill.says(7, finish=HANDOVER)
+    assert (sequence.token_ids, sequence.ends) == ([7, 8, 9], [end])
+
+
+def test_the_first_token_completes_what_the_client_wanted() -> None:
+    sequence = Sequence().offered()
+    sequence.ends_after = 1
+    sequence.decode.says(8)
+    sequence.prefill.says(7, finish=HANDOVER)
+    assert sequence.token_ids == [7], "held tokens behind the end are none of the answer"
+    assert sequence.decode.aborted == [1]
+
+
+@pytest.mark.parametrize("first", ["source", "destination"])
+@pytest.mark.parametrize("end", [STOP, LENGTH])
+def test_the_first_token_is_the_last(first: str, end: int) -> None:
+    sequence = Sequence().offered()
+    if first == "destination":  # its leg ends as aborted, which may be told before
+        sequence.decode.says(finish=ABORT)
+        assert sequence.outputs == []
+    sequence.prefill.says(7, finish=end)
+    assert (sequence.token_ids, sequence.ends) == ([7], [end])
+    assert sequence.decode.aborted == ([] if first == "destination" else [1])
+    assert sequence.legs.client is sequence.prefill
+
+
+def test_the_clients_abort_ends_both() -> None:
+    sequence = Sequence().offered()
+    sequence.legs.abort()
+    assert sequence.prefill.aborted == sequence.decode.aborted == [1]
+    sequence.prefill.says(7, finish=HANDOVER)
+    sequence.decode.says(8)
+    sequence.legs.abort()
+    assert sequence.outputs == []
+    assert sequence.handovers.ends == {"aborted": 1}
+    assert sequence.handovers.queued["p"] == 0
+
+
+def test_an_offer_after_the_abort_begins_nothing() -> None:
+    sequence = Sequence()
+    sequence.legs.abort()
+    sequence.offered()
+    assert sequence.decode.submits == []
+
+
+@pytest.mark.parametrize("failing", ["prefill", "decode"])
+def test_the_first_error_ends_both_at_once(failing: str) -> None:
+    sequence = Sequence().offered()
+    worker, other = sequence.prefill, sequence.decode
+    if failing == "decode":
+        worker, other = other, worker
+    worker.ready = False
+    output: dict[str, Any] = {"finish": ERROR, "error": encode_error(Unavailable("it is gone"))}
+    worker.says(**output)
+    assert sequence.ends == [ERROR]
+    assert other.aborted == [1]
+    assert sequence.legs.client is worker
+    assert sequence.legs.cause(sequence.outputs[-1], "lost") == "lost"
+    other.says(7, finish=HANDOVER if failing == "decode" else STOP)
+    assert sequence.ends == [ERROR], "one end"
+
+
+def test_a_destination_that_cannot_be_asked() -> None:
+    sequence = Sequence()
+    sequence.decode.refuses = Overloaded("it does not read")
+    sequence.offered()
+    assert sequence.ends == [ERROR]
+    assert sequence.prefill.aborted == [1]
+
+
+@pytest.mark.parametrize(
+    ("failing", "fields", "otherwise", "cause"),
+    [
+        ("prefill", {"finish": REJECTED, "reject_reason": worker_pb2.REJECT_QUEUE_FULL}, "full", "handover"),
+        ("prefill", {"finish": REJECTED, "reject_reason": worker_pb2.REJECT_DRAINING}, "drain", "drain"),
+        ("prefill", {"finish": REJECTED, "reject_reason": worker_pb2.REJECT_INVALID}, None, None),
+        ("prefill", {"finish": ERROR, "error": encode_error(Unavailable("declined"))}, "lost", "handover"),
+        ("decode", {"finish": REJECTED, "reject_reason": worker_pb2.REJECT_QUEUE_FULL}, "full", "full"),
+        ("decode", {"finish": REJECTED, "reject_reason": worker_pb2.REJECT_INVALID}, None, "handover"),
+        ("decode", {"finish": ERROR, "error": encode_error(TransferFailed("x", reason="corrupt"))}, None, "handover"),
+    ],
+)
+def test_why_it_may_go_on(failing: str, fields: dict[str, Any], otherwise: str | None, cause: str | None) -> None:
+    sequence = Sequence().offered()
+    getattr(sequence, failing).says(**fields)
+    assert sequence.legs.cause(sequence.outputs[-1], otherwise) == cause
+
+
+def test_a_ledger_that_refuses_is_left_alone_for_a_moment() -> None:
+    sequence = Sequence()
+    refusal = encode_error(Unavailable("no handle: no kvstore"))
+    sequence.prefill.says(finish=REJECTED, reject_reason=worker_pb2.REJECT_QUEUE_FULL, error=refusal)
+    assert sequence.legs.cause(sequence.outputs[-1], "full") == "handover"
+    assert "no kvstore" in sequence.handovers.why_not
+
+
+def test_a_decoding_sequence_fails_as_any_other() -> None:
+    sequence = Sequence().offered()
+    sequence.prefill.says(7, finish=HANDOVER)
+    sequence.decode.says(8)
+    sequence.decode.says(finish=ERROR, error=encode_error(TokenRelayError("a bug")))
+    assert sequence.legs.cause(sequence.outputs[-1], None) is None
+
+
+# -- the decision -----------------------------------------------------------------------------------------------------
+def place(tokens: int, cached: dict[str, int] | None = None, **change: Any) -> Any:
+    """A decision between two prefill workers and the decode worker d, which has one sequence open."""
+    sources = [Scripted("p1", "prefill"), Scripted("p2", "prefill")]
+    destination = change.pop("destination", None) or Scripted("d")
+    destination.open_count = change.pop("open_count", 1)
+    handovers = Handovers()
+    handovers.queued.update(change.pop("queued", {}))
+    handovers.suspended = change.pop("suspended", "")
+    config = dataclasses.replace(RouterConfig(), **change)
+    return decide(tokens, cached or {}, destination, sources, handovers, config)  # type: ignore[arg-type]
+
+
+def test_long_prompts_go_to_the_prefill_worker_that_is_done_first() -> None:
+    assert place(5000).source.target == "p1"
+    assert place(5000, queued={"p1": 1}).source.target == "p2"
+    assert place(5000, {"p1": 4096}, queued={"p1": 4000}).source.target == "p1", "it has most of it"
+    assert place(5000, {"p1": 4096}, queued={"p1": 4000}).tokens == 904
+
+
+def test_what_its_decode_worker_has_need_not_be_computed() -> None:
+    decision = place(5000, {"d": 4992})
+    assert (decision.source, decision.reason) == (None, "short")
+    assert "8 of 5000 tokens" in decision.text
+    assert place(200).source is None
+    assert place(256).source is not None
+
+
+def test_a_queue_at_the_prefill_workers() -> None:
+    busy = {"p1": 10_000, "p2": 12_000}
+    assert place(1000, queued=busy).reason == "busy"
+    assert "p1, has 11000 tokens" in place(1000, queued=busy).text
+    assert place(4000, queued=busy).reason == "pays"
+    assert place(4000, queued=busy, open_count=0).reason == "busy", "nobody decodes there who could be disturbed"
+
+
+def test_a_decode_worker_behind_its_floor_computes_no_prompts() -> None:
+    behind = Scripted("d")
+    behind.stats.tps_floor.users_below = 3
+    assert place(1000, queued={"p1": 10_000, "p2": 12_000}, destination=behind).reason == "pays"
+    assert place(100, destination=behind).reason == "pays"
+    assert place(63, destination=behind).reason == "short", "less than a block cannot be handed over in a better way"
+
+
+def test_what_forbids_it() -> None:
+    assert place(5000, remote_prefill="never").reason == "never"
+    assert place(5, remote_prefill="always").source is not None
+    assert place(5000, destination=Scripted("p3", "prefill")).reason == "no_decode"
+    assert place(5000, suspended="it is gone", remote_prefill="always").reason == "ledger"
