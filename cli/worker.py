@@ -218,6 +218,7 @@ async def run_fleet(
         on_handover=worker.on_handover,
         hash_key=hash_key,
         allocate=worker.memory.allocate,
+        tokenizer_file=tokenizer_file_of(options),
     )
     handshake = handshake_of(model, options, built.pool)
     host = await worker.mount(built.engine, handshake)
@@ -355,7 +356,12 @@ def mount(model: Model, options: WorkerSettings, on_fatal: Any) -> tuple[Colocat
     sizes = sizes_of(config)
     link = EngineLink(asyncio.get_running_loop(), on_fatal)
     built = build_engine(
-        model, sizes, on_step=link.on_step, on_fatal=link.on_fatal, on_cache_events=link.on_cache_events
+        model,
+        sizes,
+        on_step=link.on_step,
+        on_fatal=link.on_fatal,
+        on_cache_events=link.on_cache_events,
+        tokenizer_file=tokenizer_file_of(options),
     )
     handshake = handshake_of(model, options, built.pool)
     host = mount_roles(
@@ -369,6 +375,13 @@ def mount(model: Model, options: WorkerSettings, on_fatal: Any) -> tuple[Colocat
     return host, built.pool
 
 
+def tokenizer_file_of(options: WorkerSettings) -> Path | None:
+    """The model's tokenizer.json, which grammars need; None where it has none."""
+    folder = Path(options.worker.model) if options.worker.model else BUNDLED_MODEL
+    file = folder / "tokenizer.json"
+    return file if file.is_file() else None
+
+
 def handshake_of(model: Model, options: WorkerSettings, pool: Pool | None) -> worker_pb2.HandshakeReply:
     """Who this worker is, for routers; without its pool before there is one."""
     from tokenrelay.proto import worker_pb2
@@ -377,6 +390,7 @@ def handshake_of(model: Model, options: WorkerSettings, pool: Pool | None) -> wo
     folder = Path(config.model) if config.model else BUNDLED_MODEL
     return worker_pb2.HandshakeReply(
         next_turns=True,
+        grammars=tokenizer_file_of(options) is not None,
         incarnation=options.incarnation,
         role=options.fleet.role,
         version=version(),

@@ -50,7 +50,7 @@ class HandshakeRequest(_message.Message):
     def __init__(self, router_incarnation: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class HandshakeReply(_message.Message):
-    __slots__ = ("incarnation", "role", "version", "model_name", "model_path", "model_identity", "context_tokens", "block_tokens", "blocks", "slots", "waiting_max", "dtype", "device", "vocab_size", "eos_token_ids", "numerics", "next_turns")
+    __slots__ = ("incarnation", "role", "version", "model_name", "model_path", "model_identity", "context_tokens", "block_tokens", "blocks", "slots", "waiting_max", "dtype", "device", "vocab_size", "eos_token_ids", "numerics", "next_turns", "grammars")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,7 @@ class HandshakeReply(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUMERICS_FIELD_NUMBER: _ClassVar[int]
     NEXT_TURNS_FIELD_NUMBER: _ClassVar[int]
+    GRAMMARS_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     role: str
     version: str
@@ -85,7 +86,8 @@ class HandshakeReply(_message.Message):
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     numerics: str
     next_turns: bool
-    def __init__(self, incarnation: _Optional[str] = ..., role: _Optional[str] = ..., version: _Optional[str] = ..., model_name: _Optional[str] = ..., model_path: _Optional[str] = ..., model_identity: _Optional[bytes] = ..., context_tokens: _Optional[int] = ..., block_tokens: _Optional[int] = ..., blocks: _Optional[int] = ..., slots: _Optional[int] = ..., waiting_max: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., numerics: _Optional[str] = ..., next_turns: _Optional[bool] = ...) -> None: ...
+    grammars: bool
+    def __init__(self, incarnation: _Optional[str] = ..., role: _Optional[str] = ..., version: _Optional[str] = ..., model_name: _Optional[str] = ..., model_path: _Optional[str] = ..., model_identity: _Optional[bytes] = ..., context_tokens: _Optional[int] = ..., block_tokens: _Optional[int] = ..., blocks: _Optional[int] = ..., slots: _Optional[int] = ..., waiting_max: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., numerics: _Optional[str] = ..., next_turns: _Optional[bool] = ..., grammars: _Optional[bool] = ...) -> None: ...
 
 class Command(_message.Message):
     __slots__ = ("submit", "abort")
@@ -146,7 +148,7 @@ class Handover(_message.Message):
     def __init__(self, role: _Optional[_Union[Handover.Role, str]] = ..., offer: _Optional[bytes] = ...) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stop_token_ids", "ignore_eos", "logprobs", "tokens_min")
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stop_token_ids", "ignore_eos", "logprobs", "tokens_min", "grammar")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -159,6 +161,7 @@ class Sampling(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_MIN_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_p: float
     top_k: int
@@ -171,7 +174,8 @@ class Sampling(_message.Message):
     ignore_eos: bool
     logprobs: int
     tokens_min: int
-    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Iterable[_Union[LogitBias, _Mapping]]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., tokens_min: _Optional[int] = ...) -> None: ...
+    grammar: str
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Iterable[_Union[LogitBias, _Mapping]]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., tokens_min: _Optional[int] = ..., grammar: _Optional[str] = ...) -> None: ...
 
 class LogitBias(_message.Message):
     __slots__ = ("token_id", "bias")

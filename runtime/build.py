@@ -9,12 +9,14 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from tokenrelay.base.errors import ConfigError
 from tokenrelay.libscheduler import Config as SchedulerConfig
 from tokenrelay.libscheduler import Scheduler
 from tokenrelay.runtime.engine import Engine, EngineOptions, OnStep
 from tokenrelay.runtime.executor.executor import Executor
+from tokenrelay.runtime.executor.grammars import GrammarSource
 from tokenrelay.runtime.executor.host_tier import Copier, HostMemory
 from tokenrelay.runtime.executor.memory import Pool, allocate_caches, plan_host, plan_pool, wrap_caches
 from tokenrelay.runtime.executor.threads import default_threads
@@ -64,10 +66,12 @@ def build_engine(
     on_handover: OnHandover | None = None,
     hash_key: bytes | None = None,
     allocate: AllocatePool | None = None,
+    tokenizer_file: Path | None = None,
 ) -> BuiltEngine:
     """Raises ConfigError when the sizes do not fit together or into memory. `hash_key`: 16 bytes, the fleet's.
 
-    `allocate`: where the pool's memory comes from, for a transport that shares it; None: torch.
+    `allocate`: where the pool's memory comes from, for a transport that shares it; None: torch. `tokenizer_file`: for
+    outputs that must follow a grammar; None: none is constrained.
     """
     config = model.config
     device = model.cos_sin.device
@@ -120,6 +124,7 @@ def build_engine(
         vocab_size=config.vocab_size,
         steps_in_flight=sizes.steps_in_flight,
         threads=sizes.threads or default_threads(parameter_bytes),
+        grammars=GrammarSource(tokenizer_file, config.vocab_size, config.eos_token_ids) if tokenizer_file else None,
     )
     engine = Engine(
         scheduler,

@@ -356,6 +356,9 @@ class Engine:
             outcome.cached_tokens.tolist(),
             strict=True,
         ):
+            if row in result.failures:
+                outputs.append(self._failed_row(sequence_id, result.failures[row], ended=bool(finish)))
+                continue
             output = EngineOutput(sequence_id, (token_id,), _FINISHES[finish], bool(first), cached_tokens)
             if logprobs is not None and row in logprobs:
                 output.logprobs = (logprobs[row],)
@@ -411,6 +414,13 @@ class Engine:
 
     def _refusal(self, sequence_id: int, reject: Reject, error: TokenRelayError) -> EngineOutput:
         return self._ended(EngineOutput(sequence_id, finish=Finish.REJECTED, reject=reject, error=error))
+
+    def _failed_row(self, sequence_id: int, reason: str, *, ended: bool) -> EngineOutput:
+        """One row of a step could not be sampled; its token is none."""
+        error = TokenRelayError(reason)
+        if ended:
+            return self._ended(EngineOutput(sequence_id, finish=Finish.ERROR, error=error))
+        return self._abort_with(sequence_id, error)
 
     def _abort_with(self, sequence_id: int, error: TokenRelayError | None) -> EngineOutput:
         self._scheduler.abort(sequence_id, _now_us())

@@ -23,6 +23,7 @@ TokenIds = npt.NDArray[np.uint32]
 LOGIT_BIAS_MAX = 4096
 STOP_TOKEN_IDS_MAX = 64
 LOGPROBS_MAX = 64
+GRAMMAR_CHARS_MAX = 1 << 21
 
 
 class Finish(IntEnum):
@@ -66,6 +67,7 @@ class SamplingParams:
     logprobs: int = 0  # 0: none, k + 1: the sampled token's and those of the k most likely
     seed: int = 0  # 64 bits, unsigned
     choice: int = 0
+    grammar: str = ""  # what the output must be (executor/grammars.py); empty: anything
 
     @property
     def penalized(self) -> bool:
@@ -87,6 +89,7 @@ class SamplingParams:
             (0 <= self.tokens_min < 2**31, "tokens_min is out of range"),
             (0 <= self.seed < 2**64, "seed is not a 64-bit number"),
             (0 <= self.choice < 2**31, "choice is out of range"),
+            (len(self.grammar) <= GRAMMAR_CHARS_MAX, f"the grammar is longer than {GRAMMAR_CHARS_MAX} characters"),
             (len(self.logit_bias) <= LOGIT_BIAS_MAX, f"more than {LOGIT_BIAS_MAX} logit_bias entries"),
             (len(self.end_token_ids) <= STOP_TOKEN_IDS_MAX, f"more than {STOP_TOKEN_IDS_MAX} stop token ids"),
             (all(0 <= t < vocab_size for t, _ in self.logit_bias), "a logit_bias token is outside the vocabulary"),

@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +27,7 @@ from tokenrelay.base.errors import TokenRelayError
 from tokenrelay.kernels.batch import AttentionBatch
 from tokenrelay.libscheduler import Plan
 from tokenrelay.runtime.executor.batch import Batch, BatchBuilder
+from tokenrelay.runtime.executor.grammars import GrammarSource
 from tokenrelay.runtime.executor.sampler import Sampler, SampleWork
 from tokenrelay.runtime.executor.threads import use_threads
 from tokenrelay.runtime.requests import SamplingParams, TokenIds, TokenLogprobs
@@ -50,6 +51,7 @@ class StepResult:
     token_ids: npt.NDArray[np.uint32]  # [s], in row order
     logprobs: dict[int, TokenLogprobs] | None  # by sampled row, for those that asked
     run_us: int  # time it ran, without waiting for its turn
+    failures: dict[int, str] = field(default_factory=dict)  # row -> why its sequence cannot go on
 
 
 class Step:
@@ -105,6 +107,7 @@ class Executor:
         vocab_size: int,
         steps_in_flight: int = 2,
         threads: int | None = None,
+        grammars: GrammarSource | None = None,
     ) -> None:
         """`block_table` int32 [slots, blocks]: the scheduler's, shared. `threads`: of torch; None: its default."""
         self._model = model
@@ -112,7 +115,7 @@ class Executor:
         self._device = caches[0].device
         slots = block_table.shape[0]
         self._batches = BatchBuilder(block_table, block_tokens, self._device)
-        self._sampler = Sampler(slots, vocab_size, self._device)
+        self._sampler = Sampler(slots, vocab_size, self._device, grammars)
         self._last_token = torch.zeros(slots, dtype=torch.int64, device=self._device)  # [slots] sampled last
         self._queue: queue.Queue[Step | None] = queue.Queue(steps_in_flight + 1)
         self._threads = threads
@@ -141,6 +144,7 @@ class Executor:
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join(STEP_WAIT_MAX_S)
+        self._sampler.close()
 
     # -- executor's thread --------------------------------------------------------------------------------------------
     def _run(self) -> None:
@@ -150,11 +154,14 @@ class Executor:
             while (step := self._queue.get()) is not None:
                 started = time.perf_counter_ns()
                 try:
-                    token_ids, logprobs = self._forward(*step.take())
+                    batch, work = step.take()
+                    token_ids, logprobs = self._forward(batch, work)
                 except Exception as error:  # the engine answers for it; the thread goes on with the next step
                     step.finish(None, error)
                 else:
-                    step.finish(StepResult(token_ids, logprobs, (time.perf_counter_ns() - started) // 1000), None)
+                    run_us = (time.perf_counter_ns() - started) // 1000
+                    step.finish(StepResult(token_ids, logprobs, run_us, work.failures), None)
+                    del batch, work
                 del step  # or its result would live until the next one comes
 
     def _forward(

@@ -18,6 +18,7 @@ from torch import Tensor
 from tokenrelay.kernels import ops
 from tokenrelay.kernels.batch import SamplingBatch
 from tokenrelay.libscheduler import Plan
+from tokenrelay.runtime.executor.grammars import GrammarAdmission, GrammarSource, GrammarState
 from tokenrelay.runtime.executor.penalties import PenaltyAdmission, PenaltyState
 from tokenrelay.runtime.requests import SamplingParams, TokenIds, TokenLogprobs
 
@@ -33,6 +34,10 @@ class SampleWork:
     penalty_rows: Int64s | None = None  # sampled rows that ask for penalties or biases
     penalty_slots: Int64s | None = None
     masks: tuple[Int64s, Int64s] | None = None  # row, token: not to be chosen
+    grammar_admissions: list[GrammarAdmission] = field(default_factory=list)
+    grammar_rows: Int64s | None = None  # sampled rows whose output must be something
+    grammar_slots: Int64s | None = None
+    failures: dict[int, str] = field(default_factory=dict)  # row -> why its sequence cannot go on; set by `run`
     logprob_rows: Int64s | None = None
     logprob_counts: Int64s | None = None  # how many most likely ones each of those rows wants
 
@@ -40,7 +45,9 @@ class SampleWork:
 class Sampler:
     """The state of `slots` slots. `prepare` belongs to the engine's thread, `run` to the executor's."""
 
-    def __init__(self, slots: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, slots: int, vocab_size: int, device: torch.device, grammars: GrammarSource | None = None
+    ) -> None:
         self._device = device
         self._vocab_size = vocab_size
         self._params: list[SamplingParams | None] = [None] * slots
@@ -53,6 +60,7 @@ class Sampler:
         self._output_start = np.zeros(slots, np.int64)
         self._special = np.zeros(slots, np.bool_)  # asks for penalties, bias, masks or log-probabilities
         self._penalties = PenaltyState(device)
+        self._grammars = GrammarState(grammars) if grammars is not None else None
         self._last_slots: Int64s | None = None  # the slots of the last step, whose gathered tensors are below
         self._last_batch: SamplingBatch | None = None
 
@@ -69,17 +77,24 @@ class Sampler:
 
         `slots`, `ends`: [s] of the sampled rows; `ends` counts the tokens before the one to sample.
         """
-        admissions = self._admit(plan, requests, token_ids_of) if len(plan.admitted_ids) else []
+        admissions: list[PenaltyAdmission] = []
+        grammars: list[GrammarAdmission] = []
+        if len(plan.admitted_ids):
+            self._admit(plan, requests, token_ids_of, admissions, grammars)
         positions = ends - self._output_start[slots]
-        work = SampleWork(batch=self._gather(slots, positions), admissions=admissions)
+        work = SampleWork(self._gather(slots, positions), admissions, grammar_admissions=grammars)
         if self._special[slots].any():
             self._prepare_special(work, slots, positions)
         return work
 
     def _admit(
-        self, plan: Plan, requests: Mapping[int, SamplingParams], token_ids_of: Callable[[int], TokenIds | None]
-    ) -> list[PenaltyAdmission]:
-        admissions = []
+        self,
+        plan: Plan,
+        requests: Mapping[int, SamplingParams],
+        token_ids_of: Callable[[int], TokenIds | None],
+        admissions: list[PenaltyAdmission],
+        grammars: list[GrammarAdmission],
+    ) -> None:
         ids, slots, output_starts = plan.admitted_ids, plan.admitted_slots, plan.admitted_output_start
         for sequence_id, slot, output_start in zip(ids.tolist(), slots.tolist(), output_starts.tolist(), strict=True):
             params = requests[sequence_id]
@@ -92,14 +107,21 @@ class Sampler:
             self._choice[slot] = params.choice
             self._output_start[slot] = output_start
             self._special[slot] = bool(
-                params.penalized or params.logit_bias or params.logprobs or (params.tokens_min and params.end_token_ids)
+                params.penalized
+                or params.logit_bias
+                or params.logprobs
+                or params.grammar
+                or (params.tokens_min and params.end_token_ids)
             )
-            if params.penalized or params.logit_bias:
+            if params.penalized or params.logit_bias or params.grammar:
                 token_ids = token_ids_of(sequence_id)
                 assert token_ids is not None, f"sequence {sequence_id} was admitted and is unknown"
-                admissions.append(PenaltyAdmission(slot, params, np.array(token_ids, np.int64), output_start))
+                if params.penalized or params.logit_bias:
+                    admissions.append(PenaltyAdmission(slot, params, np.array(token_ids, np.int64), output_start))
+                if params.grammar and self._grammars is not None:
+                    output = tuple(token_ids[output_start:].tolist())
+                    grammars.append(GrammarAdmission(slot, params.grammar, output))
         self._last_slots = None
-        return admissions
 
     def _gather(self, slots: Int64s, positions: Int64s) -> SamplingBatch:
         last, previous = self._last_batch, self._last_slots
@@ -123,6 +145,7 @@ class Sampler:
         penalized: list[int] = []
         masks: list[tuple[int, int]] = []
         logprobs: list[tuple[int, int]] = []
+        grammars: list[int] = []
         for row in np.flatnonzero(self._special[slots]).tolist():
             params = self._params[slots[row]]
             assert params is not None
@@ -132,9 +155,14 @@ class Sampler:
                 masks += [(row, token) for token in params.end_token_ids if token < self._vocab_size]
             if params.logprobs:
                 logprobs.append((row, params.logprobs - 1))
+            if params.grammar:
+                grammars.append(row)
         if penalized:
             work.penalty_rows = np.array(penalized, np.int64)
             work.penalty_slots = slots[work.penalty_rows]
+        if grammars and self._grammars is not None:
+            work.grammar_rows = np.array(grammars, np.int64)
+            work.grammar_slots = slots[work.grammar_rows]
         if masks:
             rows, tokens = zip(*masks, strict=True)
             work.masks = (np.array(rows, np.int64), np.array(tokens, np.int64))
@@ -147,6 +175,9 @@ class Sampler:
         """Take over what the step's plan admitted, before anything else of the step."""
         for admission in work.admissions:
             self._penalties.admit(admission)
+        for grammar in work.grammar_admissions:
+            assert self._grammars is not None, "grammars are admitted where they can be read"
+            self._grammars.admit(grammar)
 
     def run(self, work: SampleWork, logits: Tensor) -> tuple[Tensor, dict[int, TokenLogprobs] | None]:
         """Sample from `logits` f32 [s, V] (which it may change). Tokens int64 [s], and log-probabilities by row."""
@@ -158,10 +189,25 @@ class Sampler:
         if work.masks is not None:
             rows, tokens = work.masks
             logits[self._to_device(rows), self._to_device(tokens)] = float("-inf")
-        token_ids = ops.sample(logits, work.batch)
+        token_ids = self._choose(work, logits)
         if work.penalty_rows is not None and work.penalty_slots is not None:
             self._penalties.count(work.penalty_slots, token_ids[self._to_device(work.penalty_rows)])
         return token_ids, None if raw is None else self._logprobs(work, raw, token_ids)
+
+    def _choose(self, work: SampleWork, logits: Tensor) -> Tensor:
+        """Sample, rows with a grammar only what it allows."""
+        rows, slots = work.grammar_rows, work.grammar_slots
+        if self._grammars is None or rows is None or slots is None:
+            return ops.sample(logits, work.batch)
+        work.failures = self._grammars.apply(logits, rows, slots)
+        token_ids = ops.sample(logits, work.batch)
+        self._grammars.advance(rows, slots, token_ids)
+        return token_ids
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._grammars is not None:
+            self._grammars.close()
 
     def _logprobs(self, work: SampleWork, raw: Tensor, token_ids: Tensor) -> dict[int, TokenLogprobs]:
         assert work.logprob_rows is not None and work.logprob_counts is not None

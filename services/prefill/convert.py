@@ -37,6 +37,7 @@ def engine_request(
             logprobs=wire.logprobs,
             seed=submit.seed,
             choice=submit.choice,
+            grammar=wire.grammar,
         ),
         stop_token_ids=end_token_ids,
         priority=submit.priority,

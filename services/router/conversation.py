@@ -140,9 +140,10 @@ def tools_in_force(body: ChatRequest) -> list[dict[str, Any]] | None:
     if choice == "none":
         return None
     if choice == "required" or isinstance(choice, dict):
-        message = "forcing a call needs constrained decoding, which is not supported"
-        raise InvalidRequest(f"tool_choice: {message}", param="tool_choice", code="unsupported_parameter")
-    raise InvalidRequest(f'tool_choice must be "auto" or "none", not {choice[:64]!r}', param="tool_choice")
+        return tools
+    raise InvalidRequest(
+        f'tool_choice must be "auto", "none", "required" or a tool, not {choice[:64]!r}', param="tool_choice"
+    )
 
 
 def template_variables(body: ChatRequest | TokenizeRequest) -> Mapping[str, Any]:

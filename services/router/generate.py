@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from aiohttp import web
 
-from tokenrelay.base.errors import InvalidRequest, Overloaded
+from tokenrelay.base.errors import InvalidRequest, Overloaded, Unavailable
 from tokenrelay.base.ids import request_id as new_request_id
 from tokenrelay.base.logging import get_logger
 from tokenrelay.services.router import limits
@@ -21,6 +22,7 @@ from tokenrelay.services.router.replies import json_response
 from tokenrelay.services.router.shapes import ChatShape, CompletionShape, Shape
 from tokenrelay.services.router.sse import PING, EventStream
 from tokenrelay.services.router.state import STATE, RouterState
+from tokenrelay.services.router.structured import constrained
 from tokenrelay.services.router.text import ChatText, PlainText, TextSink
 from tokenrelay.services.router.tokenize import pack_ids
 from tokenrelay.services.router.validate import Wanted, check_token_ids, decode, wanted_of
@@ -78,6 +80,9 @@ async def serve_chat(
     prompt = Prompt(await encode_prompt(model, text, "messages", add_special_tokens=False), "messages")
     formats = model.formats
     inside = formats.think is not None and prompt_ends_inside_thinking(text, formats.think[0])
+    if constrained(body):
+        make = partial(model.grammars.grammar, body, tools, formats, inside=inside)
+        wanted.sampling.grammar = await _grammar(state, make)
     calls_max = 1 if body.parallel_tool_calls is False else None
 
     def make_text() -> TextSink:
@@ -92,11 +97,23 @@ async def _completion(request: web.Request, state: RouterState, arrived_s: float
     model = state.pool.require_model()
     model.check_name(body.model)
     wanted = wanted_of(body, model.defaults, model.vocabulary_size)
+    if constrained(body):
+        make = partial(model.grammars.grammar, body, None, None, inside=False)
+        wanted.sampling.grammar = await _grammar(state, make)
     prompts = await _completion_prompts(model, body)
     if len(prompts) * wanted.n > limits.CHOICES_MAX:
         message = f"{len(prompts)} prompts with n={wanted.n} make more than {limits.CHOICES_MAX} choices"
         raise InvalidRequest(message, param="n")
     return await _serve(request, state, model, wanted, prompts, PlainText, CompletionShape, "cmpl", arrived_s)
+
+
+async def _grammar(state: RouterState, make: Callable[[], str]) -> str:
+    """The grammar that the workers' samplers follow. Raises InvalidRequest for one that cannot be followed."""
+    grammar = await asyncio.get_running_loop().run_in_executor(state.executor, make)
+    hellos = [client.handshake for client in state.pool.usable]
+    if grammar and not all(hello is not None and hello.grammars for hello in hellos):
+        raise Unavailable("a worker cannot constrain its output: it has no tokenizer.json")
+    return grammar
 
 
 async def _completion_prompts(model: ServedModel, body: CompletionRequest) -> list[Prompt]:

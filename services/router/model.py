@@ -19,6 +19,7 @@ from tokenrelay.proto import worker_pb2
 from tokenrelay.services.router import limits
 from tokenrelay.services.router.config import RouterConfig
 from tokenrelay.services.router.detokenize import Vocabulary
+from tokenrelay.services.router.structured import GrammarMaker
 from tokenrelay.services.router.template import ChatTemplate
 from tokenrelay.services.router.tokenize import PromptTokenizer
 from tokenrelay.services.router.tool_formats import Formats, choose
@@ -42,6 +43,7 @@ class ServedModel:
     defaults: Defaults
     formats: Formats
     tag_ids: frozenset[int]
+    grammars: GrammarMaker
     created: int
 
     def check_name(self, name: str | None) -> None:
@@ -111,6 +113,7 @@ def load_model(reply: worker_pb2.HandshakeReply, config: RouterConfig, executor:
         defaults=_defaults(folder / "generation_config.json", reply),
         formats=formats,
         tag_ids=frozenset(token_id for token_id in tag_ids if token_id is not None),
+        grammars=GrammarMaker(tokenizer_file),
         created=int(time.time()),
     )
 

@@ -79,16 +79,17 @@ class Generation(msgspec.Struct, kw_only=True):
     # scheduling
     priority: int | None = None
     cache_salt: str | None = None
-    # refused where they would change the answer
-    best_of: int | None = None
+    # what the answer must be
     response_format: Any = None
-    use_beam_search: bool | None = None
-    prompt_logprobs: int | None = None
     structured_outputs: Any = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
+    # refused where they would change the answer
+    best_of: int | None = None
+    use_beam_search: bool | None = None
+    prompt_logprobs: int | None = None
 
 
 class ChatRequest(Generation, kw_only=True):

@@ -177,13 +177,6 @@ def _refuse_unsupported(body: Generation) -> None:
         ("use_beam_search", bool(body.use_beam_search), "beam search is not supported"),
         ("prompt_logprobs", body.prompt_logprobs is not None, "log-probabilities of the prompt are not supported"),
     ]
-    constrained = "constrained decoding is not supported"
-    form = body.response_format
-    refused.append(("response_format", form is not None and form != {"type": "text"}, f"only type text: {constrained}"))
-    refused += [
-        (name, getattr(body, name) is not None, constrained)
-        for name in ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
-    ]
     if isinstance(body, CompletionRequest):
         refused.append(("echo", bool(body.echo), "echo is not supported; /tokenize shows a prompt's tokens"))
         refused.append(("suffix", bool(body.suffix), "insertion is not supported"))

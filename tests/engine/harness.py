@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ class Transcript:
 class Harness:
     """Runs requests on a real engine; `wait` returns when all asked for have ended."""
 
-    def __init__(self, model: Any, **sizes: Any) -> None:
+    def __init__(self, model: Any, *, tokenizer_file: Path | None = None, **sizes: Any) -> None:
         self.transcripts: dict[int, Transcript] = {}
         self.stats: list[EngineStats] = []
         self.fatal: list[BaseException] = []
@@ -52,6 +53,7 @@ class Harness:
             on_fatal=self.fatal.append,
             on_cache_events=self.cache_events.extend,
             hash_key=bytes(16),
+            tokenizer_file=tokenizer_file,
         )
         self.engine = self.built.engine
         self._next_id = 1

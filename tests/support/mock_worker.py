@@ -255,6 +255,7 @@ class MockWorker:
             waiting_max=1024,
             vocab_size=self.tokenizer.get_vocab_size(),
             eos_token_ids=[self.eos],
+            grammars=True,
         )
         self.address = address
         self.host = MockHost(reply, lambda submit: Script([*self.ids("Hello world!"), self.eos]), step_s)
