@@ -324,6 +324,11 @@ class Run:
             self.metrics.turns["sent"] += 1
         return submit
 
+    def nearest(self, choice: Choice) -> WorkerClient | None:
+        """Among those that decode."""
+        prompt, pool = self.prompts[choice.prompt_index], self._places.pool
+        return pool.prefixes.nearest(prompt.packed + choice.emitted, self.wanted.salt, pool.decoders)
+
     def outlook(self, choice: Choice) -> tuple[int, Mapping[str, int]]:
         """For the decision where it is computed."""
         prompt, inherited = self.prompts[choice.prompt_index], self._inherited[choice.prompt_index]

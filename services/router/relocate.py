@@ -61,6 +61,9 @@ class Owner(Protocol[ContraT]):
     def outlook(self, choice: ContraT) -> tuple[int, Mapping[str, int]]:
         """Tokens of its text, and how many of them workers have in their caches, by target."""
 
+    def nearest(self, choice: ContraT) -> WorkerClient | None:
+        """The usable worker that has most of its text in its cache; None: nobody has any of it."""
+
     def fail(self, error: TokenRelayError, reason: str) -> None:
         """End the whole request."""
 
@@ -93,6 +96,8 @@ class Relocation(Generic[SequenceT]):
         refused = sequence.refused_by
         client = self._client
         if client is None or client.target in refused or client not in self.pool.usable:
+            if client is not None:  # it goes on elsewhere: with what others have of it by now
+                self.preferred = owner.nearest(sequence)
             client = self._client = self.pool.choose(without=refused, preferred=self.preferred)
         source = self._source_for(owner, sequence, client)
         if source is not None:

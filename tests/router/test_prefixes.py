@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -68,8 +69,8 @@ async def mesh(tmp_path: Path, model_folder: Path) -> AsyncIterator[Feeding]:
     await mesh.close()
 
 
-async def complete(mesh: Feeding, salt: str = "", prompt: list[int] = PROMPT) -> None:
-    body: dict[str, Any] = {"prompt": prompt, "max_tokens": 2}
+async def complete(mesh: Feeding, salt: str = "", prompt: list[int] = PROMPT, tokens: int = 2) -> None:
+    body: dict[str, Any] = {"prompt": prompt, "max_tokens": tokens}
     status, reply = await mesh.stack.post("/v1/completions", body | ({"cache_salt": salt} if salt else {}))
     assert status == 200, reply
 
@@ -93,6 +94,19 @@ async def test_a_prompt_goes_where_most_of_it_is(mesh: Feeding) -> None:
     for _ in range(3):
         await complete(mesh, prompt=other)
     assert served(mesh) == {"a": 2, "b": 5, "c": 1}
+
+
+async def test_what_moves_goes_where_most_of_it_is(mesh: Feeding) -> None:
+    """Its worker dies; of the others the one is chosen that need not compute the prompt again."""
+    for name, blocks in (("a", 8), ("b", 0), ("c", 0), ("d", 5)):
+        await mesh.worker(name, blocks=blocks)
+    await until(lambda: mesh.held() == {"a": 8, "d": 5} and len(mesh.used) == 4)
+    mesh.workers["a"].host.step_s = 0.05
+    running = asyncio.create_task(complete(mesh, tokens=40))
+    await until(lambda: served(mesh)["a"] == 1)
+    await mesh.workers["a"].stop()
+    await asyncio.wait_for(running, 10)
+    assert served(mesh) == {"a": 1, "b": 0, "c": 0, "d": 1}
 
 
 async def test_salts_are_never_shared(mesh: Feeding) -> None:
