@@ -95,7 +95,7 @@ class Chaos:
         self._chosen = random.Random(seed)
         self._requests = iter(range(1 << 30))
         self._texts: dict[int, list[int]] = {}
-        self._live: dict[int, tuple[str, str, Relayed]] = {}  # the last try of each
+        self._live: dict[int, tuple[str, str, Relayed]] = {}  # that are open
 
     def prompt(self, number: int) -> list[int]:
         """Of one of a few conversations that share their beginnings."""
@@ -132,31 +132,30 @@ class Chaos:
                 await asyncio.sleep(0.05)
             try:
                 async with asyncio.timeout(HUNG_S):
-                    relayed = await self._request(number % requests)
+                    relayed = await self._request(number, number % requests)
             except TimeoutError:
-                raise AssertionError(
-                    self.fleet.logs(f"request {number} hangs: {self._live[number % requests]}")
-                ) from None
+                raise AssertionError(self.fleet.logs(f"request {number} hangs: {self._live.get(number)}")) from None
+            self._live.pop(number, None)
             self._judge(number % requests, relayed)
             await asyncio.sleep(0.02)
 
-    async def _request(self, number: int) -> Relayed | str:
+    async def _request(self, key: int, number: int) -> Relayed | str:
         """Both legs to their ends; or why it could not begin."""
         at, then = (self._chosen.choice(self.fleet.up(role)) for role in ("prefill", "decode"))
         relayed = Relayed(ChaosStream())
-        self._live[number] = (at, then, relayed)
+        source = relayed.source
         try:
-            self._submit(at, number, relayed.source, worker_pb2.Handover(role=PREFILL))
-            source = relayed.source
-            await source.until(lambda: source.terminals or any(output.offer for output in source.outputs))
-            offer = next((output.offer for output in source.outputs if output.offer), None)
-            if offer is not None and then in self.fleet.clients:
-                relayed.destination = ChaosStream()
-                self._submit(then, number, relayed.destination, worker_pb2.Handover(role=DECODE, offer=offer))
+            self._submit(at, number, source, worker_pb2.Handover(role=PREFILL))
         except (TokenRelayError, KeyError) as error:
-            if not relayed.source.outputs and not relayed.source.terminals and at not in self.fleet.clients:
-                return repr(error)
-            relayed.destination = None
+            return f"not begun: {error}"
+        self._live[key] = (at, then, relayed)
+        await source.until(lambda: source.terminals or any(output.offer for output in source.outputs))
+        offer = next((output.offer for output in source.outputs if output.offer), None)
+        if offer is not None:
+            destination = ChaosStream()
+            with contextlib.suppress(TokenRelayError, KeyError):  # it died meanwhile: the source's leg is ended then
+                self._submit(then, number, destination, worker_pb2.Handover(role=DECODE, offer=offer))
+                relayed.destination = destination
         await self._end_both(relayed, at, then)
         return relayed
 
@@ -180,7 +179,7 @@ class Chaos:
 
     def _judge(self, number: int, relayed: Relayed | str) -> None:
         if isinstance(relayed, str):
-            self.tally.errors["not begun"] += 1
+            self.tally.errors[relayed[:60]] += 1
             return
         text, said = self._texts[number], relayed.token_ids
         if said != text[: len(said)]:
