@@ -20,7 +20,7 @@ from tokenrelay.ledger.client import KvstoreClient
 SUPERVISOR = "[supervisor]\nrestarts_max = 100\nbackoff_first_s = 0.2\nbackoff_max_s = 0.5\n"
 FLEET = '[router]\nremote_prefill = "always"\n[fleet]\nlease_s = 2\nread_deadline_s = 4\n'
 VICTIMS = {"tokenrelay.cli.worker": "worker", "tokenrelay.services.kvstore": "kvstore"}
-SIZES = [(30, 3), pytest.param(200, 30, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+LONG = pytest.param(200, 30, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
 StartServer = Callable[..., Server]
 
 
@@ -42,14 +42,14 @@ async def survive(start: StartServer, folder: Path, settings: str, model: Path, 
     return server
 
 
-@pytest.mark.parametrize(("requests", "kills"), SIZES)
+@pytest.mark.parametrize(("requests", "kills"), [(30, 3), LONG])
 async def test_colocated_workers_under_random_kills(
     start: StartServer, random_model: Path, tmp_path: Path, requests: int, kills: int
 ) -> None:
     await survive(start, tmp_path, "", random_model, "--workers", 3, requests=requests, kills=kills)
 
 
-@pytest.mark.parametrize(("requests", "kills"), SIZES)
+@pytest.mark.parametrize(("requests", "kills"), [LONG])  # tests/faults/test_chaos.py has a short one with two legs
 async def test_prefill_and_decode_workers_under_random_kills(
     start: StartServer, random_model: Path, tmp_path: Path, requests: int, kills: int
 ) -> None:
