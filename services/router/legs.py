@@ -88,11 +88,11 @@ class TwoLegs:
         if output.finish:
             self._source.open = False
             self._computed()
+        if output.offer and self._on_output is not None:  # its end may be in the same message: a reader that lags
+            self._join(output.offer)
         if self._on_output is None:
             return
-        if output.offer:
-            self._join(output.offer)
-        elif output.finish == worker_pb2.FINISH_HANDOVER:
+        if output.finish == worker_pb2.FINISH_HANDOVER:
             self._relay(output)
         elif output.finish >= worker_pb2.FINISH_ABORT:
             self._fail(self._source, output)

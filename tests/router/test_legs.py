@@ -101,6 +101,19 @@ def test_the_destination_is_asked_when_the_offer_is_there() -> None:
     assert sequence.prefill.aborted == sequence.decode.aborted == []
 
 
+def test_an_offer_and_the_end_of_the_leg_in_one_message() -> None:
+    """A worker's outbox merges what waits for a router that lags."""
+    sequence = Sequence()
+    sequence.prefill.says(7, offer=b"offer", finish=HANDOVER)
+    assert len(sequence.decode.submits) == 1
+    sequence.decode.says(8, finish=STOP)
+    assert (sequence.token_ids, sequence.ends) == ([7, 8], [STOP])
+    refused = Sequence()
+    refused.decode.refuses = Overloaded("it does not read")
+    refused.prefill.says(7, offer=b"offer", finish=HANDOVER)
+    assert refused.ends == [ERROR], "one end"
+
+
 @pytest.mark.parametrize("end", [STOP, LENGTH])
 def test_what_overtakes_the_first_token_is_held_back(end: int) -> None:
     sequence = Sequence().offered()
