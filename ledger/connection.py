@@ -26,7 +26,7 @@ from tokenrelay.base.errors import TokenRelayError, Unavailable
 from tokenrelay.base.logging import get_logger
 from tokenrelay.base.version import version
 from tokenrelay.ledger.api import Code, Rejection
-from tokenrelay.ledger.wire import pack_rejection
+from tokenrelay.ledger.wire import ACTIVE_KVSTORE_KEY, pack_rejection
 from tokenrelay.proto import kvstore_pb2 as pb
 from tokenrelay.proto import kvstore_pb2_grpc
 
@@ -79,6 +79,7 @@ class Connection:
         self.on_notice: Callable[[pb.KvNotice], None] = lambda notice: None
         self.on_late: Callable[[pb.KvCall, pb.KvReply], None] = lambda call, reply: None
         self._targets = list(targets)
+        self._active = ""  # where a standby says that the active kvstore is: one name may stand for both of them
         self._open_channel = open_channel
         self._metadata = metadata
         self._client = secrets.token_hex(16)
@@ -164,13 +165,15 @@ class Connection:
     async def _run(self) -> None:
         backoff_s = self.options.backoff_min_s
         while True:
-            for target in random.sample(self._targets, len(self._targets)):
-                connections = self.connections
+            targets, led = deque(random.sample(self._targets, len(self._targets))), False
+            while targets:
+                target, connections, self._active = targets.popleft(), self.connections, ""
                 try:
                     await self._connect_and_serve(target)
                 except TokenRelayError as error:
                     self.last_error = error
                 except grpc.aio.AioRpcError as error:
+                    self._active = _active_of(error.trailing_metadata())
                     self.last_error = Unavailable(f"kvstore {target}: {error.code().name}: {error.details()}")
                 except (grpc.aio.UsageError, asyncio.InvalidStateError, OSError) as error:
                     # A write into a call that ended under it, which grpc tells in several ways.
@@ -189,6 +192,9 @@ class Connection:
                     backoff_s = self.options.backoff_min_s
                     self.on_disconnect(str(self.last_error))
                     break
+                if self._active and self._active != target and not led:
+                    led = True  # once a round: what it says may be old
+                    targets.appendleft(self._active)
             await asyncio.sleep(backoff_s * (0.5 + random.random()))
             backoff_s = min(backoff_s * 2, self.options.backoff_max_s)
 
@@ -223,6 +229,7 @@ class Connection:
         except asyncio.InvalidStateError:  # the call ended before the write
             first = grpc.aio.EOF
         if first is grpc.aio.EOF:
+            self._active = _active_of(await call.trailing_metadata())
             raise Unavailable(f"kvstore {target} refused: {await call.details()}")
         if not first.HasField("welcome"):
             raise Unavailable(f"kvstore {target} did not begin with a welcome")
@@ -283,6 +290,11 @@ class Connection:
                         message.calls.append(pending.call)
                 if message.calls:
                     await call.write(message)
+
+
+def _active_of(trailing: Any) -> str:
+    """The address in a standby's refusal, if there is one."""
+    return next((str(value) for key, value in trailing or () if key == ACTIVE_KVSTORE_KEY), "")
 
 
 def _unavailable(number: int, reason: str) -> pb.KvReply:

@@ -159,6 +159,7 @@ class Reign:
         """Until nobody reigns."""
         async for value in self._store.follow(self._leader_key):
             if value is None:
+                self.leader = None
                 return
             self.leader = Claim.decode(value)
             if self.leader.incarnation == self._incarnation:

@@ -27,6 +27,7 @@ from tokenrelay.ledger.api import (
 from tokenrelay.proto import kvstore_pb2 as pb
 
 HASH_BYTES = 16
+ACTIVE_KVSTORE_KEY = "tokenrelay-active-kvstore"  # trailing metadata of a standby's refusal: where the active one is
 _KINDS = {"sealed": 1, "evicted": 2}
 _KIND_NAMES = {number: name for name, number in _KINDS.items()}
 

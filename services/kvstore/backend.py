@@ -55,6 +55,7 @@ class EtcdBackend:
         self.reign.on_begin, self.reign.on_end = self._begin, self._end
         self.reign.on_pause, self.reign.on_resume = self._pause, self._resume
         store.active, store.remembers = False, True
+        store.active_address = lambda: self.reign.leader.address if self.reign.leader else ""
         store.durable = lambda: self.journal.flushed(DURABLE_TIMEOUTS * config.etcd_timeout_s)
         store.host.authority = self.reign.refusal
         store.host.on_handle = self._write_handle

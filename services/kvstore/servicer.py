@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from tokenrelay.base.logging import get_logger
 from tokenrelay.base.version import version
 from tokenrelay.ledger.api import Block, Code, DirectoryNotice, Holding, Rejection
-from tokenrelay.ledger.wire import Malformed, pack_actor, pack_events, pack_rejection, unpack_hashes
+from tokenrelay.ledger.wire import ACTIVE_KVSTORE_KEY, Malformed, pack_actor, pack_events, pack_rejection, unpack_hashes
 from tokenrelay.proto import kvstore_pb2 as pb
 from tokenrelay.proto import kvstore_pb2_grpc
 from tokenrelay.services.kvstore.session import Client, Session
@@ -103,10 +103,11 @@ class KvstoreServicer(kvstore_pb2_grpc.KvstoreServicer):
         if self._draining:
             await context.abort(grpc.StatusCode.UNAVAILABLE, self._draining)
         if not self._store.active:
-            where = self._store.active_address
+            where = self._store.active_address()
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"this kvstore is a standby{f'; the active one is {where}' if where else ''}",
+                trailing_metadata=((ACTIVE_KVSTORE_KEY, where),) if where else (),
             )
 
     async def _hello(self, context: grpc.aio.ServicerContext[Any, Any]) -> pb.KvHello:
@@ -183,7 +184,7 @@ class KvstoreServicer(kvstore_pb2_grpc.KvstoreServicer):
             term=store.host.term,
             members=len(store.host.roster.members()),
             handles_open=store.host.books.open_count,
-            active_address=store.active_address,
+            active_address=store.active_address(),
             reason="" if refusal is None else refusal.reason,
         )
 

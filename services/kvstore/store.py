@@ -16,6 +16,10 @@ async def _at_once() -> bool:
     return True
 
 
+def _unknown() -> str:
+    return ""
+
+
 @dataclass
 class Store:
     """One kvstore's state. `active` says whether sessions are taken at all."""
@@ -26,7 +30,7 @@ class Store:
     tier: BlockTier | None = None
     backend: str = "embedded"
     active: bool = True
-    active_address: str = ""  # of the active one, as far as is known
+    active_address: Callable[[], str] = _unknown  # of the active one, as far as is known
     malformed: Counter[str] = field(default_factory=Counter)  # messages refused, by what was wrong
     durable: Callable[[], Awaitable[bool]] = _at_once  # until all that was decided so far is written down
     remembers: bool = False  # lives that are not in the ledger are over (a backend keeps them over restarts)

@@ -94,6 +94,27 @@ class Stack:
         text = (INSIDE / f"{program}.py").read_text()
         return self.docker("exec", container, "python", "-Pc", text, *arguments)
 
+    def metrics(self, container: str, port: int) -> dict[str, float]:
+        """Name with labels -> value, of a worker's or a kvstore's page; empty where there is none now."""
+        program = (
+            f"import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:{port}/metrics').read().decode())"
+        )
+        lines = self.docker("exec", container, "python", "-Pc", program, check=False).splitlines()
+        rows = (line.rsplit(" ", 1) for line in lines if line.startswith("tokenrelay_"))
+        return {name.removeprefix("tokenrelay_"): float(value) for name, value in rows}
+
+    def kvstore(self, role: str) -> list[str]:
+        """Containers of kvstores that are `active`, `standby` or `suspended` now."""
+        name = f'kvstore_role{{role="{role}"}}'
+        return [one for one in self.containers("kvstore") if self.metrics(one, 7001).get(name)]
+
+    def hand_over(self, prompt_tokens: int = 1500) -> dict[str, Any]:
+        """A request on two legs, from a prefill container to a decode container: see inside/hand_over.py."""
+        containers = [self.containers(role)[0] for role in ("prefill", "decode", "router")]
+        addresses = [f"{self.inspect(one)['Config']['Hostname']}:7100" for one in containers[:2]]
+        found: dict[str, Any] = json.loads(self.python(containers[2], "hand_over", *addresses, str(prompt_tokens)))
+        return found
+
     def kill(self, container: str) -> None:
         """SIGKILL for its process, from outside: `docker kill` would count as an operator's wish."""
         pid = str(self.inspect(container)["State"]["Pid"])

@@ -23,7 +23,6 @@ CALCULATOR = {
         "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
     },
 }
-METRICS = "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:9100/metrics').read().decode())"
 QUESTION = [{"role": "user", "content": "What is 123 * 45?"}]
 
 
@@ -113,6 +112,8 @@ def test_a_wrong_token_is_refused(stack: Stack) -> None:
 
 def test_a_worker_with_a_wrong_token_does_not_get_in(stack: Stack) -> None:
     before = stack.usable()
+    (kvstore,) = stack.containers("kvstore")
+    refused = stack.metrics(kvstore, 7001)["kvstore_unauthenticated_total"]
     settings = {
         "TOKENRELAY_SECURITY_TOKEN_FILE": "",
         "TOKENRELAY_SECURITY_TOKEN": "not-the-token-of-this-fleet",
@@ -122,6 +123,7 @@ def test_a_worker_with_a_wrong_token_does_not_get_in(stack: Stack) -> None:
     said = stack.compose("run", "--rm", "--no-deps", "--no-TTY", *flags, "decode", check=False)
     assert "the fleet's token is missing or wrong" in said
     assert stack.usable() == before
+    assert stack.metrics(kvstore, 7001)["kvstore_unauthenticated_total"] > refused, "counted"
 
 
 def test_the_token_is_nobodys_elses_and_in_no_log(stack: Stack) -> None:
@@ -138,18 +140,19 @@ def test_kv_passes_between_containers(stack: Stack, kind: str) -> None:
     stack.environment["TOKENRELAY_TRANSPORTS"] = kind  # that one and no other; the default comes last, and stays
     stack.compose("up", "--detach", "--wait", "--wait-timeout", "300", timeout_s=400)
     until(lambda: stack.usable() == {"prefill": 1, "decode": 1})
-    (prefill,), (decode,), (router,) = (stack.containers(role) for role in ("prefill", "decode", "router"))
-    settings = stack.docker("exec", decode, "printenv", "TOKENRELAY_FLEET_TRANSPORTS").strip()
-    assert settings == kind
-    addresses = [f"{stack.inspect(one)['Config']['Hostname']}:7100" for one in (prefill, decode)]
-    found = json.loads(stack.python(router, "hand_over", *addresses, "1500"))
+    (decode,) = stack.containers("decode")
+    assert stack.docker("exec", decode, "printenv", "TOKENRELAY_FLEET_TRANSPORTS").strip() == kind
+    check_hand_over(stack)
+    counts = stack.metrics(decode, 9100)
+    assert counts['imports_total{end="imported"}'] == 1 and counts['imports_total{end="failed"}'] == 0
+    assert counts["imported_bytes_total"] > 1 << 20
+
+
+def check_hand_over(stack: Stack) -> None:
+    """A request passes from a prefill container to a decode container, with the same tokens as on one of them."""
+    found = stack.hand_over()
     assert found["ends"] == ["FINISH_HANDOVER", "FINISH_LENGTH"]
     assert found["both"] == found["alone"] and len(found["both"]) == 24
-    page = stack.docker("exec", decode, "python", "-Pc", METRICS)
-    counts = dict(line.rsplit(" ", 1) for line in page.splitlines() if line.startswith("tokenrelay_import"))
-    assert float(counts['tokenrelay_imports_total{end="imported"}']) == 1
-    assert float(counts['tokenrelay_imports_total{end="failed"}']) == 0
-    assert float(counts["tokenrelay_imported_bytes_total"]) > 1 << 20
 
 
 # -- deaths and scaling -----------------------------------------------------------------------------------------------
@@ -249,29 +252,47 @@ async def test_scaling_under_load_loses_no_request(stack: Stack) -> None:
     assert not wrong, f"{len(wrong)} of {len(outcomes)} have another text"
 
 
-async def test_a_killed_kvstore_ends_no_stream_and_comes_back(stack: Stack) -> None:
+async def test_a_standby_takes_over_from_a_killed_kvstore(stack: Stack) -> None:
+    await asyncio.to_thread(stack.scale, prefill=1, decode=2, kvstore=2)
+    (active,), (standby,) = stack.kvstore("active"), stack.kvstore("standby")
     wanted = await run(stack, TOKENS)
     begun = asyncio.Event()
     running = asyncio.ensure_future(run(stack, TOKENS, begun))
     await asyncio.wait_for(begun.wait(), 120)
-    (container,) = stack.containers("kvstore")
-    await asyncio.to_thread(stack.kill, container)
+    await asyncio.to_thread(stack.kill, active)
     assert await asyncio.wait_for(running, 240) == wanted
-
-    def back() -> bool:
-        found = stack.inspect(container)
-        return found["RestartCount"] >= 1 and found["State"]["Health"]["Status"] == "healthy"
-
-    await asyncio.to_thread(until, back, 120)
-    await asyncio.to_thread(until, lambda: set(stack.usable()) == {"prefill", "decode"}, 60)
-    assert await run(stack, 60)
+    await asyncio.to_thread(until, lambda: stack.kvstore("active") == [standby], 60)
+    await asyncio.to_thread(until, lambda: stack.kvstore("standby") == [active], 60)  # Docker has started it again
+    await asyncio.to_thread(until, lambda: stack.usable() == {"prefill": 1, "decode": 2}, 60)
+    await asyncio.to_thread(check_hand_over, stack)
 
 
-def test_down_leaves_nothing(stack: Stack) -> None:
-    assert all(stack.left().values())
+async def test_requests_go_on_while_etcd_is_away(stack: Stack) -> None:
+    await asyncio.to_thread(stack.scale, prefill=1, decode=2, kvstore=1)
+    wanted = await run(stack, TOKENS)
+    await asyncio.to_thread(stack.compose, "stop", "etcd")
+    assert await run(stack, TOKENS) == wanted
+    await asyncio.to_thread(until, lambda: stack.kvstore("suspended"), 60)  # its lease at etcd is over
+    assert await run(stack, TOKENS) == wanted
+    await asyncio.to_thread(stack.compose, "start", "etcd")
+    await asyncio.to_thread(until, lambda: stack.kvstore("active"), 60)
+    await asyncio.to_thread(until, lambda: stack.usable() == {"prefill": 1, "decode": 2}, 60)
+    await asyncio.to_thread(check_hand_over, stack)
+
+
+def test_down_keeps_the_volumes_and_up_goes_on_with_them(stack: Stack) -> None:
+    token = stack.docker("exec", stack.containers("router")[0], "cat", "/run/tokenrelay/token")
     stack.compose("down", timeout_s=200)
     left = stack.left()
     assert not left["containers"] and not left["networks"]
     assert len(left["volumes"]) == 3, "token, etcd, models: kept until asked"
-    stack.compose("down", "--volumes")
+    stack.compose("up", "--detach", "--wait", "--wait-timeout", "300", timeout_s=400)
+    assert stack.docker("exec", stack.containers("router")[0], "cat", "/run/tokenrelay/token") == token
+    until(lambda: stack.usable() == {"prefill": 1, "decode": 1})
+    check_hand_over(stack)
+
+
+def test_down_with_volumes_leaves_nothing(stack: Stack) -> None:
+    assert all(stack.left().values())
+    stack.compose("down", "--volumes", timeout_s=200)
     assert not any(stack.left().values())

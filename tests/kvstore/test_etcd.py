@@ -29,6 +29,7 @@ from tokenrelay.ledger.api import (
     State,
     Suspended,
 )
+from tokenrelay.ledger.client import KvstoreClient
 from tokenrelay.ledger.etcd import EtcdStore
 from tokenrelay.ledger.journal import Journal
 from tokenrelay.ledger.reign import Claim, Reign, clock_s
@@ -63,6 +64,23 @@ async def pair(fleet: Fleet, etcd: EtcdServer, lease_s: float = 1.0) -> tuple[Kv
     await until(lambda: active.servicer.status().role == "active")
     standby = await fleet.start_service("b")
     return active, standby
+
+
+async def test_a_standby_leads_to_the_active_one(empty_fleet: Fleet, etcd: EtcdServer) -> None:
+    """One name may stand for both of them (a service of Docker Compose): a client must not have to guess its way."""
+    active, standby = await pair(empty_fleet, etcd)
+    await until(lambda: standby.servicer.status().active_address == active.address)
+    opened: list[str] = []
+
+    def open_channel(target: str) -> grpc.aio.Channel:
+        opened.append(target)
+        return grpc.aio.insecure_channel(target)
+
+    client = KvstoreClient([standby.address], open_channel=open_channel)
+    client.start()
+    assert isinstance(await client.join(DECODE, lease_s=30), Joined)
+    assert opened == [standby.address, active.address]
+    await client.close()
 
 
 async def crash(fleet: Fleet, service: KvstoreService) -> None:
