@@ -47,6 +47,12 @@ class GqaCore(Module):
             {"y": Port((None, gqa.heads * gqa.head_dim), cut, pieces=whole_heads)},
         )
 
+    def narrow(self, ranks: int) -> None:
+        """Keep one rank's heads: `ranks` divides both kinds (`check` has seen to it)."""
+        self.heads //= ranks
+        q, k, v = self.split
+        self.split = (q // ranks, k // ranks, v // ranks)
+
     def sources(self, prefix: str) -> Iterator[WeightSource]:
         """q_norm and k_norm below `prefix`, where there are any."""
         if self.q_norm is not None and self.k_norm is not None:

@@ -64,6 +64,11 @@ class MlaCore(Module):
             {"w_uk": {"tp": Shard(0)}, "w_uv": {"tp": Shard(0)}},
         )
 
+    def narrow(self, ranks: int) -> None:
+        """Keep one rank's heads; the latents are whole on each."""
+        self.heads //= ranks
+        self.out_width //= ranks
+
     def sources(self, prefix: str) -> Iterator[WeightSource]:
         """`kv_b_proj` [h * (nope + v), rank], cut per head into the keys' and the values' part."""
         mla = self.mla

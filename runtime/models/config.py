@@ -36,12 +36,12 @@ class Architecture:
     moe: Moe | None
     moe_layers: frozenset[int]  # the layers that have `moe`; the others have a dense MLP
 
-    def kv_layout(self, block_tokens: int) -> GqaLayout | MlaLayout:
-        """The layout of one layer's cache."""
+    def kv_layout(self, block_tokens: int, tp: int = 1) -> GqaLayout | MlaLayout:
+        """The layout of one layer's cache on one of `tp` ranks: heads are dealt out, latents are whole on each."""
         attention = self.attention
         if isinstance(attention, Mla):
             return MlaLayout(rank=attention.kv_rank, rope=attention.rope, block_tokens=block_tokens)
-        return GqaLayout(kv_heads=attention.kv_heads, head_dim=attention.head_dim, block_tokens=block_tokens)
+        return GqaLayout(kv_heads=attention.kv_heads // tp, head_dim=attention.head_dim, block_tokens=block_tokens)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from tokenrelay.runtime.models.config import ModelConfig
 from tokenrelay.runtime.models.decoder import Model
 from tokenrelay.runtime.models.registry import architecture_of
 from tokenrelay.runtime.placement import Mesh, check
+from tokenrelay.runtime.spmd.shard import shard_model
 from tokenrelay.runtime.weights.checkpoint import Checkpoint
 from tokenrelay.runtime.weights.fp8 import FP8, SUFFIX, Block, check_factors, dequantize, fp8_block
 from tokenrelay.runtime.weights.identity import model_identity
@@ -44,11 +45,14 @@ def load_model(
     progress: Progress | None = None,
     block_tokens: int = 64,
     context_tokens: int | None = None,
+    mesh: Mesh | None = None,
+    rank: int = 0,
 ) -> Model:
     """Load the checkpoint in `folder`.
 
     `dtype` None takes the checkpoint's own (see `default_dtype`). `block_tokens` goes into `config.kv_layout`.
-    `context_tokens` lowers the model's context. Raises CheckpointError with one sentence for whatever is wrong.
+    `context_tokens` lowers the model's context. With `mesh` only the part of `rank` is read, `config.kv_layout` is that
+    of its cache, and `runtime.spmd.rank_model` runs it. Raises CheckpointError with one sentence for whatever is wrong.
     """
     device = torch.device(device)
     with Checkpoint(Path(folder)) as checkpoint:
@@ -58,7 +62,8 @@ def load_model(
             raise CheckpointError(f"cannot load a model as {dtype}; one of {', '.join(map(str, MODEL_DTYPES))}")
         with torch.device("meta"):
             model = Model(architecture, dtype=dtype)
-        check(model, Mesh())
+        mesh = mesh or Mesh()
+        check(model, mesh)
         block = fp8_block(checkpoint.config)
         sources = _match(checkpoint, model, block)
         config = ModelConfig(
@@ -68,11 +73,16 @@ def load_model(
             layers=architecture.layers,
             context_tokens=min(architecture.context_tokens, context_tokens or architecture.context_tokens),
             eos_token_ids=checkpoint.eos_token_ids(),
-            kv_layout=architecture.kv_layout(block_tokens),
+            kv_layout=architecture.kv_layout(block_tokens, mesh.size("tp")),
             dtype=dtype,
             identity=model_identity(checkpoint, name, architecture, dtype),
         )
+        zeros: list[tuple[torch.nn.Module, str]] = []
+        if mesh.ranks > 1:
+            sources, zeros = shard_model(model, sources, mesh, rank)
         _allocate(model, device, checkpoint)
+        for module, parameter in zeros:
+            module.get_parameter(parameter).zero_()
         _fill(checkpoint, sources, block, progress)
         model.finish(config, device)
     return model

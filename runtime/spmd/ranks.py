@@ -1,0 +1,242 @@
+"""The ranks of one worker: this process is rank 0 and leads, the others are children that follow.
+
+    ranks = Ranks(4, on_death=engine_dies)                       # starts three processes, kept until `close`
+    model = ranks.load(folder, Mesh(tp=4), dtype=torch.float32)  # the executor's `model`
+    ranks.allocate(blocks)
+
+The leader schedules. Followers get each step's plan through a pipe and answer nothing: the program's collectives are
+what ranks wait for each other in, with a deadline. A rank that dies is waited for by a thread of its own; a
+rank that hangs makes the collective time out. Either way the whole group is torn down and every later step is refused:
+half a group computes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tokenrelay.base.errors import PlacementError, TokenRelayError, Unavailable
+from tokenrelay.base.logging import get_logger
+from tokenrelay.base.parent import announce
+from tokenrelay.kernels.batch import AttentionBatch
+from tokenrelay.runtime.placement import Mesh
+from tokenrelay.runtime.spmd import frames
+from tokenrelay.runtime.spmd.comm import HOST, LOAD_MAX_S
+from tokenrelay.runtime.spmd.load import load_shard, meet
+from tokenrelay.runtime.spmd.rank_model import RankModel
+
+STEP_MAX_S = 60.0  # a collective that takes longer means that a rank hangs
+RANKS_MAX = 64
+REPLY_BYTES_MAX = 1 << 16
+
+log = get_logger("ranks")
+
+
+@dataclass(slots=True)
+class _Follower:
+    rank: int
+    process: subprocess.Popen[bytes]
+    plans: int  # our end of its stdin, not blocking
+    replies: int
+
+
+class Ranks:
+    """A group of rank processes on this machine. One thread may use it at a time."""
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        step_max_s: float = STEP_MAX_S,
+        threads: int = 1,
+        on_death: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        if not 1 <= count <= RANKS_MAX:
+            raise PlacementError(f"{count} ranks; a worker has 1 to {RANKS_MAX}")
+        self.count = count
+        self._step_max_s = step_max_s
+        self._on_death = on_death
+        self._lock = threading.Lock()
+        self._dead: TokenRelayError | None = None
+        self._closing = False
+        self._loads = 0
+        self._store = dist.TCPStore(HOST, 0, None, True, wait_for_workers=False)  # type: ignore[attr-defined]
+        self._followers = [self._start(rank, threads) for rank in range(1, count)]
+        self._watchers = [
+            threading.Thread(target=self._watch, args=(follower,), name=f"rank {follower.rank}", daemon=True)
+            for follower in self._followers
+        ]
+        for watcher in self._watchers:
+            watcher.start()
+
+    def _start(self, rank: int, threads: int) -> _Follower:
+        command = [sys.executable, "-Pm", "tokenrelay.runtime.spmd.follower", str(rank), str(self._store.port)]
+        process = subprocess.Popen(
+            [*command, str(self._step_max_s), str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=announce(),
+        )
+        assert process.stdin is not None and process.stdout is not None
+        os.set_blocking(process.stdin.fileno(), False)
+        return _Follower(rank, process, process.stdin.fileno(), process.stdout.fileno())
+
+    def load(
+        self, folder: Path, mesh: Mesh, *, dtype: torch.dtype | None = None, progress: Any = None, **options: Any
+    ) -> LeadingModel:
+        """Load `folder` on the first `mesh.ranks` ranks. Raises CheckpointError, PlacementError, Unavailable."""
+        if mesh.ranks > self.count:
+            raise PlacementError(f"{mesh!r} has {mesh.ranks} ranks, and {self.count} were started")
+        self._check()
+        self._loads += 1
+        order = {"folder": str(folder), "mesh": mesh.sizes, "dtype": str(dtype or "").removeprefix("torch.")}
+        order |= {"name": f"load{self._loads}", "options": options}
+        followers = self._followers[: mesh.ranks - 1]
+        try:
+            self._send(followers, frames.LOAD, frames.pack_json(order))
+            shard = load_shard(order, 0, **({"progress": progress} if progress else {}))
+            for follower in followers:
+                reply = self._reply(follower)
+                if reply.get("identity") != shard[0].config.identity.hex():
+                    said = reply.get("error") or "it has other weights or another configuration"
+                    raise Unavailable(f"rank {follower.rank} does not fit rank 0: {said}")
+            model = meet(self._store, order, 0, self._step_max_s, shard)
+        except BaseException as error:
+            self._tear_down(error)
+            raise
+        return LeadingModel(self, model, followers)
+
+    def close(self) -> None:
+        """End the followers: they stop at the end of their pipe, and are killed if they do not."""
+        with self._lock:
+            self._closing = True
+            self._dead = self._dead or Unavailable("the ranks were closed")
+        for follower in self._followers:
+            with contextlib.suppress(OSError):
+                assert follower.process.stdin is not None
+                follower.process.stdin.close()
+        end = time.monotonic() + 5
+        for follower in self._followers:
+            try:
+                follower.process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                follower.process.kill()
+                follower.process.wait()
+        for watcher in self._watchers:
+            watcher.join(5)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the followers, in rank order."""
+        return [follower.process.pid for follower in self._followers]
+
+    # -- for LeadingModel ---------------------------------------------------------------------------------------------
+    def run(self, followers: list[_Follower], kind: bytes, payload: bytes, work: Callable[[], Any]) -> Any:
+        """Tell `followers`, then do this rank's part. A failure of either tears the group down. Raises Unavailable."""
+        self._check()
+        try:
+            self._send(followers, kind, payload)
+            return work()
+        except BaseException as error:
+            self._tear_down(error)
+            raise (self._dead or Unavailable(str(error))) from error
+
+    def _send(self, followers: list[_Follower], kind: bytes, payload: bytes) -> None:
+        for follower in followers:
+            frames.write_frame(follower.plans, kind, payload, self._step_max_s)
+
+    def _check(self) -> None:
+        if self._dead is not None:
+            raise self._dead
+
+    # -- ends ---------------------------------------------------------------------------------------------------------
+    def _reply(self, follower: _Follower) -> dict[str, Any]:
+        """The one line with which a follower answers a load."""
+        end, line = time.monotonic() + LOAD_MAX_S, b""
+        while not line.endswith(b"\n") and len(line) < REPLY_BYTES_MAX:
+            left = end - time.monotonic()
+            if left <= 0 or not select.select([follower.replies], [], [], left)[0]:
+                raise Unavailable(f"rank {follower.rank} did not load within {LOAD_MAX_S:g} s")
+            part = os.read(follower.replies, 4096)
+            if not part:
+                raise Unavailable(f"rank {follower.rank} died while it loaded ({self._exit(follower)})")
+            line += part
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def _exit(self, follower: _Follower) -> str:
+        try:
+            code = follower.process.wait(5)
+        except subprocess.TimeoutExpired:
+            return "it closed its pipe"
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    def _watch(self, follower: _Follower) -> None:
+        """Sleeps until a follower ends."""
+        follower.process.wait()
+        if not self._closing:
+            self._tear_down(Unavailable(f"rank {follower.rank} died ({self._exit(follower)})"))
+
+    def _tear_down(self, error: BaseException) -> None:
+        """Kill what is left of the group, once, and say so."""
+        with self._lock:
+            if self._dead is not None:
+                return
+            reason = error if isinstance(error, TokenRelayError) else Unavailable(f"the ranks failed: {error}")
+            self._dead = reason
+        log.error("the group of ranks is torn down", reason=reason.message, ranks=self.count)
+        for follower in self._followers:
+            with contextlib.suppress(ProcessLookupError):
+                follower.process.kill()
+        if self._on_death is not None:
+            self._on_death(reason)
+
+
+class LeadingModel:
+    """The model as rank 0 has it: a call runs the step on all ranks."""
+
+    def __init__(self, ranks: Ranks, model: RankModel, followers: list[_Follower]) -> None:
+        self.config = model.config
+        self.cos_sin = model.cos_sin
+        self._ranks = ranks
+        self._model = model
+        self._followers = followers
+        self._block_tokens = model.config.kv_layout.block_tokens
+
+    def parameters(self) -> Any:
+        """Of rank 0's part."""
+        return self._model.parameters()
+
+    def allocate(self, blocks: int) -> None:
+        """Followers make their caches, as many blocks as the leader has; before the first step."""
+        payload = frames.pack_json({"blocks": blocks})
+        self._ranks.run(self._followers, frames.CACHES, payload, lambda: None)
+
+    def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[Tensor], sample_rows: Tensor) -> Tensor:
+        """As `Model.forward`. Raises Unavailable once a rank is dead or hangs."""
+        payload = frames.pack_step(token_ids, batch, sample_rows, self._block_tokens)
+        logits: Tensor = self._ranks.run(
+            self._followers, frames.STEP, payload, lambda: self._model(token_ids, batch, caches, sample_rows)
+        )
+        return logits

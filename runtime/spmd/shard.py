@@ -1,0 +1,108 @@
+"""One rank's part of a model: smaller parameters, and of each checkpoint tensor only the slices that fill them.
+
+    sources = shard_model(model, sources, mesh, rank)       # on the meta device, before anything is allocated
+
+A stacked parameter (q, k and v; gate and up) is cut piece by piece: a rank holds its part of each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tokenrelay.base.errors import PlacementError
+from tokenrelay.runtime.layers.attention import GqaCore
+from tokenrelay.runtime.layers.mla import MlaCore
+from tokenrelay.runtime.layers.sources import Index, WeightPart, WeightSource, parameter
+from tokenrelay.runtime.placement import AXES, Boundary, Layout, Mesh, Partial, Shard
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Of `count` equal pieces the one numbered `index`."""
+
+    count: int = 1
+    index: int = 0
+
+
+def cuts_of(layout: Layout, dims: int, mesh: Mesh, at: Mapping[str, int]) -> list[Cut]:
+    """The cut of each dimension for the rank at `at`: the outermost axis has the largest pieces."""
+    cuts = [Cut()] * dims
+    for axis in AXES:
+        placement = layout.get(axis)
+        if isinstance(placement, Shard):
+            dim, size = placement.dim % dims, mesh.size(axis)
+            cuts[dim] = Cut(cuts[dim].count * size, cuts[dim].index * size + at[axis])
+    return cuts
+
+
+def shard_model(
+    model: nn.Module, sources: Mapping[str, WeightSource], mesh: Mesh, rank: int
+) -> tuple[dict[str, WeightSource], list[tuple[nn.Module, str]]]:
+    """Shrink the parameters of `model` (on meta) to those of `rank`.
+
+    Returns the sources that this rank reads, cut to what it holds, and the parameters that are zeros on this rank
+    because another one adds them.
+    """
+    at = mesh.coordinates(rank)
+    cuts: dict[tuple[int, str], list[Cut]] = {}
+    zeros: list[tuple[nn.Module, str]] = []
+    for module in model.modules():
+        boundary = getattr(module, "boundary", None)
+        for name, layout in boundary.parameters.items() if isinstance(boundary, Boundary) else ():
+            held = module.get_parameter(name)
+            cuts[id(module), name] = cuts_of(layout, held.dim(), mesh, at)
+            if any(isinstance(placement, Partial) and at[axis] for axis, placement in layout.items()):
+                zeros.append((module, name))
+    absent = {(id(module), name) for module, name in zeros}
+    local = {}
+    for name, source in sources.items():
+        parts = [_cut_part(part, source, cuts[id(part.module), part.parameter]) for part in source.parts]
+        kept = tuple(p for p in parts if p is not None and (id(p.module), p.parameter) not in absent)
+        if kept:
+            local[name] = dataclasses.replace(source, parts=kept)
+    _shrink(model, cuts, mesh)
+    return local, zeros
+
+
+def _shrink(model: nn.Module, cuts: Mapping[tuple[int, str], list[Cut]], mesh: Mesh) -> None:
+    for module in model.modules():
+        for name, held in list(module.named_parameters(recurse=False)):
+            shape = [size // cut.count for size, cut in zip(held.shape, cuts[id(module), name], strict=True)]
+            with torch.device("meta"):
+                setattr(module, name, parameter(*shape, dtype=held.dtype))
+        if isinstance(module, GqaCore | MlaCore):
+            module.narrow(mesh.size("tp"))
+
+
+def _cut_part(part: WeightPart, source: WeightSource, cuts: list[Cut]) -> WeightPart | None:
+    """`part` for one rank; None where nothing of it is held."""
+    shape = source.view or source.shape
+    at: list[int | slice] = []
+    take: list[int | slice] = []
+    given = iter(zip(range(len(shape)), [*part.take, *[slice(None)] * (len(shape) - len(part.take))], strict=True))
+    for dim, cut in enumerate(cuts):
+        place = part.at[dim] if dim < len(part.at) else slice(None)
+        if isinstance(place, int):
+            held = part.module.get_parameter(part.parameter).shape[dim] // cut.count
+            if place // held != cut.index:
+                return None
+            at.append(place % held)
+            continue
+        from_dim, taken = next(given)
+        if isinstance(taken, int):
+            raise PlacementError(f"{source.name} is taken apart along dimension {from_dim} and cannot be cut there")
+        first, end, _ = taken.indices(shape[from_dim])
+        width = (end - first) // cut.count
+        start = place.start or 0
+        at.append(slice(start // cut.count, start // cut.count + width))
+        take.append(slice(first + cut.index * width, first + (cut.index + 1) * width))
+    return WeightPart(part.module, part.parameter, _tuple(at), _tuple(take))
+
+
+def _tuple(items: list[int | slice]) -> Index:
+    return tuple(items)
