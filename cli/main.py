@@ -152,6 +152,15 @@ def serve(
     blocks: Annotated[
         int | None, _option("--blocks", panel=MEMORY, metavar="N", help="The pool in blocks, instead of --kv-memory.")
     ] = None,
+    eviction: Annotated[
+        Literal["reuse", "lru"] | None,
+        _option(
+            "--eviction",
+            panel=MEMORY,
+            help="Which cached block goes when room is needed. Default: reuse, the least likely to come back; lru: the "
+            "least recently used.",
+        ),
+    ] = None,
     host_cache_gib: Annotated[
         float | None,
         _option(
@@ -270,6 +279,7 @@ def serve(
             "block_tokens": block_tokens,
             "kv_memory": kv_memory,
             "blocks": blocks,
+            "eviction": eviction,
             "host_cache_gib": host_cache_gib,
             "slots": slots,
             "step_tokens": step_tokens,

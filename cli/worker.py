@@ -340,6 +340,7 @@ def sizes_of(config: WorkerConfig) -> EngineSizes:
         kv_sharers=config.kv_sharers,
         blocks=config.blocks,
         threads=config.threads,
+        eviction=config.eviction,
         host_memory_bytes=round(config.host_cache_gib * (1 << 30)),
         tps_floor=config.tps_floor,
         tps_fraction=config.tps_fraction,

@@ -43,6 +43,7 @@ class EngineSizes:
     threads: int | None = None  # of torch in a step
     tps_floor: float = 0.0  # tokens per second that each running user keeps; 0: no floor
     tps_fraction: float = 0.5  # of batch 1's rate on this device: the floor in force is no higher
+    eviction: str = "reuse"  # or "lru": which cached block goes when room is needed (docs/eviction.md)
     host_memory_bytes: int = 0  # of the host tier of the KV pool; 0: none
     floor_wait_s: float = 10.0  # a request that waited longer is admitted though the floor breaks; 0: never
 
@@ -102,6 +103,7 @@ def build_engine(
             tps_floor=sizes.tps_floor,
             tps_fraction=sizes.tps_fraction,
             floor_wait_us=round(sizes.floor_wait_s * 1e6),
+            eviction=sizes.eviction,
             host_blocks=plan_host(
                 config.kv_layout, config.layers, config.dtype, sizes.host_memory_bytes, pool.blocks, device
             ),

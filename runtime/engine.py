@@ -309,6 +309,7 @@ class Engine:
             tenant=request.tenant,
             parent=request.parent,
             parent_tokens=None if request.parent is None else request.parent_tokens,
+            tools=request.tools,
             handover=request.handover,
             now_us=_now_us(),
         )

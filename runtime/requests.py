@@ -115,6 +115,7 @@ class EngineRequest:
     request_id: str = ""  # for logs
     parent: int | None = None  # the sequence whose first `parent_tokens` tokens the prompt begins with
     parent_tokens: int = 0
+    tools: bool = False  # a hint: it may end with a tool call, whose results come back as its next turn
     handover: Handover = Handover.NONE  # what becomes of its KV (runtime/handover.py)
 
     def problem(self, vocab_size: int) -> str | None:

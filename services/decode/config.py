@@ -39,6 +39,10 @@ class WorkerConfig:
     kv_memory: str | None = setting(None, "memory of the KV pool, such as 4GiB; default: a quarter of what is free")
     kv_sharers: int = setting(1, "workers on this machine between which that default is divided", minimum=1)
     blocks: int | None = setting(None, "KV pool in blocks, instead of kv_memory", minimum=2)
+    eviction: Literal["reuse", "lru"] = setting(
+        "reuse",
+        "which cached block goes when room is needed: the least likely to come back, or the least recently used",
+    )
     host_cache_gib: float = setting(
         0.0,
         "host memory (GiB) to which KV blocks are written back, for a GPU worker; 0: none",

@@ -43,6 +43,7 @@ def engine_request(
         priority=submit.priority,
         salt=submit.salt,
         tenant=submit.tenant,
+        tools=submit.tools,
         deadline=deadline,
         request_id=submit.request_id,
         parent=submit.parent if submit.parent_tokens else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 
 from aiohttp import web
@@ -83,6 +84,7 @@ async def serve_chat(
     if constrained(body):
         make = partial(model.grammars.grammar, body, tools, formats, inside=inside)
         wanted.sampling.grammar = await _grammar(state, make)
+    wanted = replace(wanted, tools=bool(tools))
     calls_max = 1 if body.parallel_tool_calls is False else None
 
     def make_text() -> TextSink:

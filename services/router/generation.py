@@ -315,6 +315,7 @@ class Run:
             priority=wanted.priority,
             salt=wanted.salt,
             tenant=self.tenant,
+            tools=wanted.tools,
             deadline_left_ms=max(1, min(int(left_ms), 0xFFFFFFFF)),
         )
         inherited = self._inherited[choice.prompt_index]

@@ -61,6 +61,7 @@ class Wanted:
     priority: int
     salt: bytes
     end_token_ids: frozenset[int] = frozenset()
+    tools: bool = False  # it may end with a tool call, and then comes back with the results
 
 
 def decode(raw: bytes, cls: type[T]) -> T:

@@ -304,6 +304,8 @@ async def test_tags_are_text_without_tools(stack: Stack) -> None:
     stack.worker.say(CALL)
     assert (await stack.chat())["choices"][0]["message"]["content"] == CALL
     assert (await stack.chat(tools=TOOLS, tool_choice="none"))["choices"][0]["message"]["content"] == CALL
+    await stack.chat(tools=TOOLS)
+    assert [submit.tools for submit in stack.worker.submits] == [False, False, True], "a hint for eviction"
 
 
 async def test_tool_round_trip_reaches_the_template(stack: Stack) -> None:
