@@ -10,6 +10,14 @@ using block::Access;
 using block::Kind;
 using block::Record;
 
+namespace {
+
+// A block is written back when a sixteenth of the pool's size was sealed after it: one that the evictor has dropped by
+// then was not worth it, and what the device will keep for long is copied later (bench/host_tier.py).
+constexpr std::size_t write_back_lag = 16;
+
+}  // namespace
+
 BlockPool::BlockPool(int blocks, int block_tokens, Eviction eviction)
     : records_(static_cast<std::size_t>(blocks)),
       own_generations_(static_cast<std::size_t>(blocks)),
@@ -183,7 +191,7 @@ void BlockPool::unwritten(BlockId id) noexcept {
 }
 
 BlockId BlockPool::next_unwritten() noexcept {
-  while (unwritten_size_ > 0) {
+  while (unwritten_size_ > unwritten_.size() / write_back_lag) {
     const BlockId id = unwritten_[unwritten_first_];
     unwritten_first_ = (unwritten_first_ + 1) % unwritten_.size();
     --unwritten_size_;

@@ -7,8 +7,8 @@
 //     auto ended = tier.end(id, true);                              // ... and says when a copy has ended
 //     tier.expire(now_us, give_up);                                 // what is overdue is reported
 //
-// A block is written back soon after it was sealed, in the order of sealing, while its sequence runs: a copy at its
-// eviction would keep whoever needs the block waiting for it, and in this order a prefix is never there without what
+// A block is written back a while after it was sealed, in the order of sealing, if it is still there: a copy at its
+// eviction would keep whoever needs the block waiting for it, and in this order a prefix is seldom there without what
 // comes before it. Every operation is O(1) for each copy.
 #pragma once
 

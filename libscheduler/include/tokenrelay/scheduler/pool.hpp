@@ -68,8 +68,8 @@ class BlockPool {
   // Write-backs to host memory (host_tier.hpp).
   /// From here on sealed blocks are noted for `next_unwritten`, and evicted ones are touched in `host`.
   void mirror(HostPool& host);
-  /// A block that was sealed, in that order, and that nobody copies; no_block when there is none. Who does not ask in
-  /// time misses the oldest.
+  /// A block that was sealed a while ago, in that order, and that nobody copies; no_block when there is none. Who does
+  /// not ask in time misses the oldest.
   [[nodiscard]] BlockId next_unwritten() noexcept;
   /// A pin that is no reader's: it changes nothing in the order of eviction, and the block's kind stays.
   [[nodiscard]] SealedPin borrow(BlockId id) noexcept;
