@@ -117,6 +117,16 @@ def serve(
             "Default: auto, as they are.",
         ),
     ] = None,
+    tp: Annotated[
+        int | None,
+        _option(
+            "--tp", panel=MODEL, metavar="N", help="Rank processes that heads and features are cut over. Default: 1."
+        ),
+    ] = None,
+    ep: Annotated[
+        int | None,
+        _option("--ep", panel=MODEL, metavar="N", help="Rank processes that experts are dealt out to. Default: 1."),
+    ] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda"] | None,
         _option("--device", panel=MODEL, help="Default: auto, a GPU if there is one, else the CPU."),
@@ -273,6 +283,8 @@ def serve(
             "model": None if model is None else str(model),
             "dtype": dtype,
             "weight_dtype": weight_dtype,
+            "tp": tp,
+            "ep": ep,
             "device": device,
             "served_model_name": served_model_name,
             "context_tokens": context_tokens,

@@ -20,7 +20,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tokenrelay.base.config import Resolved, resolve
 from tokenrelay.base.deadlines import Deadline
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from tokenrelay.runtime.build import EngineSizes
     from tokenrelay.runtime.executor.memory import Pool
     from tokenrelay.runtime.models.decoder import Model
+    from tokenrelay.runtime.spmd.ranks import LeadingModel, Ranks
     from tokenrelay.services.chassis.lifecycle import Lifecycle
 
 log = get_logger("worker")
@@ -165,10 +166,11 @@ async def run(options: WorkerSettings, status: StatusPipe) -> tuple[int, bool]:
     lifecycle.install_signals()
     if fleet.kvstore:
         return await run_fleet(options, status, lifecycle, address, began_s)
-    model = await _load_unless_ended(config, status, lifecycle)
+    ranks = start_ranks(config)
+    model = await _load_unless_ended(config, status, lifecycle, ranks)
     if model is None:
         return 0, True
-    host, pool = mount(model, options, lifecycle.fail)
+    host, pool = mount(model, options, lifecycle.fail, ranks)
     servicer = WorkerServicer(host, explain=host.explain)
     host.bind(servicer)
     server = WorkerServer(servicer, address)
@@ -189,6 +191,8 @@ async def run(options: WorkerSettings, status: StatusPipe) -> tuple[int, bool]:
     if lifecycle.stopping:
         return STOPPED_CODE, True
     await asyncio.to_thread(host.close)
+    if ranks is not None:
+        await asyncio.to_thread(ranks.close)
     return 0, False
 
 
@@ -202,12 +206,14 @@ async def run_fleet(
     from tokenrelay.services.chassis.session import WorkerServicer
 
     config, fleet = options.worker, options.fleet
+    if config.ranks > 1:
+        raise ConfigError(f"a member of a fleet is one rank: KV of {config.ranks} ranks is not handed over")
     security = Security.of(options.security)
     model = await _load_unless_ended(config, status, lifecycle)
     if model is None:
         return 0, True
     worker = FleetWorker(fleet, security, lifecycle, address)
-    hash_key = await worker.join(model, handshake_of(model, options, None))
+    hash_key = await worker.join(cast("Model", model), handshake_of(model, options, None))
     link = worker.link
     built = build_engine(
         model,
@@ -253,12 +259,24 @@ async def run_fleet(
     return 0, False
 
 
-async def _load_unless_ended(config: WorkerConfig, status: StatusPipe, lifecycle: Lifecycle) -> Model | None:
+def start_ranks(config: WorkerConfig) -> Ranks | None:
+    """The processes of the other ranks, if there are any. They die with the calling thread: use the main one."""
+    if config.ranks == 1:
+        return None
+    from tokenrelay.runtime.executor.threads import processors
+    from tokenrelay.runtime.spmd.ranks import Ranks
+
+    return Ranks(config.ranks, threads=max(1, (config.threads or processors()) // config.ranks))
+
+
+async def _load_unless_ended(
+    config: WorkerConfig, status: StatusPipe, lifecycle: Lifecycle, ranks: Ranks | None = None
+) -> Model | LeadingModel | None:
     """The model; None when asked to end meanwhile. The thread is a daemon: a load that nobody needs keeps nobody."""
     loop = asyncio.get_running_loop()
-    loaded: asyncio.Future[Model] = loop.create_future()
+    loaded: asyncio.Future[Model | LeadingModel] = loop.create_future()
 
-    def answer(model: Model | None, error: Exception | None) -> None:
+    def answer(model: Model | LeadingModel | None, error: Exception | None) -> None:
         if loaded.done():  # given up
             return
         if error is not None:
@@ -267,10 +285,10 @@ async def _load_unless_ended(config: WorkerConfig, status: StatusPipe, lifecycle
             loaded.set_result(model)
 
     def work() -> None:
-        model: Model | None = None
+        model: Model | LeadingModel | None = None
         failure: Exception | None = None
         try:
-            model = load(config, status)
+            model = load(config, status, ranks)
         except Exception as error:
             failure = error
         loop.call_soon_threadsafe(answer, model, failure)
@@ -279,7 +297,7 @@ async def _load_unless_ended(config: WorkerConfig, status: StatusPipe, lifecycle
     return loaded.result() if await lifecycle.unless_ended(loaded) else None
 
 
-def load(config: WorkerConfig, status: StatusPipe) -> Model:
+def load(config: WorkerConfig, status: StatusPipe, ranks: Ranks | None = None) -> Model | LeadingModel:
     """Load the model, telling `status` how far it is. Raises CheckpointError, ConfigError."""
     import torch
 
@@ -300,6 +318,14 @@ def load(config: WorkerConfig, status: StatusPipe) -> Model:
     elif device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("worker.device is cuda, but this torch sees no GPU")
     folder = Path(config.model) if config.model else BUNDLED_MODEL
+    if ranks is not None:
+        if device != "cpu":
+            raise ConfigError(f"worker.tp x ep is {config.ranks}, which runs on the CPU: set worker.device to cpu")
+        from tokenrelay.runtime.placement import Mesh
+
+        dtype = _dtype(config.dtype, device)
+        sizes = {"block_tokens": config.block_tokens, "context_tokens": config.context_tokens}
+        return ranks.load(folder, Mesh(tp=config.tp, ep=config.ep), dtype=dtype, progress=progress, **sizes)
     model = load_model(
         folder,
         dtype=_dtype(config.dtype, device),
@@ -337,7 +363,7 @@ def sizes_of(config: WorkerConfig) -> EngineSizes:
         waiting_max=config.waiting_max,
         context_tokens=config.context_tokens,
         kv_memory_bytes=config.kv_memory_bytes,
-        kv_sharers=config.kv_sharers,
+        kv_sharers=config.kv_sharers * config.ranks,
         blocks=config.blocks,
         threads=config.threads,
         eviction=config.eviction,
@@ -348,7 +374,9 @@ def sizes_of(config: WorkerConfig) -> EngineSizes:
     )
 
 
-def mount(model: Model, options: WorkerSettings, on_fatal: Any) -> tuple[Colocated, Pool]:
+def mount(
+    model: Model | LeadingModel, options: WorkerSettings, on_fatal: Any, ranks: Ranks | None = None
+) -> tuple[Colocated, Pool]:
     """Both roles on one engine. `on_fatal(error)` is called on the event loop when the engine fails for good."""
     from tokenrelay.cli.colocated import EngineLink, mount_roles
     from tokenrelay.runtime.build import build_engine
@@ -364,6 +392,12 @@ def mount(model: Model, options: WorkerSettings, on_fatal: Any) -> tuple[Colocat
         on_cache_events=link.on_cache_events,
         tokenizer_file=tokenizer_file_of(options),
     )
+    if ranks is not None:
+        from tokenrelay.runtime.spmd.ranks import LeadingModel
+
+        ranks.on_death = link.on_fatal
+        assert isinstance(model, LeadingModel)
+        model.allocate(built.pool.blocks)
     handshake = handshake_of(model, options, built.pool)
     host = mount_roles(
         built.engine,
@@ -383,7 +417,7 @@ def tokenizer_file_of(options: WorkerSettings) -> Path | None:
     return file if file.is_file() else None
 
 
-def handshake_of(model: Model, options: WorkerSettings, pool: Pool | None) -> worker_pb2.HandshakeReply:
+def handshake_of(model: Model | LeadingModel, options: WorkerSettings, pool: Pool | None) -> worker_pb2.HandshakeReply:
     """Who this worker is, for routers; without its pool before there is one."""
     from tokenrelay.proto import worker_pb2
 

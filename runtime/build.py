@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenrelay.base.errors import ConfigError
 from tokenrelay.libscheduler import Config as SchedulerConfig
@@ -23,6 +24,9 @@ from tokenrelay.runtime.executor.threads import default_threads
 from tokenrelay.runtime.handover import AllocatePool, OnHandover
 from tokenrelay.runtime.models.decoder import Model
 from tokenrelay.runtime.weights.quantize import weight_bytes
+
+if TYPE_CHECKING:
+    from tokenrelay.runtime.spmd.ranks import LeadingModel
 
 HASH_KEY_BYTES = 16
 
@@ -58,7 +62,7 @@ class BuiltEngine:
 
 
 def build_engine(
-    model: Model,
+    model: Model | LeadingModel,
     sizes: EngineSizes,
     *,
     on_step: OnStep,
@@ -110,7 +114,7 @@ def build_engine(
         )
     except ValueError as error:
         raise ConfigError(f"the scheduler's sizes do not fit: {error}") from error
-    parameter_bytes = weight_bytes(model)
+    parameter_bytes = weight_bytes(model if isinstance(model, Model) else model.shard)
     if allocate is None:
         scheduler = Scheduler(scheduler_config)
         caches = allocate_caches(config.kv_layout, config.layers, pool, config.dtype, device)

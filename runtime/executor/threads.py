@@ -15,6 +15,11 @@ def default_threads(parameter_bytes: int) -> int:
     """One for a small model, else one per processor that this process may use."""
     if parameter_bytes < SMALL_MODEL_BYTES:
         return 1
+    return processors()
+
+
+def processors() -> int:
+    """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from datetime import timedelta
 from typing import Any
@@ -56,6 +57,7 @@ def follow(rank: int, store: Any, timeout_s: float, orders: int, answers: int) -
 def main() -> None:
     """Read the command line, find the leader's store, follow."""
     die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the leader, which drains first
     rank, port, timeout_s, threads = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
     answers = os.dup(1)
     os.dup2(2, 1)  # whoever prints must not answer

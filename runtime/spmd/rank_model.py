@@ -91,9 +91,10 @@ class RankModel:
         line = self._many if cut and sample_rows.shape[0] else self._few
         return line.run(token_ids, Inputs(batch, caches, sample_rows))
 
-    def parameters(self) -> Any:
-        """Of this rank's part."""
-        return self._model.parameters()
+    @property
+    def shard(self) -> Model:
+        """This rank's part of the model. It computes nothing alone."""
+        return self._model
 
     def function(self, op: Op) -> Fn:
         """The closure for `op`; its arguments are what `reads(op)` names."""

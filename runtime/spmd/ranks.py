@@ -34,6 +34,7 @@ from tokenrelay.base.errors import PlacementError, TokenRelayError, Unavailable
 from tokenrelay.base.logging import get_logger
 from tokenrelay.base.parent import announce
 from tokenrelay.kernels.batch import AttentionBatch
+from tokenrelay.runtime.models.decoder import Model
 from tokenrelay.runtime.placement import Mesh
 from tokenrelay.runtime.spmd import frames
 from tokenrelay.runtime.spmd.comm import HOST, LOAD_MAX_S
@@ -70,7 +71,7 @@ class Ranks:
             raise PlacementError(f"{count} ranks; a worker has 1 to {RANKS_MAX}")
         self.count = count
         self._step_max_s = step_max_s
-        self._on_death = on_death
+        self.on_death = on_death  # called once, from any thread
         self._lock = threading.Lock()
         self._dead: TokenRelayError | None = None
         self._closing = False
@@ -209,8 +210,8 @@ class Ranks:
         for follower in self._followers:
             with contextlib.suppress(ProcessLookupError):
                 follower.process.kill()
-        if self._on_death is not None:
-            self._on_death(reason)
+        if self.on_death is not None:
+            self.on_death(reason)
 
 
 class LeadingModel:
@@ -224,9 +225,10 @@ class LeadingModel:
         self._followers = followers
         self._block_tokens = model.config.kv_layout.block_tokens
 
-    def parameters(self) -> Any:
-        """Of rank 0's part."""
-        return self._model.parameters()
+    @property
+    def shard(self) -> Model:
+        """Rank 0's part of the model. It computes nothing alone."""
+        return self._model.shard
 
     def allocate(self, blocks: int) -> None:
         """Followers make their caches, as many blocks as the leader has; before the first step."""

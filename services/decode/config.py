@@ -29,6 +29,8 @@ class WorkerConfig:
     weight_dtype: Literal["auto", "int8", "int4", "int4-32", "int4-128"] = setting(
         "auto", "int8, or int4 in groups of 64 (32, 128): matrices are quantized at load; auto: they stay as dtype says"
     )
+    tp: int = setting(1, "rank processes that heads and features are cut over (CPU)", minimum=1, maximum=64)
+    ep: int = setting(1, "rank processes that whole experts are dealt out to (CPU)", minimum=1, maximum=64)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs; auto: a GPU if there is one")
     context_tokens: int | None = setting(
         None,
@@ -78,6 +80,20 @@ class WorkerConfig:
             raise ConfigError(f"worker.block_tokens is {self.block_tokens}, expected one of {BLOCK_TOKENS}")
         if self.blocks is not None and self.kv_memory is not None:
             raise ConfigError("worker.blocks and worker.kv_memory both size the KV pool: give one of them")
+
+        if self.ranks > 1 and self.device == "cuda":
+            raise ConfigError("worker.tp and worker.ep are for the CPU; worker.device is cuda")
+        if self.ranks > 1 and self.weight_dtype != "auto":
+            raise ConfigError(
+                f"worker.weight_dtype {self.weight_dtype} is for one rank; worker.tp x ep is {self.ranks}"
+            )
+        if self.ranks > 1 and self.host_cache_gib:
+            raise ConfigError(f"worker.host_cache_gib is for one rank; worker.tp x ep is {self.ranks}")
+
+    @property
+    def ranks(self) -> int:
+        """Rank processes of this worker, itself among them."""
+        return self.tp * self.ep
 
     @property
     def kv_memory_bytes(self) -> int | None:

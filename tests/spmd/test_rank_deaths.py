@@ -12,25 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from paged import Paged
+from spmd_processes import wait_gone
 
 from tokenrelay.base.errors import Unavailable
 from tokenrelay.runtime.placement import Mesh
 from tokenrelay.runtime.spmd.ranks import Ranks
-
-
-def gone(pid: int) -> bool:
-    """Whether the process ended; a zombie that nobody waited for yet has."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-def wait_gone(pids: list[int]) -> None:
-    end = time.monotonic() + 10
-    while not all(map(gone, pids)):
-        assert time.monotonic() < end, "a rank outlived its group"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(("how", "said"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGSTOP, "the ranks failed")])

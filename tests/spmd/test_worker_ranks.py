@@ -1,0 +1,63 @@
+"""A worker with `--tp 2`: what it generates is what one rank does, and a rank's death ends its requests and itself."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "worker"))
+
+from spmd_processes import wait_gone
+from worker_process import Stream, WorkerProcess, connect, submit_message
+
+
+def children(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += map(int, (task / "children").read_text().split())
+    return found
+
+
+async def generate(worker: WorkerProcess, prompts: list[list[int]]) -> list[list[int]]:
+    client = await connect(worker)
+    streams = []
+    for prompt in prompts:
+        streams.append(Stream())
+        client.submit(submit_message(prompt, 12), streams[-1])
+    for stream in streams:
+        assert not (await stream.ended()).error
+    await client.close()
+    return [stream.token_ids for stream in streams]
+
+
+async def test_a_worker_of_two_ranks(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint("v3-worker", "deepseek_v3", num_hidden_layers=3)
+    source = random.Random(4)
+    prompts = [[source.randrange(3, 384) for _ in range(length)] for length in (5, 40, 90)]
+    flags = ("--slots", "8", "--blocks", "100")
+    one = WorkerProcess(*flags, model=folder)
+    two = WorkerProcess(*flags, "--tp", "2", model=folder)
+    try:
+        for worker in (one, two):
+            assert worker.wait_settled()["event"] == "ready", worker.log.read_text()
+        assert await generate(two, prompts) == await generate(one, prompts)
+        followers = children(two.process.pid)
+        assert len(followers) == 1 and children(one.process.pid) == []
+        client = await connect(two)
+        stream = Stream()
+        client.submit(submit_message(prompts[0], 900), stream)
+        await stream.until(lambda: len(stream.token_ids) > 3)
+        killed = time.monotonic()
+        os.kill(followers[0], signal.SIGKILL)
+        terminal = await stream.ended()
+        assert terminal.error and time.monotonic() - killed < 20
+        assert two.wait() == 1, "the supervisor starts it anew"
+        wait_gone(followers)
+    finally:
+        one.close()
+        two.close()
