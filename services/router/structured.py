@@ -31,6 +31,8 @@ from tokenrelay.services.router.validate import check_free_form
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 # Arguments of a call are written as models of the family write JSON: with a space behind `:` and `,`.
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Else as it likes, but not for ever: a model that has begun with white space may never end.
+_SPACED = {"whitespace_pattern": r"[ \n\r\t]{1,40}"}
 _PLACE = re.compile(r"^at \d+\(\d+\): ")  # in the text that was made here: nothing a client knows
 _START = re.compile(r"(?m)^start(?=\s*:)")
 
@@ -190,7 +192,7 @@ def _literal(text: str) -> str:
 
 def _json(schema: Mapping[str, Any], name: str, **style: Any) -> str:
     check_free_form(name, dict(schema))
-    text = json.dumps({**schema, "x-guidance": style} if style else schema, ensure_ascii=False)
+    text = json.dumps({**schema, "x-guidance": style or _SPACED}, ensure_ascii=False)
     if len(text) > limits.GRAMMAR_CHARS_MAX:
         raise _refuse(name, f"longer than {limits.GRAMMAR_CHARS_MAX} characters")
     return f"%json {text}"

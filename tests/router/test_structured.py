@@ -57,7 +57,11 @@ async def grammar_of(stack: Stack, path: str = CHAT, **body: Any) -> str:
     ("fields", "good", "bad"),
     [
         ({"response_format": {"type": "json_object"}}, [GOOD, "{}"], ["[]", "x", ""]),
-        ({"response_format": JSON_SCHEMA}, [GOOD], [WRONG, "{}", GOOD + "x"]),
+        (
+            {"response_format": JSON_SCHEMA},
+            [GOOD, '{"city":"Bern","n":3}', '{\n    "city": "Bern",\n    "n": 3\n}'],
+            [WRONG, "{}", GOOD + "x", GOOD.replace(", ", "," + " " * 50)],
+        ),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, ["{}"], ["5"]),
         ({"structured_outputs": {"json": SCHEMA}}, [GOOD], [WRONG]),
         ({"structured_outputs": {"json_object": True}}, ["{}"], ["5"]),
