@@ -78,7 +78,8 @@ async def worker(tmp_path: Path, model_folder: Path) -> AsyncIterator[MockWorker
 
 
 def test_imports_nothing_heavy() -> None:
-    code = f"import sys, {MODULE}.__main__; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    heavy = ("torch", "transformers", "tokenrelay.runtime", "llguidance")
+    code = f"import sys, {MODULE}.__main__; print([m for m in {heavy} if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "[]"
 
