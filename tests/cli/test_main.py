@@ -88,6 +88,7 @@ def test_help_gives_examples_and_defaults() -> None:
     [
         (["serve", "--prot", "1"], 2, r"No such option: --prot.*\(see: tokenrelay serve --help\)"),
         (["serve", "--dtype", "fp8"], 2, r"Invalid value for '--dtype'.*"),
+        (["serve", "--eviction", "fifo"], 2, r"Invalid value for '--eviction'.*'reuse', 'lru'.*"),
         (["serv"], 2, r"No such command 'serv'.*"),
         (["serve", "/no/such/folder"], 1, r"there is no model folder /no/such/folder"),
         (["serve", "deepseek-ai/DeepSeek-V3"], 1, r"there is no model folder .*hf download deepseek-ai/DeepSeek-V3\)"),

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import pytest
 from harness import Harness
 from test_engine import prompt_of
+
+from tokenrelay.base.deadlines import Deadline
+from tokenrelay.proto import worker_pb2
+from tokenrelay.services.prefill.convert import engine_request
 
 
 def test_the_hint_of_tools_reaches_the_scheduler(qwen: Any) -> None:
@@ -24,3 +30,10 @@ def test_the_policy_is_the_workers(qwen: Any) -> None:
             harness.wait(harness.submit(prompt_of(1, 100), 2, tools=True))
         learned = any(row.watched for row in harness.built.scheduler.reuse())
         assert learned == (policy == "reuse")
+
+
+@pytest.mark.parametrize("tools", [False, True])
+def test_the_hint_of_tools_comes_over_the_wire(tools: bool) -> None:
+    submit = worker_pb2.Submit(token_ids=np.arange(3, dtype="<u4").tobytes(), output_start=3, tokens_max=1, tools=tools)
+    received = worker_pb2.Submit.FromString(submit.SerializeToString())
+    assert engine_request(1, received, (), Deadline.never()).tools is tools

@@ -59,6 +59,14 @@ async def test_a_message(client: anthropic.AsyncAnthropic, stack: Stack) -> None
     assert count.input_tokens == reply.usage.input_tokens
 
 
+async def test_a_worker_is_told_that_a_message_has_tools(client: anthropic.AsyncAnthropic, stack: Stack) -> None:
+    """A hint for its eviction; tools that the model is not shown are none."""
+    await create(client)
+    await create(client, tools=TOOLS)
+    await create(client, tools=TOOLS, tool_choice={"type": "none"})
+    assert [submit.tools for submit in stack.worker.submits] == [False, True, False]
+
+
 async def test_models(client: anthropic.AsyncAnthropic) -> None:
     page = await client.models.list()
     assert [(model.id, model.type) for model in page.data] == [("mock", "model")]
