@@ -148,6 +148,21 @@ def test_kv_passes_between_containers(stack: Stack, kind: str) -> None:
     assert counts["imported_bytes_total"] > 1 << 20
 
 
+def test_a_long_prompt_of_a_client_takes_two_legs(stack: Stack) -> None:
+    ended = 'tokenrelay_handovers_total{end="done"}'
+
+    def handovers() -> float:
+        return sum(float(line.split()[-1]) for line in stack.get("/metrics").splitlines() if line.startswith(ended))
+
+    before = handovers()
+    words = " ".join(f"word{number}" for number in range(400))
+    reply = stack.client().chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": words}], max_tokens=40, temperature=0
+    )
+    assert reply.usage is not None and reply.usage.prompt_tokens > 400
+    assert handovers() == before + 1, stack.get("/metrics")
+
+
 def check_hand_over(stack: Stack) -> None:
     """A request passes from a prefill container to a decode container, with the same tokens as on one of them."""
     found = stack.hand_over()
@@ -159,12 +174,14 @@ def check_hand_over(stack: Stack) -> None:
 async def stream(
     client: openai.AsyncOpenAI, number: int, tokens: int, on_token: Any = lambda number: None
 ) -> tuple[int, str]:
-    """Request `number`: greedy where it is even, sampled with a seed where it is odd; it has to end well."""
+    """Request `number`: greedy where it is even, sampled with a seed where it is odd; every third has a long prompt,
+    which a prefill worker computes. It has to end well.
+    """
     sampling: dict[str, Any] = {"temperature": 0} if number % 2 == 0 else {"temperature": 1.0, "seed": number}
     text, finish, usage = "", None, None
     reply = await client.chat.completions.create(
         model=MODEL,
-        messages=[{"role": "user", "content": f"number {number} " * (1 + number % 5)}],
+        messages=[{"role": "user", "content": f"number {number} " * (150 if number % 3 == 0 else 1 + number % 5)}],
         max_tokens=tokens,
         stream=True,
         stream_options={"include_usage": True},
