@@ -140,7 +140,7 @@ async def test_14_a_kvstore_that_was_paused_takes_nobody_for_dead() -> None:
 
 
 def the_jitter(patch: pytest.MonkeyPatch) -> None:
-    same = types.SimpleNamespace(random=lambda: 0.5, sample=random.sample)
+    same = types.SimpleNamespace(**{**vars(random), "random": lambda: 0.5})
     patch.setattr("tokenrelay.ledger.connection.random", same)
 
 

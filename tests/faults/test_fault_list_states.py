@@ -25,6 +25,7 @@ from tokenrelay.ledger.local import LocalLedger
 from tokenrelay.ledger.states import DUE, TERMINAL
 from tokenrelay.proto import peer_pb2
 from tokenrelay.services.decode.destination import Destination, Import
+from tokenrelay.services.prefill.export import Export
 
 PROMPT, TOKENS = prompt_of(100), 8
 SHORT_S = 0.1
@@ -147,7 +148,7 @@ def the_order_of_what_a_source_tells(patch: pytest.MonkeyPatch) -> None:
 async def test_15_extents_that_come_late_are_not_taken_for_newer_ones() -> None:
     """All blocks and generations are right, two messages are swapped: KV in the wrong order is a wrong text."""
     async with Mesh() as mesh:
-        tell = mesh.prefill.source._progress
+        tell = Export.progress
 
         async def swapped(export: Any) -> AsyncIterator[peer_pb2.Progress]:
             async for progress in tell(export):
@@ -164,9 +165,10 @@ async def test_15_extents_that_come_late_are_not_taken_for_newer_ones() -> None:
                 else:
                     yield progress
 
-        mesh.prefill.source._progress = swapped  # type: ignore[method-assign]
         relayed = mesh.begin(PROMPT, TOKENS)
         offer = await mesh.offer_of(relayed)
+        export = next(iter(mesh.prefill.source._exports.values()))
+        export.progress = lambda: swapped(export)  # type: ignore[method-assign]
         await until(lambda: relayed.source.terminals)  # all of it is told in one message, then
         relayed.destination = mesh.join(offer, PROMPT, TOKENS)
         assert not await mesh.right_or_error(relayed, PROMPT, TOKENS)
