@@ -34,6 +34,7 @@ log = get_logger("kvstore-client")
 
 OpenChannel = Callable[[str], grpc.aio.Channel]
 BATCH_CALLS = 256  # of one message
+CANCEL_AGAIN_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +103,9 @@ class Connection:
     async def close(self) -> None:
         """End it; what is open fails as UNAVAILABLE."""
         runner, self._runner = self._runner, None
-        if runner is not None:
-            runner.cancel()
-            await asyncio.gather(runner, return_exceptions=True)
+        while runner is not None and not runner.done():
+            runner.cancel()  # again and again: one that comes as a call ends may be taken for the end of that call
+            await asyncio.wait([runner], timeout=CANCEL_AGAIN_S)
         self._fail("the client was closed", lambda pending: True)
 
     @property
