@@ -10,8 +10,8 @@ from typing import Any
 import aiohttp
 import psutil
 import pytest
-from chaos import Chaos
 from load import metrics, settled_pool
+from random_kills import Chaos
 from serving import Server, until
 from test_mesh import workers
 
