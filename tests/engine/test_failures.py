@@ -26,7 +26,7 @@ class Flaky:
         self.model = model
         self.config = model.config
         self.cos_sin = model.cos_sin
-        self.parameters, self.modules = model.parameters, model.modules
+        self.shard = model  # what of it is here
         self.break_next = threading.Event()
         self.gate = threading.Event()
         self.gate.set()

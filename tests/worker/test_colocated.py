@@ -35,7 +35,7 @@ class Gate:
 
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.cos_sin = model, model.config, model.cos_sin
-        self.parameters, self.modules = model.parameters, model.modules
+        self.shard = model  # what of it is here
         self.open = threading.Event()
         self.open.set()
 
