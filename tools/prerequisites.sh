@@ -20,5 +20,10 @@ elif ! echo 'int main() { return []<class T>(T x) { return x; }(0); }' | "$cxx" 
 fi
 if [ "${2:-}" = tests ]; then
   command -v spin >/dev/null 2>&1 || say "no spin found; tests/model explores the ownership of KV with it. On Debian and Ubuntu: apt-get install spin"
+  browser=""
+  for name in chromium-headless-shell chromium chromium-browser google-chrome google-chrome-stable; do
+    command -v "$name" >/dev/null 2>&1 && browser="$name"
+  done
+  [ -n "$browser" ] || say "no Chromium found; tests/router/test_page.py opens the router's page in it. On Debian: apt-get install chromium-headless-shell"
 fi
 exit $missing

@@ -16,7 +16,7 @@ from tokenrelay.base.logging import get_logger
 from tokenrelay.base.version import version
 from tokenrelay.proto import worker_pb2
 from tokenrelay.services.chassis.client import WorkerClient
-from tokenrelay.services.router import debug, messages, messages_errors, metrics, responses
+from tokenrelay.services.router import debug, mesh_feed, messages, messages_errors, metrics, page, responses
 from tokenrelay.services.router.body import read_body, render_messages, request_id_of
 from tokenrelay.services.router.generate import chat_completions, completions
 from tokenrelay.services.router.model import ServedModel
@@ -61,6 +61,9 @@ def create_app(state: RouterState) -> web.Application:
             *debug.routes(state.config),
         ]
     )
+    if state.config.page == "on":
+        mesh_feed.add(app, state)
+        app.add_routes(page.routes())
     return app
 
 

@@ -81,6 +81,7 @@ class RouterConfig:
     debug_endpoints: Literal["auto", "on", "off"] = setting(
         "auto", "/debug/requests: why each open request is where it is; auto: when only this machine can connect"
     )
+    page: Literal["on", "off"] = setting("on", "the page at / and what it shows, at /mesh")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "how much is logged")
     log_style: Literal["auto", "json", "terminal"] = setting("auto", "how it is logged")
 

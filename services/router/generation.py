@@ -274,6 +274,10 @@ class Run:
         self.first: asyncio.Future[None] = loop.create_future()
         self.done: asyncio.Future[None] = loop.create_future()
         self.on_step: OnStep | None = None
+        prompt_tokens = sum(prompt.tokens for prompt in prompts)
+        self.trail = pool.trails.begin(
+            request_id, prompt_tokens=prompt_tokens, choices=len(prompts) * wanted.n, arrived_s=arrived_s
+        )
         self._places: Relocation[Choice] = Relocation(pool, metrics)
         self._turns = pool.turns
         self._inherited: list[Inherited | None] = [None] * len(prompts)
@@ -360,6 +364,7 @@ class Run:
         if choice.index % self.wanted.n == 0:
             self.metrics.prompt_tokens += self.prompts[choice.prompt_index].tokens
             self.metrics.cached_tokens += choice.cached_tokens
+        self.trail.first_token(choice.cached_tokens, choice.index)
         if not self.first.done():
             self.metrics.ttft_s.observe(now_s - self._arrived_s)
             self.first.set_result(None)
@@ -415,6 +420,8 @@ class Run:
 
     def _settle(self) -> None:
         self._places.close()
+        outcome = self.error.code if self.error is not None else self.choices[0].finish_reason
+        self.trail.end(str(outcome or "given_up"), sum(choice.output_tokens for choice in self.choices))
         self._ended = True  # the futures cannot say so: a handler that is cancelled cancels the one it waits for
         for future in (self.first, self.done):
             if not future.done():

@@ -15,6 +15,7 @@ from tokenrelay.proto import worker_pb2
 from tokenrelay.services.chassis.channel import decode_error, encode_error
 from tokenrelay.services.chassis.client import OnOutput, WorkerClient
 from tokenrelay.services.router.placement import Handovers
+from tokenrelay.services.router.trails import NO_TRAIL, ChoiceTrail
 
 MakeSubmit = Callable[[WorkerClient], worker_pb2.Submit]
 
@@ -52,8 +53,10 @@ class TwoLegs:
         on_output: OnOutput,
         handovers: Handovers,
         tokens: int,
+        trail: ChoiceTrail = ChoiceTrail(NO_TRAIL, 0),
     ) -> None:
         """Submits to the source. `tokens`: to be computed there. Raises Unavailable or Overloaded."""
+        self._trail = trail
         self._source, self._destination = Leg(source), Leg(destination)
         self._make_submit: MakeSubmit | None = make_submit
         self._on_output: OnOutput | None = on_output
@@ -67,6 +70,7 @@ class TwoLegs:
         submit.handover.role = worker_pb2.Handover.ROLE_SOURCE
         self._source.submit(submit, self._from_source)
         handovers.queued[source.target] += tokens
+        trail.note("prefill", worker=source.target, to=destination.target, detail=f"{tokens} tokens")
 
     @property
     def client(self) -> WorkerClient:
@@ -106,7 +110,7 @@ class TwoLegs:
         if self._on_output is None:
             return
         if self._relayed:
-            self.decoding = self.decoding or bool(output.token_ids)
+            self._decodes(output)
             self._pass(output)
         elif output.finish in (worker_pb2.FINISH_REJECTED, worker_pb2.FINISH_ERROR):
             self._fail(self._destination, output)
@@ -121,6 +125,7 @@ class TwoLegs:
             submit.handover.role = worker_pb2.Handover.ROLE_DESTINATION
             submit.handover.offer = offer
             self._destination.submit(submit, self._from_destination)
+            self._trail.note("offered", worker=self._source.client.target, to=self._destination.client.target)
         except TokenRelayError as error:
             failure = worker_pb2.SequenceOutput(finish=worker_pb2.FINISH_ERROR, error=encode_error(error))
             self._fail(self._destination, failure)
@@ -152,9 +157,18 @@ class TwoLegs:
         on_output = self._end(end)
         on_output(output)
 
+    def _decodes(self, output: worker_pb2.SequenceOutput) -> None:
+        """The destination's first token says that the KV is there."""
+        if output.token_ids and not self.decoding:
+            self.decoding = True
+            self._trail.note("handed_over", worker=self._source.client.target, to=self._destination.client.target)
+
     # -- ends ---------------------------------------------------------------------------------------------------------
     def _fail(self, leg: Leg, output: worker_pb2.SequenceOutput) -> None:
         self._leg = leg
+        if not self.decoding:
+            why = decode_error(output.error).message
+            self._trail.note("handover_failed", worker=leg.client.target, detail=why)
         self._pass_last(output, "failed")
 
     def _end(self, end: str) -> OnOutput:

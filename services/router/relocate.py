@@ -24,6 +24,7 @@ from tokenrelay.services.chassis.client import WorkerClient
 from tokenrelay.services.router.legs import TwoLegs
 from tokenrelay.services.router.metrics import Metrics
 from tokenrelay.services.router.placement import Decision, decide
+from tokenrelay.services.router.trails import ChoiceTrail, Trail
 from tokenrelay.services.router.workers import Handle, WorkerPool
 
 log = get_logger("router")
@@ -54,6 +55,7 @@ class Owner(Protocol[ContraT]):
     """The request. Handed over with each call and kept only while something waits: it refers to its relocation."""
 
     request_id: str
+    trail: Trail
 
     def submission(self, choice: ContraT, client: WorkerClient) -> worker_pb2.Submit:
         """What to submit to this worker for a sequence as it stands now."""
@@ -104,9 +106,12 @@ class Relocation(Generic[SequenceT]):
             assert self.decision is not None
             make_submit, tokens = partial(owner.submission, sequence), self.decision.tokens
             with contextlib.suppress(Overloaded, Unavailable):  # the prefill worker does not take it
-                sequence.handle = TwoLegs(source, client, make_submit, sequence.on_output, self.pool.handovers, tokens)
+                take, handovers = sequence.on_output, self.pool.handovers
+                trail = ChoiceTrail(owner.trail, sequence.index)
+                sequence.handle = TwoLegs(source, client, make_submit, take, handovers, tokens, trail)
                 return
         sequence.handle = self.pool.submit(client, owner.submission(sequence, client), sequence.on_output)
+        owner.trail.note("submitted", choice=sequence.index, worker=client.target)
 
     def _source_for(
         self, owner: Owner[SequenceT], sequence: SequenceT, destination: WorkerClient
@@ -152,6 +157,7 @@ class Relocation(Generic[SequenceT]):
             self.pool.avoid(target)
         sequence.handle = None
         self._metrics.moves[cause] += 1
+        owner.trail.note("moved", choice=sequence.index, worker=target, detail=cause)
         log.info("sequence moves", request_id=owner.request_id, choice=sequence.index, cause=cause, worker=target)
         self._place_or_park(owner, sequence)
         return True
@@ -177,6 +183,7 @@ class Relocation(Generic[SequenceT]):
 
     def _park(self, owner: Owner[SequenceT], sequence: SequenceT, error: TokenRelayError) -> None:
         self._parked.append((owner, sequence))
+        owner.trail.note("parked", choice=sequence.index, detail=error.message)
         if self._timer is None:
             wait_s, loop = self.pool.config.move_wait_s, asyncio.get_running_loop()
             self._timer = loop.call_later(wait_s, self._give_up, error, time.monotonic())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Collection
 from concurrent.futures import Executor
 from typing import Final
 
@@ -51,6 +52,11 @@ class RouterState:
         self.metrics.requests_open = self._open
         if self._open == 0:
             self._quiet.set()
+
+    @property
+    def runs(self) -> Collection[Run]:
+        """Those in work."""
+        return self._runs
 
     @property
     def placements(self) -> dict[str, str]:

@@ -23,6 +23,7 @@ from tokenrelay.services.router.config import RouterConfig
 from tokenrelay.services.router.model import ServedModel, load_model
 from tokenrelay.services.router.placement import Handovers, is_source
 from tokenrelay.services.router.prefixes import Prefixes
+from tokenrelay.services.router.trails import Trails
 from tokenrelay.services.router.turns import TurnMemory
 
 log = get_logger("router")
@@ -68,6 +69,7 @@ class WorkerPool:
         self.turns = TurnMemory(config.turn_memory_bytes)
         self.prefixes = Prefixes()  # filled by members.py
         self.handovers = Handovers()
+        self.trails = Trails()
 
     def _client(self, target: str) -> WorkerClient:
         return WorkerClient(target, security=self._security, on_ready=lambda ready: self._changed(target, ready))
