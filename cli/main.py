@@ -37,6 +37,10 @@ fsm_app = typer.Typer(no_args_is_help=True, help="The state machines of requests
 app.add_typer(kernels_app, name="kernels", rich_help_panel="Looking inside")
 app.add_typer(fsm_app, name="fsm", rich_help_panel="Looking inside")
 
+EXPERTS_HELP = (
+    "How experts are dealt out, by comma: send (tokens go to their experts' ranks along dp, instead of to all), "
+    "whole (experts stay whole over tp), cut (they are cut over dp)."
+)
 MODEL_HELP = "The model: a folder with config.json, *.safetensors and tokenizer files. Default: the bundled one."
 
 
@@ -127,6 +131,19 @@ def serve(
         int | None,
         _option("--ep", panel=MODEL, metavar="N", help="Rank processes that experts are dealt out to. Default: 1."),
     ] = None,
+    dp: Annotated[
+        int | None,
+        _option("--dp", panel=MODEL, metavar="N", help="Rank processes that sequences are dealt out to. Default: 1."),
+    ] = None,
+    cp: Annotated[
+        int | None,
+        _option("--cp", panel=MODEL, metavar="N", help="Rank processes that a prompt's tokens are cut over."),
+    ] = None,
+    pp: Annotated[
+        int | None,
+        _option("--pp", panel=MODEL, metavar="N", help="Rank processes that layers are dealt out to, in stages."),
+    ] = None,
+    experts: Annotated[str | None, _option("--experts", panel=MODEL, metavar="WORDS", help=EXPERTS_HELP)] = None,
     device: Annotated[
         Literal["auto", "cpu", "cuda"] | None,
         _option("--device", panel=MODEL, help="Default: auto, a GPU if there is one, else the CPU."),
@@ -285,6 +302,10 @@ def serve(
             "weight_dtype": weight_dtype,
             "tp": tp,
             "ep": ep,
+            "dp": dp,
+            "cp": cp,
+            "pp": pp,
+            "experts": experts,
             "device": device,
             "served_model_name": served_model_name,
             "context_tokens": context_tokens,
@@ -499,9 +520,9 @@ def plan(
     dp: Annotated[
         int, _option("--dp", metavar="N", help="Ranks that sequences are dealt out to; experts are dealt out too.")
     ] = 1,
-    whole_experts: Annotated[
-        bool, _option("--whole-experts", help="Deal experts out over tp as well, instead of cutting their width.")
-    ] = False,
+    cp: Annotated[int, _option("--cp", metavar="N", help="Ranks that the tokens of a sequence are dealt out to.")] = 1,
+    pp: Annotated[int, _option("--pp", metavar="N", help="Pipeline stages that layers are dealt out to.")] = 1,
+    experts: Annotated[str, _option("--experts", metavar="WORDS", help=EXPERTS_HELP)] = "",
     tokens: Annotated[int, _option("--tokens", metavar="N", help="Tokens of a step, all ranks. Default: 64.")] = 64,
     host_ranks: Annotated[
         int, _option("--host-ranks", metavar="N", help="Ranks of one host, on the fast link. Default: 8.")
@@ -511,14 +532,14 @@ def plan(
 ) -> None:
     """Say which collectives a model needs on a mesh of ranks, their bytes and time. Needs no weights and no devices.
 
-    [cyan]tokenrelay plan /models/DeepSeek-V3 --tp 8 --dp 8 --whole-experts[/cyan]
+    [cyan]tokenrelay plan /models/DeepSeek-V3 --tp 8 --dp 8 --experts send,whole[/cyan]
     """
     from tokenrelay.cli.plan import run_plan
 
-    mesh = {"dp": dp, "ep": ep, "tp": tp}
+    mesh = {"pp": pp, "dp": dp, "cp": cp, "ep": ep, "tp": tp}
     if tokens < 1 or host_ranks < 1:
         _fail("--tokens and --host-ranks are at least 1", 2)
-    run_plan(model, mesh, tokens=tokens, host_ranks=host_ranks, whole_experts=whole_experts, svg=svg, as_json=json)
+    run_plan(model, mesh, tokens=tokens, host_ranks=host_ranks, experts=experts, svg=svg, as_json=json)
 
 
 @app.command(rich_help_panel="Looking inside")

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenrelay.base.errors import TokenRelayError
+from tokenrelay.runtime.layers.moe import ExpertSplit
 from tokenrelay.runtime.placement.cost import CostModel
-from tokenrelay.runtime.placement.mesh import Mesh
+from tokenrelay.runtime.placement.mesh import STAGES, Mesh
 from tokenrelay.runtime.spmd.plan import Group, Plan, make_plan
 
 COLOURS = {
@@ -21,6 +22,7 @@ COLOURS = {
     "all_gather": "#1d4ed8",
     "all_to_all": "#7e22ce",
     "slice": "#64748b",
+    "send": "#0f766e",
 }
 
 
@@ -30,12 +32,14 @@ def run_plan(
     *,
     tokens: int,
     host_ranks: int,
-    whole_experts: bool,
+    experts: str,
     svg: Path | None,
     as_json: bool,
 ) -> None:
     """Print the plan, and draw it where `svg` says. Raises CheckpointError, PlacementError."""
-    plan = make_plan(model, Mesh(**mesh), CostModel(tokens=tokens, host_ranks=host_ranks), whole_experts=whole_experts)
+    plan = make_plan(
+        model, Mesh(**mesh), CostModel(tokens=tokens, host_ranks=host_ranks), experts=ExpertSplit.parse(experts)
+    )
     if svg is not None:
         try:
             svg.write_text(picture(plan), encoding="utf-8")
@@ -86,7 +90,7 @@ def table(plan: Plan) -> Table:
 def footer(plan: Plan) -> str:
     """The whole step in one paragraph, with what the figures stand on."""
     cost = plan.cost
-    held = sum(group.count * group.weight_bytes for group in plan.groups)
+    held = sum(group.count * group.weight_bytes for group in plan.groups) / plan.mesh.size(STAGES)
     return (
         f"{plan.mesh.ranks} ranks, {held / 2**30:.1f} GiB of weights each; a step is predicted to take "
         f"{plan.step_s * 1e3:.2f} ms without reading the cache. Bytes are what one rank sends. Assumed: "

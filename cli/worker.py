@@ -320,12 +320,15 @@ def load(config: WorkerConfig, status: StatusPipe, ranks: Ranks | None = None) -
     folder = Path(config.model) if config.model else BUNDLED_MODEL
     if ranks is not None:
         if device != "cpu":
-            raise ConfigError(f"worker.tp x ep is {config.ranks}, which runs on the CPU: set worker.device to cpu")
+            raise ConfigError(f"a worker of {config.ranks} ranks runs on the CPU: set worker.device to cpu")
+        from tokenrelay.runtime.layers.moe import ExpertSplit
         from tokenrelay.runtime.placement import Mesh
 
         dtype = _dtype(config.dtype, device)
         sizes = {"block_tokens": config.block_tokens, "context_tokens": config.context_tokens}
-        return ranks.load(folder, Mesh(tp=config.tp, ep=config.ep), dtype=dtype, progress=progress, **sizes)
+        mesh = Mesh(pp=config.pp, dp=config.dp, cp=config.cp, ep=config.ep, tp=config.tp)
+        experts = ExpertSplit.parse(config.experts)
+        return ranks.load(folder, mesh, dtype=dtype, progress=progress, experts=experts, **sizes)
     model = load_model(
         folder,
         dtype=_dtype(config.dtype, device),

@@ -14,7 +14,7 @@ from tokenrelay.runtime.layers.linear import Linear, Split
 from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.norm import RmsNorm
 from tokenrelay.runtime.layers.sources import WeightSource
-from tokenrelay.runtime.placement import Boundary, Partial, Port, Shard, edges
+from tokenrelay.runtime.placement import Boundary, Layout, Partial, Port, Replicate, Shard, edges
 
 
 @dataclass(frozen=True)
@@ -29,29 +29,23 @@ class Gqa:
     qk_norm: bool = False
 
 
-class GqaCore(Module):
-    """From stacked projections to the heads' outputs: norm, rotation, cache write, attention."""
+class GqaHeads(Module):
+    """From stacked projections to heads: norm and rotation."""
 
     def __init__(self, gqa: Gqa, eps: float, *, dtype: torch.dtype) -> None:
         super().__init__()
-        self.heads = gqa.heads
         self.head_dim = gqa.head_dim
         self.split = (gqa.heads, gqa.kv_heads, gqa.kv_heads)
-        self.scale = gqa.head_dim**-0.5
         self.q_norm = RmsNorm("q_norm", gqa.head_dim, eps, dtype=dtype) if gqa.qk_norm else None
         self.k_norm = RmsNorm("k_norm", gqa.head_dim, eps, dtype=dtype) if gqa.qk_norm else None
         cut = {"tp": Shard(-1)}
         whole_heads = math.gcd(gqa.heads, gqa.kv_heads)  # q, k and v are each cut by heads
+        q, kv = ((None, heads, gqa.head_dim) for heads in (gqa.heads, gqa.kv_heads))
+        by_head = {"tp": Shard(1)}
         self.boundary = Boundary(
             {"qkv": Port((None, sum(self.split) * gqa.head_dim), cut, pieces=whole_heads, stacked=3)},
-            {"y": Port((None, gqa.heads * gqa.head_dim), cut, pieces=whole_heads)},
+            {"q": Port(q, by_head), "k": Port(kv, by_head), "v": Port(kv, by_head)},
         )
-
-    def narrow(self, ranks: int) -> None:
-        """Keep one rank's heads: `ranks` divides both kinds (`check` has seen to it)."""
-        self.heads //= ranks
-        q, k, v = self.split
-        self.split = (q // ranks, k // ranks, v // ranks)
 
     def sources(self, prefix: str) -> Iterator[WeightSource]:
         """q_norm and k_norm below `prefix`, where there are any."""
@@ -59,8 +53,8 @@ class GqaCore(Module):
             yield from self.q_norm.sources(prefix)
             yield from self.k_norm.sources(prefix)
 
-    def forward(self, qkv: Tensor, cos_sin: Tensor, batch: ops.AttentionBatch, cache: Tensor) -> Tensor:
-        """[t, (h + 2 hk) * hd] -> [t, h * hd]; writes this step's keys and values to `cache`."""
+    def forward(self, qkv: Tensor, cos_sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[t, (h + 2 hk) * hd], int64 [t] -> [t, h, hd], [t, hk, hd], [t, hk, hd]."""
         t = qkv.shape[0]
         q, k, v = qkv.view(t, -1, self.head_dim).split_with_sizes(
             self.split, dim=1
@@ -68,9 +62,32 @@ class GqaCore(Module):
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q.reshape(-1, self.head_dim)).view(q.shape)
             k = self.k_norm(k.reshape(-1, self.head_dim)).view(k.shape)
-        q, k = ops.rotary(q, k, batch.positions, cos_sin, False)
-        ops.gqa_cache_write(k, v, cache, batch.cache_slots)
-        decodes = batch.decodes
+        q, k = ops.rotary(q, k, positions, cos_sin, False)
+        return q, k, v
+
+
+class GqaAttend(Module):
+    """Cache write and attention. Along cp the keys are those of all ranks, the queries a rank's own."""
+
+    def __init__(self, gqa: Gqa) -> None:
+        super().__init__()
+        self.width = gqa.heads * gqa.head_dim
+        self.scale = gqa.head_dim**-0.5
+        by_head: Layout = {"tp": Shard(1)}
+        keys = Port((None, gqa.kv_heads, gqa.head_dim), {**by_head, "cp": Replicate()})
+        self.boundary = Boundary(
+            {"q": Port((None, gqa.heads, gqa.head_dim), by_head), "k": keys, "v": keys},
+            {"y": Port((None, self.width), {"tp": Shard(-1)}, pieces=gqa.heads)},
+        )
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: ops.AttentionBatch, cache: Tensor, written: Tensor
+    ) -> Tensor:
+        """[t, h, hd], 2 x [u, hk, hd], int64 [u] slots of the cache -> [t, h * hd]."""
+        ops.gqa_cache_write(k, v, cache, written)
+        t, decodes = q.shape[0], batch.decodes
+        if t == 0:
+            return q.new_empty((0, self.width))
         if decodes == t:
             y = ops.gqa_decode(q, cache, batch, self.scale)
         elif decodes == 0:
@@ -78,7 +95,38 @@ class GqaCore(Module):
         else:
             decoded = ops.gqa_decode(q[:decodes], cache, batch, self.scale)
             y = torch.cat([decoded, ops.gqa_prefill(q[decodes:], cache, batch, self.scale)])
-        return y.reshape(t, self.heads * self.head_dim)
+        return y.reshape(t, self.width)
+
+
+class GqaCore(Module):
+    """From stacked projections to the heads' outputs: norm, rotation, cache write, attention."""
+
+    def __init__(self, gqa: Gqa, eps: float, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.heads = GqaHeads(gqa, eps, dtype=dtype)
+        self.attend = GqaAttend(gqa)
+        self.boundary = Boundary(
+            self.heads.boundary.inputs,
+            self.attend.boundary.outputs,
+            edges=edges(
+                "qkv -> heads.qkv", *(f"heads.{name} -> attend.{name}" for name in ("q", "k", "v")), "attend.y -> y"
+            ),
+        )
+
+    def narrow(self, ranks: int) -> None:
+        """Keep one rank's heads: `ranks` divides both kinds (`check` has seen to it)."""
+        q, k, v = self.heads.split
+        self.heads.split = (q // ranks, k // ranks, v // ranks)
+        self.attend.width //= ranks
+
+    def sources(self, prefix: str) -> Iterator[WeightSource]:
+        """q_norm and k_norm below `prefix`, where there are any."""
+        yield from self.heads.sources(prefix)
+
+    def forward(self, qkv: Tensor, cos_sin: Tensor, batch: ops.AttentionBatch, cache: Tensor) -> Tensor:
+        """[t, (h + 2 hk) * hd] -> [t, h * hd]; writes this step's keys and values to `cache`."""
+        q, k, v = self.heads(qkv, cos_sin, batch.positions)
+        return self.attend(q, k, v, batch, cache, batch.cache_slots)  # type: ignore[no-any-return]
 
 
 class GqaAttention(Module):

@@ -18,7 +18,7 @@ from tokenrelay.runtime.layers.linear import Linear, Split
 from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.norm import RmsNorm
 from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, parameter
-from tokenrelay.runtime.placement import Boundary, Partial, Port, Shard, edges
+from tokenrelay.runtime.placement import Boundary, Partial, Port, Replicate, Shard, edges
 
 LATENT_EPS = (
     1e-6  # DeepSeek's code and transformers' leave the latents' norms at this default, whatever rms_norm_eps is
@@ -54,11 +54,12 @@ class MlaCore(Module):
         self.w_uk = parameter(mla.heads, mla.nope, mla.kv_rank, dtype=dtype)
         self.w_uv = parameter(mla.heads, mla.v, mla.kv_rank, dtype=dtype)
         cut = {"tp": Shard(-1)}
+        keys = {"cp": Replicate()}  # those of all ranks, where the queries are a rank's own
         self.boundary = Boundary(
             {
                 "q": Port((None, mla.heads * (mla.nope + mla.rope)), cut, pieces=mla.heads),
-                "latent": Port((None, mla.kv_rank)),
-                "k_rope": Port((None, mla.rope)),
+                "latent": Port((None, mla.kv_rank), keys),
+                "k_rope": Port((None, mla.rope), keys),
             },
             {"y": Port((None, self.out_width), cut, pieces=mla.heads)},
             {"w_uk": {"tp": Shard(0)}, "w_uv": {"tp": Shard(0)}},
@@ -96,7 +97,33 @@ class MlaCore(Module):
         q_nope, q_rope = q.view(t, self.heads, -1).split_with_sizes(self.split, dim=-1)  # [t, h, nope], [t, h, rope]
         q_rope, k_rotated = ops.rotary(q_rope, k_rope.unsqueeze(1), batch.positions, cos_sin, self.interleaved)
         ops.mla_cache_write(latent, k_rotated.squeeze(1), cache, batch.cache_slots)
-        decodes = batch.decodes
+        return self._attend(q_nope, q_rope, batch, cache)
+
+    def apart(
+        self,
+        q: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        cos_sin: Tensor,
+        batch: ops.AttentionBatch,
+        cache: Tensor,
+        keys: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """As `forward`, for keys of other tokens than the queries': `keys` are their positions and cache slots."""
+        positions, written = keys
+        rope = k_rope.unsqueeze(1)
+        _, k_rotated = ops.rotary(rope, rope, positions, cos_sin, self.interleaved)
+        ops.mla_cache_write(latent, k_rotated.squeeze(1), cache, written)
+        t = q.shape[0]
+        if t == 0:
+            return q.new_empty((0, self.out_width))
+        q_nope, q_rope = q.view(t, self.heads, -1).split_with_sizes(self.split, dim=-1)  # [t, h, nope], [t, h, rope]
+        q_rope, _ = ops.rotary(q_rope, q_rope[:, :1], batch.positions, cos_sin, self.interleaved)
+        return self._attend(q_nope, q_rope, batch, cache)
+
+    def _attend(self, q_nope: Tensor, q_rope: Tensor, batch: ops.AttentionBatch, cache: Tensor) -> Tensor:
+        """[t, h, nope], [t, h, rope] -> [t, h * v]."""
+        t, decodes = q_nope.shape[0], batch.decodes
         if decodes == t:
             y = self._decode(q_nope, q_rope, batch, cache)
         elif decodes == 0:

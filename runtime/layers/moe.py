@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokenrelay.base.errors import PlacementError
 from tokenrelay.kernels import ops
 from tokenrelay.kernels.quantized import QuantizedWeight, WeightForm, quantize
 from tokenrelay.runtime.layers.mlp import SwiGlu
@@ -17,7 +18,55 @@ from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, paramete
 from tokenrelay.runtime.placement import Boundary, Layout, Partial, Port, Replicate, Shard, edges
 
 EXPERT_AXES = ("dp", "ep", "tp")
-_EVERYWHERE: Layout = {"dp": Replicate()}  # routed and expert work sees the tokens of all
+
+
+@dataclass(frozen=True)
+class ExpertSplit:
+    """How a layer's experts are dealt out over EXPERT_AXES.
+
+    Over the axes in `whole` experts are dealt out as they are, over the others each one's width is cut. With `send`
+    tokens go to the ranks along dp that hold their experts (all-to-all); without it every rank gets the tokens of all.
+    """
+
+    whole: tuple[str, ...] = ("dp", "ep")
+    send: bool = False
+
+    def __post_init__(self) -> None:
+        if self.send and "dp" not in self.whole:
+            raise PlacementError(
+                "tokens are sent to whole experts: leave dp among the axes that these are dealt out over"
+            )
+
+    @staticmethod
+    def parse(words: str) -> ExpertSplit:
+        """From a setting such as "send,whole". Raises PlacementError that lists the words.
+
+        send: see `send`. whole: over tp experts are dealt out whole too. cut: over dp their width is cut too.
+        """
+        said = {word.strip() for word in words.split(",") if word.strip()}
+        if unknown := said - {"send", "whole", "cut"}:
+            raise PlacementError(f"experts are dealt out by send, whole and cut, not by {', '.join(sorted(unknown))}")
+        whole = ("ep",) if "cut" in said else ("dp", "ep")
+        return ExpertSplit((*whole, "tp") if "whole" in said else whole, "send" in said)
+
+    @property
+    def tokens(self) -> Layout:
+        """Of what goes into routing and experts: the tokens of all, or those of a rank's own sequences."""
+        return {} if self.send else {"dp": Replicate()}
+
+    @property
+    def terms(self) -> Layout:
+        """Of what experts give."""
+        return dict.fromkeys(("ep", "tp") if self.send else EXPERT_AXES, Partial())
+
+    @property
+    def sums(self) -> Layout:
+        """Of the whole layer's output: a shared expert that sees its own tokens only gives terms along tp alone."""
+        return {"tp": Partial()} if self.send else self.terms
+
+    def layout(self, width_dim: int) -> Layout:
+        """Of a weight [experts, ...] whose dimension `width_dim` is the expert's width."""
+        return {axis: Shard(0 if axis in self.whole else width_dim) for axis in EXPERT_AXES}
 
 
 @dataclass(frozen=True)
@@ -46,14 +95,14 @@ class Moe:
 class Router(Module):
     """x [t, d] -> (experts int32 [t, k], weights float32 [t, k]). Scores are float32 whatever the model's dtype is."""
 
-    def __init__(self, moe: Moe, hidden: int) -> None:
+    def __init__(self, moe: Moe, hidden: int, split: ExpertSplit) -> None:
         super().__init__()
         self.moe = moe
         self.weight = parameter(moe.experts, hidden, dtype=torch.float32)
         self.bias = parameter(moe.experts, dtype=torch.float32) if moe.bias else None
-        chosen = Port((None, moe.top_k), _EVERYWHERE)
+        chosen = Port((None, moe.top_k), split.tokens)
         parameters: dict[str, Layout] = {"weight": {}, "bias": {}} if moe.bias else {"weight": {}}
-        x = Port((None, hidden), _EVERYWHERE)
+        x = Port((None, hidden), split.tokens)
         self.boundary = Boundary({"x": x}, {"experts": chosen, "weights": chosen}, parameters)
 
     def sources(self, prefix: str) -> Iterator[WeightSource]:
@@ -82,25 +131,23 @@ class Router(Module):
 class Experts(Module):
     """All routed experts of a layer: w_gate_up [E, 2f, d], w_down [E, d, f].
 
-    On a mesh experts are dealt out over dp and ep, and over tp their width is cut, or with `whole` they are dealt out.
+    `split` says how they are dealt out on a mesh.
     """
 
-    def __init__(self, moe: Moe, hidden: int, *, whole: bool = False, dtype: torch.dtype) -> None:
+    def __init__(self, moe: Moe, hidden: int, *, split: ExpertSplit, dtype: torch.dtype) -> None:
         super().__init__()
         self.moe = moe
         self.hidden = hidden
         self.w_gate_up = parameter(moe.experts, 2 * moe.width, hidden, dtype=dtype)
         self.w_down = parameter(moe.experts, hidden, moe.width, dtype=dtype)
         self.quantized: tuple[QuantizedWeight, QuantizedWeight] | None = None  # in their place
-        chosen = Port((None, moe.top_k), _EVERYWHERE)
+        chosen = Port((None, moe.top_k), split.tokens)
         self.boundary = Boundary(
-            {"x": Port((None, hidden), _EVERYWHERE), "experts": chosen, "weights": chosen},
+            {"x": Port((None, hidden), split.tokens), "experts": chosen, "weights": chosen},
             # A rank adds what its own experts, and its part of their width, give to each token.
-            {"y": Port((None, hidden), dict.fromkeys(EXPERT_AXES, Partial()))},
-            {
-                "w_gate_up": {"dp": Shard(0), "ep": Shard(0), "tp": Shard(0 if whole else 1)},
-                "w_down": {"dp": Shard(0), "ep": Shard(0), "tp": Shard(0 if whole else 2)},
-            },
+            {"y": Port((None, hidden), split.terms)},
+            {"w_gate_up": split.layout(1), "w_down": split.layout(2)},
+            sends=("dp",) if split.send else (),
         )
 
     def sources(self, prefix: str) -> Iterator[WeightSource]:
@@ -130,17 +177,18 @@ class Experts(Module):
 class MoeMlp(Module):
     """The routed experts' weighted sum plus the shared expert: [t, d] -> [t, d]."""
 
-    def __init__(self, moe: Moe, hidden: int, *, whole: bool = False, dtype: torch.dtype) -> None:
+    def __init__(self, moe: Moe, hidden: int, *, split: ExpertSplit, dtype: torch.dtype) -> None:
         super().__init__()
-        self.router = Router(moe, hidden)
-        self.experts = Experts(moe, hidden, whole=whole, dtype=dtype)
-        self.shared = SwiGlu(hidden, moe.shared_width, axes=EXPERT_AXES, dtype=dtype) if moe.shared_width else None
+        self.router = Router(moe, hidden, split)
+        self.experts = Experts(moe, hidden, split=split, dtype=dtype)
+        axes = ("tp",) if split.send else EXPERT_AXES  # of the shared expert: where its tokens are whole
+        self.shared = SwiGlu(hidden, moe.shared_width, axes=axes, dtype=dtype) if moe.shared_width else None
         wires = ["x -> router.x", "x -> experts.x", "router.experts -> experts.experts"]
         wires += ["router.weights -> experts.weights", "experts.y -> y"]
         wires += ["x -> shared.x", "shared.y -> y"] if self.shared is not None else []
         self.boundary = Boundary(
-            {"x": Port((None, hidden), _EVERYWHERE)},
-            {"y": Port((None, hidden), dict.fromkeys(EXPERT_AXES, Partial()))},
+            {"x": Port((None, hidden), split.tokens)},
+            {"y": Port((None, hidden), split.sums)},
             edges=edges(*wires),
         )
 

@@ -51,7 +51,7 @@ class ModelConfig:
     name: str  # the folder's name
     architecture: str  # for example "DeepseekV3ForCausalLM"
     vocab_size: int
-    layers: int
+    layers: int  # that this rank holds: with pipeline stages some of the model's
     context_tokens: int
     eos_token_ids: tuple[int, ...]
     kv_layout: GqaLayout | MlaLayout  # of one layer; kv_layout.shape(blocks) in `dtype`

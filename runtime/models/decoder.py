@@ -18,12 +18,14 @@ from tokenrelay.runtime.layers.embedding import Embedding, Head
 from tokenrelay.runtime.layers.mla import Mla, MlaAttention
 from tokenrelay.runtime.layers.mlp import SwiGlu
 from tokenrelay.runtime.layers.module import Module, freeze_all
-from tokenrelay.runtime.layers.moe import EXPERT_AXES, MoeMlp
+from tokenrelay.runtime.layers.moe import ExpertSplit, MoeMlp
 from tokenrelay.runtime.layers.norm import AddRmsNorm, RmsNorm
 from tokenrelay.runtime.layers.rope import cos_sin_table
 from tokenrelay.runtime.layers.sources import WeightSource
 from tokenrelay.runtime.models.config import Architecture, ModelConfig
-from tokenrelay.runtime.placement import Boundary, Layout, Partial, Port, edges
+from tokenrelay.runtime.placement import TOKEN_AXES, Boundary, Layout, Partial, Port, Replicate, edges
+
+_EVERYWHERE: Layout = {axis: Replicate() for axis in TOKEN_AXES}
 
 
 class SampledRows(Module):
@@ -42,9 +44,7 @@ class SampledRows(Module):
 class DecoderLayer(Module):
     """Attention and MLP, each after a norm and added to the residual stream (pre-norm)."""
 
-    def __init__(
-        self, architecture: Architecture, layer: int, *, whole_experts: bool = False, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, architecture: Architecture, layer: int, *, experts: ExpertSplit, dtype: torch.dtype) -> None:
         super().__init__()
         hidden, eps = architecture.hidden, architecture.norm_eps
         # The stream begins at the first layer: there is nothing to add to yet.
@@ -60,8 +60,8 @@ class DecoderLayer(Module):
         self.mlp: nn.Module
         out: Layout = {"tp": Partial()}
         if architecture.moe is not None and layer in architecture.moe_layers:
-            self.mlp = MoeMlp(architecture.moe, hidden, whole=whole_experts, dtype=dtype)
-            out = dict.fromkeys(EXPERT_AXES, Partial())
+            self.mlp = MoeMlp(architecture.moe, hidden, split=experts, dtype=dtype)
+            out = experts.sums
         else:
             self.mlp = SwiGlu(hidden, architecture.mlp_width, bias=architecture.mlp_bias, dtype=dtype)
         self.rows = SampledRows(hidden) if last else None
@@ -108,20 +108,21 @@ class Model(Module):
 
     config: ModelConfig
 
-    def __init__(self, architecture: Architecture, *, whole_experts: bool = False, dtype: torch.dtype) -> None:
+    def __init__(self, architecture: Architecture, *, experts: ExpertSplit | None = None, dtype: torch.dtype) -> None:
         super().__init__()
         self.architecture = architecture
         vocab, hidden = architecture.vocab_size, architecture.hidden
         self.embed = Embedding("embed_tokens", vocab, hidden, dtype=dtype)
         self.layers = nn.ModuleList(
-            DecoderLayer(architecture, i, whole_experts=whole_experts, dtype=dtype) for i in range(architecture.layers)
+            DecoderLayer(architecture, i, experts=experts or ExpertSplit(), dtype=dtype)
+            for i in range(architecture.layers)
         )
         self.norm = AddRmsNorm("norm", hidden, architecture.norm_eps, dtype=dtype)
         tied = self.embed if architecture.tied else None
         self.head = Head("lm_head", vocab, hidden, tied=tied, dtype=dtype)
         self.cos_sin = torch.empty(0)  # [context_tokens, rotated width], set by `finish`
         self.boundary = Boundary(
-            {"token_ids": Port((None,))}, {"logits": Port((None, vocab))}, edges=edges(*self._wires())
+            {"token_ids": Port((None,))}, {"logits": Port((None, vocab), _EVERYWHERE)}, edges=edges(*self._wires())
         )
 
     def _wires(self) -> Iterator[str]:

@@ -7,11 +7,12 @@ print(report)                               # the collectives that the declarati
 
 from tokenrelay.runtime.placement.boundary import Boundary, Edge, Port, edges
 from tokenrelay.runtime.placement.check import Collective, PlacementReport, check
-from tokenrelay.runtime.placement.mesh import AXES, TOKEN_AXES, Mesh
+from tokenrelay.runtime.placement.mesh import AXES, STAGES, TOKEN_AXES, Mesh
 from tokenrelay.runtime.placement.placements import Layout, Partial, Placement, Replicate, Shard
 
 __all__ = [
     "AXES",
+    "STAGES",
     "TOKEN_AXES",
     "Boundary",
     "Collective",

@@ -56,6 +56,8 @@ class Boundary:
 
     `tokenwise`: tokens do not meet in it and no rank's weights differ along an axis that its ports do not name, so it
     may run on a part of the tokens (Shard(0)) where its ports say Replicate.
+    `sends`: axes along which both its tokens and its parameters are Shard(0). Each token goes to the ranks whose
+    parameters it asks for, and what they give comes back and is added (all-to-all, around the call).
     """
 
     inputs: Mapping[str, Port]
@@ -63,6 +65,7 @@ class Boundary:
     parameters: Mapping[str, Layout] = field(default_factory=dict)
     edges: tuple[Edge, ...] = ()
     tokenwise: bool = False
+    sends: tuple[str, ...] = ()
 
 
 _LINE = re.compile(r"\s*([\w.]+)(?:\[(\d+):(\d+)\])?\s*->\s*([\w.]+)\s*")

@@ -138,6 +138,14 @@ def _check_layouts(path: str, module: nn.Module, boundary: Boundary, mesh: Mesh)
         _check_layout(_join(path, name), tuple(parameter.shape), layout, mesh)
         if name != "bias" and any(isinstance(placement, Partial) for placement in layout.values()):
             raise PlacementError(f"{_join(path, name)} is a parameter and cannot be Partial")
+    for axis in boundary.sends:
+        ports = {**boundary.inputs, **boundary.outputs}
+        wrong = [name for name, port in ports.items() if port.placement(axis) != Shard(0)]
+        wrong += [name for name, layout in boundary.parameters.items() if layout.get(axis) != Shard(0)]
+        if wrong:
+            raise PlacementError(
+                f"{path or 'the model'} sends tokens along {axis!r}, so {', '.join(wrong)} must be Shard(0)"
+            )
 
 
 def _check_layout(name: str, shape: tuple[int | None, ...], layout: Layout, mesh: Mesh, pieces: int = 0) -> None:

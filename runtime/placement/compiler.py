@@ -19,7 +19,7 @@ from tokenrelay.runtime.placement.check import check
 from tokenrelay.runtime.placement.convert import Converter
 from tokenrelay.runtime.placement.cost import CostModel
 from tokenrelay.runtime.placement.ir import Add, Call, Move, Op, Part, Program, Value, layouts_of, verify
-from tokenrelay.runtime.placement.mesh import Mesh
+from tokenrelay.runtime.placement.mesh import STAGES, Mesh
 
 Pass = passes.Pass
 DEFAULT_PASSES: tuple[Pass, ...] = (passes.drop_unused, passes.split_reductions, passes.fuse_norms, passes.overlap)
@@ -28,11 +28,17 @@ DEFAULT_PASSES: tuple[Pass, ...] = (passes.drop_unused, passes.split_reductions,
 def compile_model(
     model: nn.Module, mesh: Mesh, cost: CostModel | None = None, *, steps: tuple[Pass, ...] = DEFAULT_PASSES
 ) -> Program:
-    """The program of `model` on `mesh`, verified after each pass. Raises PlacementError, see `check`."""
+    """The program of `model` on `mesh`, verified after each pass. Raises PlacementError, see `check`.
+
+    With pipeline stages it is still that of all layers (`stages.cut_stages` cuts it), and nothing is overlapped: a
+    collective that is under way cannot be cut.
+    """
     cost = cost or CostModel()
     check(model, mesh)
     program = verify(_Walk(model, mesh, cost).run(), "lowering")
     for step in steps:
+        if step is passes.overlap and mesh.size(STAGES) > 1:
+            continue
         program = verify(step(program, cost), step.__name__)
     return program
 
@@ -49,6 +55,7 @@ class _Walk:
         self._ports: dict[str, tuple[dict[str, Port], dict[str, Port]]] = {}
         self._converted: dict[tuple[str, object], str] = {}
         self._parts: dict[tuple[str, int, int], str] = {}
+        self._sends: dict[str, tuple[str, ...]] = {}
 
     def run(self) -> Program:
         boundary = self._model.boundary
@@ -56,9 +63,8 @@ class _Walk:
         inputs = {name: self._value(name, port) for name, port in boundary.inputs.items()}
         self._ports[""] = (dict(boundary.inputs), dict(boundary.outputs))
         outputs = self._module("", self._model, inputs)
-        return Program(
-            self._mesh, tuple(inputs.items()), tuple(outputs.items()), self._values, tuple(self._ops), self._ports
-        )
+        ends = tuple(inputs.items()), tuple(outputs.items())
+        return Program(self._mesh, *ends, self._values, tuple(self._ops), self._ports, self._sends)
 
     def _value(self, name: str, port: Port) -> str:
         return self._new(name, Value("", port.shape, layouts_of(port, self._mesh), port.stacked))
@@ -79,7 +85,9 @@ class _Walk:
         outputs = {name: self._value(_join(path, name), port) for name, port in boundary.outputs.items()}
         self._ports[path] = (dict(boundary.inputs), dict(boundary.outputs))
         given = tuple((name, inputs[name]) for name in boundary.inputs)
-        self._ops.append(Call(path, given, tuple(outputs.items()), boundary.tokenwise))
+        sends = tuple(axis for axis in boundary.sends if self._mesh.size(axis) > 1)
+        self._sends[path] = boundary.sends
+        self._ops.append(Call(path, given, tuple(outputs.items()), boundary.tokenwise, sends))
         return outputs
 
     def _composite(self, path: str, module: nn.Module, boundary: Boundary, inputs: dict[str, str]) -> dict[str, str]:

@@ -10,9 +10,10 @@ and Gropp, "Optimization of Collective Communication Operations in MPICH", 2005,
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tokenrelay.runtime.placement.ir import Layouts, Move, Value
+from tokenrelay.runtime.placement.ir import Call, Layouts, Move, Value
 from tokenrelay.runtime.placement.mesh import AXES, Mesh
 from tokenrelay.runtime.placement.placements import Shard
 
@@ -45,13 +46,29 @@ class CostModel:
         most = max(self.local_bytes(value, before, mesh), self.local_bytes(value, made, mesh))
         return (2 if move.kind == "all_reduce" else 1) * (n - 1) / n * most
 
+    def exchanged_bytes(self, call: Call, values: Mapping[str, Value], mesh: Mesh, chosen: int) -> tuple[float, float]:
+        """Bytes that one rank sends so that its tokens meet `chosen` experts each, and for what comes back.
+
+        Choices are taken to be uniform: a token goes to an expected number of the other ranks. With it go its `chosen`
+        numbers and weights, four bytes each.
+        """
+        x = values[call.inputs[0][1]]
+        n = math.prod(mesh.size(axis) for axis in call.sends)
+        ranks = n * (1 - (1 - 1 / n) ** chosen) * (n - 1) / n  # other ranks that hold one of its experts
+        tokens = self.local_bytes(x, x.layouts, mesh) / (math.prod(s for s in x.shape if s) * self.element_bytes)
+        row = x.shape[-1] or 0
+        return ranks * tokens * (row * self.element_bytes + 8 * chosen), ranks * tokens * row * self.element_bytes
+
+    def group_s(self, axes: tuple[str, ...], sent_bytes: float, phases: int, mesh: Mesh) -> float:
+        """Seconds of `phases` that send so many bytes among the ranks along `axes`."""
+        span = max(group[-1] - group[0] + 1 for group in mesh.groups(axes)[:1])
+        near = span <= self.host_ranks
+        speed = self.link_bytes_s if near else self.network_bytes_s
+        return phases * (self.link_latency_s if near else self.network_latency_s) + sent_bytes / speed
+
     def move_s(self, move: Move, value: Value, before: Layouts, made: Layouts, mesh: Mesh) -> float:
         """Seconds of a move."""
         if move.kind == "slice":
             return 0.0
-        span = max(group[-1] - group[0] + 1 for group in mesh.groups(move.axes)[:1])
-        near = span <= self.host_ranks
-        speed = self.link_bytes_s if near else self.network_bytes_s
-        latency = self.link_latency_s if near else self.network_latency_s
         phases = 2 if move.kind == "all_reduce" else 1
-        return phases * latency + self.sent_bytes(move, value, before, made, mesh) / speed
+        return self.group_s(move.axes, self.sent_bytes(move, value, before, made, mesh), phases, mesh)

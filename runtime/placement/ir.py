@@ -7,7 +7,7 @@ specification, rule by rule; the compiler runs it after each pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tokenrelay.base.errors import PlacementError
 from tokenrelay.runtime.placement.boundary import Port
@@ -31,12 +31,16 @@ class Value:
 
 @dataclass(frozen=True)
 class Call:
-    """Run a module: (port, value) pairs in the order of its boundary."""
+    """Run a module: (port, value) pairs in the order of its boundary.
+
+    Along the axes in `sends` tokens are sent to the ranks that they ask for and come back as sums (`Boundary.sends`).
+    """
 
     module: str
     inputs: tuple[tuple[str, str], ...]
     outputs: tuple[tuple[str, str], ...]
     tokenwise: bool = False
+    sends: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ class Program:
     values: Mapping[str, Value]
     ops: tuple[Op, ...]
     ports: Ports
+    sends: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # module -> what its boundary declares
 
     @property
     def moves(self) -> list[Move]:
@@ -253,6 +258,21 @@ def _calls(program: Program) -> str | None:
     return None
 
 
+def _sends(program: Program) -> str | None:
+    """A call sends along each axis that its module declares and that has ranks; its values are cut by tokens there."""
+    for op in program.ops:
+        call = op.call if isinstance(op, ReduceNorm) else op
+        if not isinstance(call, Call):
+            continue
+        declared = tuple(axis for axis in program.sends.get(call.module, ()) if program.mesh.size(axis) > 1)
+        if call.sends != declared:
+            return f"{call} does not send as {call.module} declares"
+        for _, value in (*call.inputs, *call.outputs):
+            if any(program.values[value].layouts[AXES.index(axis)] != Shard(0) for axis in declared):
+                return f"{call} sends {value}, which is not cut by tokens"
+    return None
+
+
 def _sums(program: Program) -> str | None:
     """Values that are added are placed alike; a part is taken of a dimension that is not cut."""
     for op in program.ops:
@@ -287,7 +307,7 @@ def _ends(program: Program) -> str | None:
     return None
 
 
-SPEC: tuple[Callable[[Program], str | None], ...] = (_order, _moves, _calls, _sums, _fused, _ends)
+SPEC: tuple[Callable[[Program], str | None], ...] = (_order, _moves, _calls, _sends, _sums, _fused, _ends)
 
 
 def verify(program: Program, stage: str) -> Program:

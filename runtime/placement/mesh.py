@@ -5,14 +5,12 @@ from __future__ import annotations
 from tokenrelay.base.errors import PlacementError
 
 # From the outermost to the innermost: where several axes cut one dimension, the first has the largest pieces, and
-# ranks that differ in the last are neighbours. dp: sequences are dealt out. ep: whole experts are dealt out, tokens are
-# whole. tp: one layer's matrices are cut over it.
-AXES = ("dp", "ep", "tp")
-TOKEN_AXES = ("dp",)  # a port with a dimension of tokens is Shard(0) along these where it does not say otherwise
-_NOT_YET = {
-    "cp": "attention over a paged cache would need the keys of all ranks",
-    "pp": "a step passes through all layers in one group of ranks",
-}
+# ranks that differ in the last are neighbours. dp: sequences are dealt out. cp: the tokens of each sequence are, and
+# keys are whole. ep: whole experts are dealt out, tokens are whole. tp: one layer's matrices are cut over it.
+AXES = ("dp", "cp", "ep", "tp")
+TOKEN_AXES = ("dp", "cp")  # a port with a dimension of tokens is Shard(0) along these where it does not say otherwise
+STAGES = "pp"  # layers are dealt out over it; no tensor is placed along it, programs are cut (stages.py)
+MESH_AXES = (STAGES, *AXES)
 
 
 class Mesh:
@@ -20,13 +18,11 @@ class Mesh:
 
     def __init__(self, **sizes: int) -> None:
         for axis, size in sizes.items():
-            if axis in _NOT_YET and size != 1:
-                raise PlacementError(f"mesh axis {axis!r} is not computed: {_NOT_YET[axis]}")
-            if axis not in AXES and axis not in _NOT_YET:
-                raise PlacementError(f"the mesh has no axis {axis!r}; known: {', '.join(AXES)}")
+            if axis not in MESH_AXES:
+                raise PlacementError(f"the mesh has no axis {axis!r}; known: {', '.join(MESH_AXES)}")
             if size < 1:
                 raise PlacementError(f"mesh axis {axis!r} has size {size}; an axis has at least one rank")
-        self._sizes = {axis: sizes.get(axis, 1) for axis in AXES}
+        self._sizes = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
 
     def size(self, axis: str) -> int:
         """Ranks along `axis`."""
@@ -59,14 +55,14 @@ class Mesh:
         if not 0 <= rank < self.ranks:
             raise PlacementError(f"rank {rank} is not one of the {self.ranks} ranks of {self!r}")
         found = {}
-        for axis in reversed(AXES):
+        for axis in reversed(MESH_AXES):
             rank, found[axis] = divmod(rank, self._sizes[axis])
-        return {axis: found[axis] for axis in AXES}
+        return {axis: found[axis] for axis in MESH_AXES}
 
     def rank_at(self, coordinates: dict[str, int]) -> int:
         """The rank that stands there: the inverse of `coordinates`."""
         rank = 0
-        for axis in AXES:
+        for axis in MESH_AXES:
             rank = rank * self._sizes[axis] + coordinates[axis]
         return rank
 
@@ -75,5 +71,5 @@ class Mesh:
         found: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.ranks):
             at = self.coordinates(rank)
-            found.setdefault(tuple(at[axis] for axis in AXES if axis not in axes), []).append(rank)
+            found.setdefault(tuple(at[axis] for axis in MESH_AXES if axis not in axes), []).append(rank)
         return list(found.values())

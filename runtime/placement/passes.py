@@ -58,7 +58,7 @@ def split_reductions(program: Program, cost: CostModel) -> Program:
     some tokens a rank on; below, the two latencies stand (`fuse_norms` takes those).
     """
     n = program.mesh.size("tp")
-    ranks = n * program.mesh.size("dp")
+    ranks = n * program.mesh.size("dp") * program.mesh.size("cp")
     if n == 1 or cost.tokens % ranks or cost.tokens < ranks * SPLIT_TOKENS_MIN:
         return program
     editor = _Editor(program)

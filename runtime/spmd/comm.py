@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from tokenrelay.runtime.placement import Mesh
 from tokenrelay.runtime.placement.ir import Move
+
+Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 HOST = "127.0.0.1"
 LOAD_MAX_S = 300.0  # a rank starts and reads its shard
@@ -62,6 +65,51 @@ class Comm:
             case _:
                 return x.chunk(count, move.dim)[at].contiguous()
 
+    def send(self, axis: str, target: int, x: Tensor) -> None:
+        """`x` to the rank at place `target` along `axis`, which receives it."""
+        self._groups[(axis,)][0].send([x.contiguous()], target, 0).wait(self._timeout)
+
+    def receive(self, axis: str, source: int, like: Tensor) -> Tensor:
+        """What the rank at place `source` along `axis` sends; written to `like`, which has its shape and type."""
+        self._groups[(axis,)][0].recv([like], source, 0).wait(self._timeout)
+        return like
+
+    def exchange(
+        self,
+        axes: tuple[str, ...],
+        x: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        *,
+        firsts: Sequence[int],
+        held: int,
+        work: Experts,
+    ) -> Tensor:
+        """Each token [t, d] to the ranks along `axes` whose experts it chose [t, k], and their answers' sum back.
+
+        The i-th rank of the group holds `held` experts from `firsts[i]` on. `work` gets (x, experts, weights) of the
+        tokens that came; experts are numbered as they are held, and -1 is another rank's.
+        """
+        group, _, count = self._groups[axes]
+        rows, packed, sizes = [], [], []
+        for first in firsts:
+            local = experts - first
+            local = local.masked_fill((local < 0) | (local >= held), -1)
+            wanted = (local >= 0).any(1).nonzero().flatten()
+            rows.append(wanted)
+            sizes.append(len(wanted))
+            packed.append(_pack(x[wanted], local[wanted], weights[wanted]))
+        arriving = torch.empty(count, dtype=torch.int64)
+        group.alltoall_base(arriving, torch.tensor(sizes), [], []).wait(self._timeout)
+        counts = arriving.tolist()
+        sent = torch.cat(packed)
+        came = sent.new_empty((sum(counts), sent.shape[1]))
+        group.alltoall_base(came, sent, counts, sizes).wait(self._timeout)
+        answered = work(*_unpack(came, x, experts))
+        back = answered.new_empty((sum(sizes), answered.shape[1]))
+        group.alltoall_base(back, answered.contiguous(), sizes, counts).wait(self._timeout)
+        return torch.zeros_like(x).index_add_(0, torch.cat(rows), back)
+
     def _gather(self, group: Any, count: int, x: Tensor) -> list[Tensor]:
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(count)]
@@ -73,3 +121,18 @@ class Comm:
         received = torch.empty_like(parts)
         group.alltoall_base(received, parts, [], []).wait(self._timeout)
         return received
+
+
+def _pack(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    """[n, d], int32 [n, k], float32 [n, k] -> bytes [n, ...]: one exchange instead of three."""
+    parts = (x.contiguous(), experts.int().contiguous(), weights.contiguous())
+    return torch.cat([part.view(torch.uint8) for part in parts], 1)
+
+
+def _unpack(rows: Tensor, x: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of `_pack`; `x` and `experts` are of the same type and width."""
+    k = experts.shape[1] * 4
+    parts = rows.split_with_sizes((x.shape[1] * x.element_size(), k, k), 1)
+    kinds = (x.dtype, torch.int32, torch.float32)
+    made = [part.contiguous().view(kind) for part, kind in zip(parts, kinds, strict=True)]
+    return made[0], made[1], made[2]

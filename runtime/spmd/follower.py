@@ -34,8 +34,8 @@ def follow(rank: int, store: Any, timeout_s: float, orders: int, answers: int) -
             kind, payload = frame
             if kind == frames.STEP:
                 assert model is not None, "a step before a load"
-                token_ids, batch, sample_rows = frames.unpack_step(payload)
-                model(token_ids, batch, caches, sample_rows)
+                token_ids, batch, sample_rows, homes, copies = frames.unpack_step(payload)
+                model(token_ids, batch, caches, sample_rows, homes, copies)
                 continue
             order = json.loads(payload)
             if kind == frames.CACHES:

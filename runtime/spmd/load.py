@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tokenrelay.runtime.layers.moe import ExpertSplit
 from tokenrelay.runtime.models.decoder import Model
 from tokenrelay.runtime.placement import Mesh
 from tokenrelay.runtime.spmd.comm import Comm
@@ -21,11 +22,13 @@ def load_shard(order: dict[str, Any], rank: int, **more: Any) -> tuple[Model, Pr
     """
     mesh = Mesh(**order["mesh"])
     dtype = getattr(torch, order["dtype"]) if order["dtype"] else None
-    model = load_model(Path(order["folder"]), dtype=dtype, mesh=mesh, rank=rank, **order["options"], **more)
-    return model, compile_programs(model.architecture, mesh)
+    experts = ExpertSplit(tuple(order["experts"]["whole"]), order["experts"]["send"])
+    options = {**order["options"], **more}
+    model = load_model(Path(order["folder"]), dtype=dtype, mesh=mesh, rank=rank, experts=experts, **options)
+    return model, compile_programs(model.architecture, mesh, experts)
 
 
 def meet(store: Any, order: dict[str, Any], rank: int, timeout_s: float, shard: tuple[Model, Programs]) -> RankModel:
     """Connect with the others, once every rank has its shard. Raises RuntimeError when one does not come."""
     model, programs = shard
-    return RankModel(model, programs, Comm(store, order["name"], programs.few.mesh, rank, timeout_s), rank)
+    return RankModel(model, programs, Comm(store, order["name"], programs.mesh, rank, timeout_s), rank)

@@ -1,6 +1,6 @@
 """What a model would do on a mesh: collectives, bytes and predicted time per layer, from config.json alone.
 
-    plan = make_plan(Path("DeepSeek-V3"), Mesh(tp=8, dp=8), CostModel(tokens=64), whole_experts=True)
+    plan = make_plan(Path("DeepSeek-V3"), Mesh(tp=8, dp=8), CostModel(tokens=64), experts=ExpertSplit(send=True))
     for group in plan.groups: print(group.name, group.move_s)
 
 No weights are read and no device is touched: the model is built on torch's meta device.
@@ -8,24 +8,27 @@ No weights are read and no device is touched: the model is built on torch's meta
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from tokenrelay.base.errors import CheckpointError, PlacementError
-from tokenrelay.runtime.layers.moe import Experts
+from tokenrelay.runtime.layers.moe import Experts, ExpertSplit
 from tokenrelay.runtime.models.config import Architecture
 from tokenrelay.runtime.models.decoder import Model
 from tokenrelay.runtime.models.fields import Fields
 from tokenrelay.runtime.models.registry import architecture_of
-from tokenrelay.runtime.placement import Boundary, Mesh, Shard
+from tokenrelay.runtime.placement import AXES, STAGES, TOKEN_AXES, Boundary, Mesh, Shard
 from tokenrelay.runtime.placement.compiler import compile_model
 from tokenrelay.runtime.placement.cost import CostModel
 from tokenrelay.runtime.placement.ir import Call, Move, Program, ReduceNorm, Start, moves_of, reads, writes
+from tokenrelay.runtime.placement.stages import cut_stages
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
@@ -80,17 +83,18 @@ class Plan:
         return sum(group.count * (group.compute_s + group.move_s) for group in self.groups)
 
 
-def make_plan(model: Path, mesh: Mesh, cost: CostModel, *, whole_experts: bool = False) -> Plan:
+def make_plan(model: Path, mesh: Mesh, cost: CostModel, *, experts: ExpertSplit | None = None) -> Plan:
     """The plan for a folder with config.json, or that file. Raises CheckpointError and PlacementError."""
     file = model / "config.json" if model.is_dir() else model
     if not file.exists():
         raise CheckpointError(f"{file} does not exist; a plan needs a model's config.json", file=str(file))
-    if cost.tokens < mesh.size("dp"):
-        raise PlacementError(f"a step of {cost.tokens} tokens cannot be dealt out to {mesh.size('dp')} ranks of dp")
+    places = mesh.size("dp") * mesh.size("cp")
+    if cost.tokens % places:
+        raise PlacementError(f"a step of {cost.tokens} tokens cannot be dealt out to {places} ranks of dp and cp")
     name, architecture = architecture_of(Fields.read(file))
     started = time.process_time()
     with torch.device("meta"):
-        built = Model(architecture, whole_experts=whole_experts, dtype=torch.bfloat16)
+        built = Model(architecture, experts=experts, dtype=torch.bfloat16)
     program = compile_model(built, mesh, cost)
     seconds = time.process_time() - started
     return Plan(name, mesh, cost, _groups(built, architecture, program, cost), seconds)
@@ -105,8 +109,9 @@ def _groups(model: Model, architecture: Architecture, program: Program, cost: Co
         outer = "embedding" if name.startswith("embed") else "head"
         buckets.setdefault(f"layer {layer[1]}" if layer else outer, []).append(i)
     groups: list[Group] = []
+    passed = _cuts(program, architecture.layers)
     for name, indices in buckets.items():
-        group = _group(name, indices, model, architecture, program, cost)
+        group = _group(name, indices, model, architecture, program, cost, passed)
         last = groups[-1] if groups else None
         if last is not None and _same(last, group):
             first = last.name.split()[1].split("-")[0]
@@ -129,20 +134,32 @@ def _same(a: Group, b: Group) -> bool:
 
 
 def _group(
-    name: str, indices: list[int], model: Model, architecture: Architecture, program: Program, cost: CostModel
+    name: str,
+    indices: list[int],
+    model: Model,
+    architecture: Architecture,
+    program: Program,
+    cost: CostModel,
+    passed: Mapping[int, tuple[str, ...]],
 ) -> Group:
     modules: list[str] = []
     moves: list[PlannedMove] = []
     weights = seconds = 0.0
     for i in indices:
         op = program.ops[i]
+        if (crossing := passed.get(i)) is not None:
+            modules.append(f"*{len(moves)}")
+            moves.append(_passed(crossing, program, cost))
         for move in moves_of(op):
             how = "fused" if isinstance(op, ReduceNorm) else "overlapped" if isinstance(op, Start) else ""
             modules.append(f"*{len(moves)}")
             moves.append(_planned(move, how, program, cost))
         call = op.call if isinstance(op, ReduceNorm) else op
         if isinstance(call, Call):
-            modules.append(_LAYER.sub("", call.module))
+            planned = _exchanged(call, architecture, program, cost) if call.sends else []
+            names = [f"*{len(moves) + n}" for n in range(len(planned))]
+            moves += planned
+            modules += [*names[:2], _LAYER.sub("", call.module), *names[2:]]
             held, took = _work(call, model, architecture, program, cost)
             weights, seconds = weights + held, seconds + took
     return Group(name, 1, tuple(modules), tuple(moves), weights, seconds)
@@ -153,6 +170,35 @@ def _planned(move: Move, how: str, program: Program, cost: CostModel) -> Planned
     args = (move, source, source.layouts, target.layouts, program.mesh)
     where = _LAYER.sub("", source.name.partition("@")[0])
     return PlannedMove(move.kind, move.axes, where, cost.sent_bytes(*args), cost.move_s(*args), how)
+
+
+def _exchanged(call: Call, architecture: Architecture, program: Program, cost: CostModel) -> list[PlannedMove]:
+    """How many tokens come, the tokens to their experts' ranks, and what these give back."""
+    assert architecture.moe is not None
+    mesh, where = program.mesh, _LAYER.sub("", call.module)
+    there, back = cost.exchanged_bytes(call, program.values, mesh, architecture.moe.top_k)
+    ranks = math.prod(mesh.size(axis) for axis in call.sends)
+    return [
+        PlannedMove("all_to_all", call.sends, f"{where} ({what})", sent, cost.group_s(call.sends, sent, 1, mesh), "")
+        for what, sent in (("counts", 8.0 * (ranks - 1)), ("tokens there", there), ("sums back", back))
+    ]
+
+
+def _cuts(program: Program, layers: int) -> dict[int, tuple[str, ...]]:
+    """The operations before which a pipeline stage ends, and the values that go on."""
+    found, at = {}, 0
+    for before, stage in itertools.pairwise(cut_stages(program, layers)):
+        at += len(before.ops)
+        found[at] = tuple(value for _, value in stage.inputs)
+    return found
+
+
+def _passed(values: tuple[str, ...], program: Program, cost: CostModel) -> PlannedMove:
+    """Values sent to the next pipeline stage."""
+    mesh = program.mesh
+    sent = sum(cost.local_bytes(program.values[v], program.values[v].layouts, mesh) for v in values)
+    where = ", ".join(_LAYER.sub("", value) for value in values)
+    return PlannedMove("send", (STAGES,), where, sent, cost.group_s((STAGES,), sent, 1, mesh), "")
 
 
 def _work(
@@ -169,7 +215,7 @@ def _work(
         tensor = module.get_parameter(name)
         cut = math.prod(program.mesh.size(axis) for axis, placement in layout.items() if isinstance(placement, Shard))
         held += tensor.numel() / cut
-    tokens = cost.tokens / (program.mesh.size("dp") if _by_sequence(call, program) else 1)
+    tokens = cost.tokens / _dealt(call, program)
     multiplied = held * tokens
     touched = held
     if isinstance(module, Experts):
@@ -182,5 +228,8 @@ def _work(
     return held * cost.element_bytes, max(reading, 2 * multiplied / cost.flops_s)
 
 
-def _by_sequence(call: Call, program: Program) -> bool:
-    return bool(call.inputs) and program.values[call.inputs[0][1]].layouts[0] == Shard(0)
+def _dealt(call: Call, program: Program) -> int:
+    """Ranks that the tokens of a call are dealt out to; tokens that are sent are in the end those of all."""
+    layouts = program.values[call.inputs[0][1]].layouts
+    axes = (axis for axis in TOKEN_AXES if axis not in call.sends and layouts[AXES.index(axis)] == Shard(0))
+    return math.prod(program.mesh.size(axis) for axis in axes)

@@ -9,29 +9,34 @@ where tokens are cut around the norms. Each is a list of closures over numbered 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokenrelay.base.errors import PlacementError
 from tokenrelay.kernels.batch import AttentionBatch
-from tokenrelay.runtime.layers.attention import GqaCore
+from tokenrelay.runtime.layers.attention import GqaAttend, GqaCore, GqaHeads
 from tokenrelay.runtime.layers.embedding import Embedding, Head
 from tokenrelay.runtime.layers.linear import Linear
 from tokenrelay.runtime.layers.mla import MlaCore
 from tokenrelay.runtime.layers.mlp import Activation
-from tokenrelay.runtime.layers.moe import Experts, Router
+from tokenrelay.runtime.layers.moe import Experts, ExpertSplit, Router
 from tokenrelay.runtime.layers.norm import AddRmsNorm, RmsNorm
+from tokenrelay.runtime.models.config import Architecture
 from tokenrelay.runtime.models.decoder import Model, SampledRows
-from tokenrelay.runtime.placement import Mesh
+from tokenrelay.runtime.placement import AXES, STAGES, TOKEN_AXES, Mesh, Shard
 from tokenrelay.runtime.placement.compiler import compile_model
 from tokenrelay.runtime.placement.cost import CostModel
-from tokenrelay.runtime.placement.ir import Add, Call, Move, Op, Part, Program, ReduceNorm, Start, reads, writes
+from tokenrelay.runtime.placement.ir import Add, Call, Move, Op, Part, Program, ReduceNorm, Start, Value, reads, writes
 from tokenrelay.runtime.placement.passes import SPLIT_TOKENS_MIN
+from tokenrelay.runtime.placement.stages import cut_stages, stage_layers
 from tokenrelay.runtime.spmd.comm import Comm
+from tokenrelay.runtime.spmd.deal import deal
+from tokenrelay.runtime.spmd.homes import Copy
 from tokenrelay.runtime.spmd.shard import cuts_of
 
 
@@ -42,6 +47,9 @@ class Inputs:
     batch: AttentionBatch
     caches: list[Tensor]
     sample_rows: Tensor
+    positions: Tensor  # int64 [t]
+    keys: tuple[Tensor, Tensor]  # positions and cache slots of the tokens whose keys this rank gets
+    real: int  # tokens that are no padding
 
 
 Fn = Callable[..., Any]  # (inputs, *values) -> a tensor, or a tuple of them
@@ -49,22 +57,26 @@ Fn = Callable[..., Any]  # (inputs, *values) -> a tensor, or a tuple of them
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """What a rank runs, by the number of tokens."""
+    """What ranks run, by the number of tokens; one program for each pipeline stage."""
 
-    few: Program
-    many: Program
+    few: tuple[Program, ...]
+    many: tuple[Program, ...]
+
+    @property
+    def mesh(self) -> Mesh:
+        """What they were compiled for."""
+        return self.few[0].mesh
 
 
-def compile_programs(architecture: Any, mesh: Mesh) -> Programs:
-    """Both programs for `mesh`. Raises PlacementError, for an axis that ranks do not run too."""
-    if mesh.size("dp") > 1:
-        raise PlacementError("ranks do not run dp: each of its ranks would need a scheduler of its own")
+def compile_programs(architecture: Architecture, mesh: Mesh, experts: ExpertSplit | None = None) -> Programs:
+    """Both programs for `mesh`, in stages. Raises PlacementError."""
     with torch.device("meta"):
-        model = Model(architecture, dtype=torch.float32)
-    ranks = mesh.size("tp")
-    # ep keeps its tokens whole: a number of tokens that only tp divides.
-    many = CostModel(tokens=ranks * SPLIT_TOKENS_MIN + (ranks if mesh.size("ep") > 1 else 0))
-    return Programs(compile_model(model, mesh, CostModel(tokens=1)), compile_model(model, mesh, many))
+        model = Model(architecture, experts=experts, dtype=torch.float32)
+    places, tp = mesh.size("dp") * mesh.size("cp"), mesh.size("tp")
+    # ep keeps its tokens whole: a number of tokens that only the others divide.
+    many = places * (tp * SPLIT_TOKENS_MIN + (tp if mesh.size("ep") > 1 else 0))
+    made = [compile_model(model, mesh, CostModel(tokens=tokens)) for tokens in (places, many)]
+    return Programs(*(cut_stages(program, architecture.layers) for program in made))
 
 
 class RankModel:
@@ -73,34 +85,99 @@ class RankModel:
     def __init__(self, model: Model, programs: Programs, comm: Comm, rank: int) -> None:
         self.config = model.config
         self.cos_sin = model.cos_sin
+        self.mesh = programs.mesh
         self._model = model
-        self._at = programs.few.mesh.coordinates(rank)
-        self._mesh = programs.few.mesh
+        self._at = self.mesh.coordinates(rank)
         self._comm = comm
-        for program in (programs.few, programs.many):
-            for move in program.moves:
-                comm.connect(move.axes)
-        self._few = _Line(programs.few, self)
-        self._many = _Line(programs.many, self)
+        self.dealt = self.mesh.size("dp") * self.mesh.size("cp") > 1
+        stage, stages = self._at[STAGES], self.mesh.size(STAGES)
+        self._first_layer = stage_layers(len(model.layers), stage, stages).start
+        few, many = programs.few[stage], programs.many[stage]
+        for program in (few, many):
+            for axes in _groups(program):
+                comm.connect(axes)
+        for axis in ("dp", STAGES):  # blocks are copied along dp, values passed on along pp
+            if self.mesh.size(axis) > 1:
+                comm.connect((axis,))
+        self._few = Line(few, self)
+        self._many = Line(many, self)
 
-    def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[Tensor], sample_rows: Tensor) -> Tensor:
-        """As `Model.forward`, whose docstring has the shapes."""
-        tokens, tp = token_ids.shape[0], self._mesh.size("tp")
+    def __call__(
+        self,
+        token_ids: Tensor,
+        batch: AttentionBatch,
+        caches: list[Tensor],
+        sample_rows: Tensor,
+        homes: Sequence[int] = (),
+        copies: Sequence[Copy] = (),
+    ) -> Tensor:
+        """As `Model.forward`, whose docstring has the shapes. With dp each row has its home, and blocks are copied.
+
+        The first rank returns the logits, and the others something of no meaning.
+        """
+        self._copy(caches, copies)
+        order = None
+        keys = (batch.positions, batch.cache_slots)
+        inputs = Inputs(batch, caches, sample_rows, batch.positions, keys, token_ids.shape[0])
+        if self.dealt:
+            dealt = deal(token_ids, batch, sample_rows, homes or [0] * len(batch.starts), self.mesh, self._at)
+            token_ids, order = dealt.token_ids, dealt.order
+            real = len(dealt.batch.positions)
+            inputs = Inputs(dealt.batch, caches, dealt.sample_rows, dealt.positions, dealt.keys, real)
+        tokens, tp, sampled = token_ids.shape[0], self.mesh.size("tp"), inputs.sample_rows.shape[0]
         # The last layer's rows are cut too, so both must divide.
-        cut = not tokens % tp and not sample_rows.shape[0] % tp and tokens >= tp * SPLIT_TOKENS_MIN
-        line = self._many if cut and sample_rows.shape[0] else self._few
-        return line.run(token_ids, Inputs(batch, caches, sample_rows))
+        cut = not tokens % tp and not sampled % tp and tokens >= tp * SPLIT_TOKENS_MIN
+        line = self._many if cut and sampled else self._few
+        logits = line.run(token_ids, inputs) if self.mesh.size(STAGES) == 1 else self._staged(line, token_ids, inputs)
+        return logits[order] if order is not None and len(logits) else logits
 
     @property
     def shard(self) -> Model:
         """This rank's part of the model. It computes nothing alone."""
         return self._model
 
+    # -- dp and pp ----------------------------------------------------------------------------------------------------
+    def _copy(self, caches: list[Tensor], copies: Sequence[Copy]) -> None:
+        """Blocks that a row's home lacks, along dp; each rank for its layers and heads."""
+        place = self._at["dp"]
+        for copy in copies:
+            blocks = torch.tensor(copy.blocks)
+            if place == copy.source:
+                self._comm.send("dp", copy.target, torch.stack([cache[blocks] for cache in caches]))
+            elif place == copy.target:
+                like = torch.empty((len(caches), len(blocks), *caches[0].shape[1:]), dtype=caches[0].dtype)
+                for cache, filled in zip(caches, self._comm.receive("dp", copy.source, like), strict=True):
+                    cache[blocks] = filled
+
+    def _staged(self, line: Line, token_ids: Tensor, inputs: Inputs) -> Tensor:
+        """This stage's part: values from the stage before, values to the one behind, and logits back to rank 0."""
+        stage, last = self._at[STAGES], self.mesh.size(STAGES) - 1
+        if stage == 0:
+            given = [token_ids]
+        else:
+            dtype, tokens = self.config.dtype, token_ids.shape[0]
+            likes = [torch.empty(_local(value, self.mesh, tokens), dtype=dtype) for value in line.takes]
+            given = [self._comm.receive(STAGES, stage - 1, like) for like in likes]
+        made: list[Tensor] = line.run_all(given, inputs)
+        if stage < last:
+            for value in made:
+                self._comm.send(STAGES, stage + 1, value)
+        leads = not any(place for axis, place in self._at.items() if axis != STAGES)
+        sampled, vocab = inputs.sample_rows.shape[0], self.config.vocab_size
+        if not leads or not sampled or 0 < stage < last:
+            return torch.empty((0, vocab))
+        if stage == last:
+            self._comm.send(STAGES, 0, made[0])
+            return made[0]
+        places = self.mesh.size("dp") * self.mesh.size("cp")
+        return self._comm.receive(STAGES, last, torch.empty((places * sampled, vocab)))
+
+    # -- a program's operations ---------------------------------------------------------------------------------------
     def function(self, op: Op) -> Fn:
         """The closure for `op`; its arguments are what `reads(op)` names."""
         match op:
             case Call():
-                return self._call(op.module)
+                return self._call(op.module, op.sends)
             case Move():
                 return lambda inputs, x: self._comm.move(op, x)
             case Start():  # gloo works in its own threads, but a CPU has nothing to spare for it
@@ -115,27 +192,60 @@ class RankModel:
             case _:
                 raise PlacementError(f"ranks cannot run {op}")
 
-    def _call(self, path: str) -> Fn:
+    def _call(self, path: str, sends: tuple[str, ...] = ()) -> Fn:
         module = self._model.get_submodule(path)
         match module:
             case AddRmsNorm():
                 return lambda inputs, x, residual: module.add(x, residual)
             case RmsNorm() | Linear() | Activation() | Router() | Head():
                 return lambda inputs, x: module(x)
-            case GqaCore() | MlaCore():
-                layer, cos_sin = int(path.split(".")[1]), self.cos_sin
-                return lambda inputs, *x: module(*x, cos_sin, inputs.batch, inputs.caches[layer])
+            case GqaHeads() | GqaAttend() | GqaCore() | MlaCore():
+                layer = int(path.split(".")[1]) - self._first_layer
+                return self._attention_apart(module, layer) if self.dealt else self._attention(module, layer)
             case SampledRows():
                 return lambda inputs, x, residual: module(x, residual, inputs.sample_rows)
             case Embedding():
                 return self._embedding(module)
             case Experts():
-                return self._experts(module)
+                return self._sent(module, sends) if sends else self._experts(module)
         raise PlacementError(f"ranks cannot run {path} ({type(module).__name__})")
+
+    def _attention(self, module: GqaHeads | GqaAttend | GqaCore | MlaCore, layer: int) -> Fn:
+        cos_sin = self.cos_sin
+        match module:
+            case GqaHeads():
+                return lambda inputs, qkv: module(qkv, cos_sin, inputs.positions)
+            case GqaAttend():
+                return lambda inputs, *x: module(*x, inputs.batch, inputs.caches[layer], inputs.batch.cache_slots)
+        return lambda inputs, *x: module(*x, cos_sin, inputs.batch, inputs.caches[layer])
+
+    def _attention_apart(self, module: GqaHeads | GqaAttend | GqaCore | MlaCore, layer: int) -> Fn:
+        """Where keys may be of other tokens than the queries, and some tokens are padding, which never attends."""
+        cos_sin = self.cos_sin
+
+        def padded(y: Tensor, tokens: int) -> Tensor:
+            return y if y.shape[0] == tokens else F.pad(y, (0, 0, 0, tokens - y.shape[0]))
+
+        def attend(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            assert isinstance(module, GqaAttend)
+            cache, slots = inputs.caches[layer], inputs.keys[1]
+            return padded(module(q[: inputs.real], k, v, inputs.batch, cache, slots), q.shape[0])
+
+        def attend_latents(inputs: Inputs, q: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
+            assert isinstance(module, MlaCore)
+            given = (q[: inputs.real], latent, k_rope, cos_sin, inputs.batch, inputs.caches[layer], inputs.keys)
+            return padded(module.apart(*given), q.shape[0])
+
+        match module:
+            case GqaHeads():
+                return lambda inputs, qkv: module(qkv, cos_sin, inputs.positions)
+            case GqaAttend():
+                return attend
+        return attend_latents
 
     def _embedding(self, module: Embedding) -> Fn:
         """Rows of other ranks are zeros: the sum over ranks has each row once."""
-        cut = cuts_of(module.boundary.parameters["weight"], 2, self._mesh, self._at)[0]
+        cut = cuts_of(module.boundary.parameters["weight"], 2, self.mesh, self._at)[0]
         rows = module.weight.shape[0]
         first = cut.index * rows
 
@@ -149,7 +259,7 @@ class RankModel:
 
     def _experts(self, module: Experts) -> Fn:
         """Experts of other ranks are -1, which the kernel passes over."""
-        cut = cuts_of(module.boundary.parameters["w_down"], 3, self._mesh, self._at)[0]
+        cut = cuts_of(module.boundary.parameters["w_down"], 3, self.mesh, self._at)[0]
         held = module.w_down.shape[0]
         first = cut.index * held
 
@@ -160,24 +270,39 @@ class RankModel:
 
         return feed if cut.count > 1 else lambda inputs, x, experts, weights: module(x, experts, weights)
 
+    def _sent(self, module: Experts, axes: tuple[str, ...]) -> Fn:
+        """Tokens go to the ranks along `axes` that hold their experts."""
+        held, layout = module.w_down.shape[0], module.boundary.parameters["w_down"]
+        group = next(g for g in self.mesh.groups(axes) if self.mesh.rank_at(self._at) in g)
+        firsts = [cuts_of(layout, 3, self.mesh, self.mesh.coordinates(rank))[0].index * held for rank in group]
 
-class _Line:
+        def feed(inputs: Inputs, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+            return self._comm.exchange(axes, x, experts, weights, firsts=firsts, held=held, work=module)
+
+        return feed
+
+
+class Line:
     """A program as closures over numbered values; a value is dropped after its last reader."""
 
     def __init__(self, program: Program, rank_model: RankModel) -> None:
         numbers: dict[str, int] = {}
         for _, value in program.inputs:
             numbers[value] = len(numbers)
+        self.takes = [program.values[value] for _, value in program.inputs]
+        ops = program.ops if rank_model.dealt else fuse_cores(program)
         last: dict[str, int] = {}
-        for i, op in enumerate(program.ops):
+        for i, op in enumerate(ops):
             last.update(dict.fromkeys(reads(op), i))
         kept = {value for _, value in program.outputs}
         self._steps: list[tuple[Fn, tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = []
-        self._attended = 0  # steps before the last layer's rows are chosen: all that a step without samples runs
-        for i, op in enumerate(program.ops):
+        attended: int | None = (
+            None  # steps before the last layer's rows are chosen: all that a step without samples runs
+        )
+        for i, op in enumerate(ops):
             made = (op.move.target,) if isinstance(op, Start) else writes(op)
-            if isinstance(op, Call) and isinstance(rank_model._model.get_submodule(op.module), SampledRows):
-                self._attended = len(self._steps)
+            if isinstance(op, Call) and isinstance(rank_model.shard.get_submodule(op.module), SampledRows):
+                attended = len(self._steps)
             if not made or (not isinstance(op, Start) and all(value in numbers for value in made)):
                 continue  # a Wait: its Start has made the value
             ins = tuple(numbers[value] for value in reads(op))
@@ -186,16 +311,23 @@ class _Line:
                 outs.append(numbers.setdefault(value, len(numbers)))
             dead = tuple(numbers[v] for v in dict.fromkeys(reads(op)) if last[v] == i and v not in kept)
             self._steps.append((rank_model.function(op), ins, tuple(outs), dead))
+        self._attended = len(self._steps) if attended is None else attended
         self._count = len(numbers)
-        self._out = numbers[program.outputs[0][1]]
+        self._outs = [numbers[value] for _, value in program.outputs]
         self._vocab = rank_model.config.vocab_size
 
     def run(self, token_ids: Tensor, inputs: Inputs) -> Tensor:
-        """The logits [s, vocab]."""
-        values: list[Any] = [None] * self._count
-        values[0] = token_ids
-        sampled = inputs.sample_rows.shape[0]
-        for fn, ins, outs, dead in self._steps if sampled else self._steps[: self._attended]:
+        """The logits [s, vocab], of a program that is the whole model."""
+        if not inputs.sample_rows.shape[0]:
+            self.run_all([token_ids], inputs)
+            return torch.empty((0, self._vocab), dtype=torch.float32, device=token_ids.device)
+        logits: Tensor = self.run_all([token_ids], inputs)[0]
+        return logits
+
+    def run_all(self, given: list[Tensor], inputs: Inputs) -> list[Any]:
+        """The program's outputs; without samples the last layer ends at its attention, and they are not all there."""
+        values: list[Any] = [*given, *[None] * (self._count - len(given))]
+        for fn, ins, outs, dead in self._steps if inputs.sample_rows.shape[0] else self._steps[: self._attended]:
             made = fn(inputs, *[values[i] for i in ins])
             if len(outs) == 1:
                 values[outs[0]] = made
@@ -204,7 +336,35 @@ class _Line:
                     values[out] = value
             for i in dead:
                 values[i] = None
-        if not sampled:
-            return torch.empty((0, self._vocab), dtype=torch.float32, device=token_ids.device)
-        logits: Tensor = values[self._out]
-        return logits
+        return [values[i] for i in self._outs]
+
+
+def fuse_cores(program: Program) -> tuple[Op, ...]:
+    """Attention's two halves as the one module that they are parts of, where no move stands between them."""
+    ops: list[Op] = []
+    for op in program.ops:
+        before = ops[-1] if ops else None
+        if isinstance(op, Call) and isinstance(before, Call) and op.module.endswith(".core.attend"):
+            core = op.module.removesuffix(".attend")
+            if before.module == f"{core}.heads" and [v for _, v in before.outputs] == [v for _, v in op.inputs]:
+                ops[-1] = Call(core, before.inputs, op.outputs)
+                continue
+        ops.append(op)
+    return tuple(ops)
+
+
+def _groups(program: Program) -> Iterator[tuple[str, ...]]:
+    for move in program.moves:
+        yield move.axes
+    for op in program.ops:
+        if isinstance(op, Call) and op.sends:
+            yield op.sends
+
+
+def _local(value: Value, mesh: Mesh, tokens: int) -> list[int]:
+    """The shape that a rank holds of `value` in a step of which it has `tokens`."""
+    shape = [tokens if size is None else size for size in value.shape]
+    for axis, placement in zip(AXES, value.layouts, strict=True):
+        if isinstance(placement, Shard) and not (value.shape[placement.dim] is None and axis in TOKEN_AXES):
+            shape[placement.dim] //= mesh.size(axis)
+    return shape

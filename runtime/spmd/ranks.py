@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,12 @@ from tokenrelay.base.errors import PlacementError, TokenRelayError, Unavailable
 from tokenrelay.base.logging import get_logger
 from tokenrelay.base.parent import announce
 from tokenrelay.kernels.batch import AttentionBatch
+from tokenrelay.runtime.layers.moe import ExpertSplit
 from tokenrelay.runtime.models.decoder import Model
 from tokenrelay.runtime.placement import Mesh
 from tokenrelay.runtime.spmd import frames
 from tokenrelay.runtime.spmd.comm import HOST, LOAD_MAX_S
+from tokenrelay.runtime.spmd.homes import Homes
 from tokenrelay.runtime.spmd.load import load_shard, meet
 from tokenrelay.runtime.spmd.rank_model import RankModel
 
@@ -98,7 +100,14 @@ class Ranks:
         return _Follower(rank, process, process.stdin.fileno(), process.stdout.fileno())
 
     def load(
-        self, folder: Path, mesh: Mesh, *, dtype: torch.dtype | None = None, progress: Any = None, **options: Any
+        self,
+        folder: Path,
+        mesh: Mesh,
+        *,
+        dtype: torch.dtype | None = None,
+        progress: Any = None,
+        experts: ExpertSplit | None = None,
+        **options: Any,
     ) -> LeadingModel:
         """Load `folder` on the first `mesh.ranks` ranks. Raises CheckpointError, PlacementError, Unavailable."""
         if mesh.ranks > self.count:
@@ -106,7 +115,7 @@ class Ranks:
         self._check()
         self._loads += 1
         order = {"folder": str(folder), "mesh": mesh.sizes, "dtype": str(dtype or "").removeprefix("torch.")}
-        order |= {"name": f"load{self._loads}", "options": options}
+        order |= {"name": f"load{self._loads}", "options": options, "experts": asdict(experts or ExpertSplit())}
         followers = self._followers[: mesh.ranks - 1]
         try:
             self._send(followers, frames.LOAD, frames.pack_json(order))
@@ -224,6 +233,8 @@ class LeadingModel:
         self._model = model
         self._followers = followers
         self._block_tokens = model.config.kv_layout.block_tokens
+        places = model.mesh.size("dp")
+        self._homes = Homes(places, self._block_tokens) if places > 1 else None
 
     @property
     def shard(self) -> Model:
@@ -232,13 +243,19 @@ class LeadingModel:
 
     def allocate(self, blocks: int) -> None:
         """Followers make their caches, as many blocks as the leader has; before the first step."""
+        if self._homes is not None:
+            self._homes.allocate(blocks)
         payload = frames.pack_json({"blocks": blocks})
         self._ranks.run(self._followers, frames.CACHES, payload, lambda: None)
 
     def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[Tensor], sample_rows: Tensor) -> Tensor:
         """As `Model.forward`. Raises Unavailable once a rank is dead or hangs."""
-        payload = frames.pack_step(token_ids, batch, sample_rows, self._block_tokens)
+        homes, copies = self._homes.choose(batch) if self._homes is not None else ([], [])
+        payload = frames.pack_step(token_ids, batch, sample_rows, self._block_tokens, homes, copies)
         logits: Tensor = self._ranks.run(
-            self._followers, frames.STEP, payload, lambda: self._model(token_ids, batch, caches, sample_rows)
+            self._followers,
+            frames.STEP,
+            payload,
+            lambda: self._model(token_ids, batch, caches, sample_rows, homes, copies),
         )
         return logits

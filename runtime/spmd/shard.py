@@ -8,7 +8,7 @@ A stacked parameter (q, k and v; gate and up) is cut piece by piece: a rank hold
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,9 @@ from tokenrelay.base.errors import PlacementError
 from tokenrelay.runtime.layers.attention import GqaCore
 from tokenrelay.runtime.layers.mla import MlaCore
 from tokenrelay.runtime.layers.sources import Index, WeightPart, WeightSource, parameter
-from tokenrelay.runtime.placement import AXES, Boundary, Layout, Mesh, Partial, Shard
+from tokenrelay.runtime.models.decoder import Model
+from tokenrelay.runtime.placement import AXES, STAGES, Boundary, Layout, Mesh, Partial, Shard
+from tokenrelay.runtime.placement.stages import stage_layers
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,17 @@ def cuts_of(layout: Layout, dims: int, mesh: Mesh, at: Mapping[str, int]) -> lis
 
 
 def shard_model(
-    model: nn.Module, sources: Mapping[str, WeightSource], mesh: Mesh, rank: int
+    model: Model, sources: Mapping[str, WeightSource], mesh: Mesh, rank: int
 ) -> tuple[dict[str, WeightSource], list[tuple[nn.Module, str]]]:
     """Shrink the parameters of `model` (on meta) to those of `rank`.
 
     Returns the sources that this rank reads, cut to what it holds, and the parameters that are zeros on this rank
-    because another one adds them.
+    because another one adds them. Parameters of other pipeline stages have no elements.
     """
     at = mesh.coordinates(rank)
     cuts: dict[tuple[int, str], list[Cut]] = {}
     zeros: list[tuple[nn.Module, str]] = []
+    elsewhere = {id(module) for path, module in model.named_modules() if not _held(path, model, mesh, at)}
     for module in model.modules():
         boundary = getattr(module, "boundary", None)
         for name, layout in boundary.parameters.items() if isinstance(boundary, Boundary) else ():
@@ -61,18 +64,33 @@ def shard_model(
     absent = {(id(module), name) for module, name in zeros}
     local = {}
     for name, source in sources.items():
+        if id(source.parts[0].module) in elsewhere:
+            continue
         parts = [_cut_part(part, source, cuts[id(part.module), part.parameter]) for part in source.parts]
         kept = tuple(p for p in parts if p is not None and (id(p.module), p.parameter) not in absent)
         if kept:
             local[name] = dataclasses.replace(source, parts=kept)
-    _shrink(model, cuts, mesh)
-    return local, zeros
+    _shrink(model, cuts, mesh, elsewhere)
+    return local, [(module, name) for module, name in zeros if id(module) not in elsewhere]
 
 
-def _shrink(model: nn.Module, cuts: Mapping[tuple[int, str], list[Cut]], mesh: Mesh) -> None:
+def _held(path: str, model: Model, mesh: Mesh, at: Mapping[str, int]) -> bool:
+    """Whether the module at `path` is of this rank's pipeline stage."""
+    stages, stage = mesh.size(STAGES), at[STAGES]
+    part, _, rest = path.partition(".")
+    if part == "layers" and rest:
+        return int(rest.partition(".")[0]) in stage_layers(len(model.layers), stage, stages)
+    if part == "embed":  # a tied head is the embedding's table
+        return stage == 0 or (stage == stages - 1 and model.architecture.tied)
+    return part not in ("norm", "head") or stage == stages - 1
+
+
+def _shrink(model: nn.Module, cuts: Mapping[tuple[int, str], list[Cut]], mesh: Mesh, elsewhere: Container[int]) -> None:
     for module in model.modules():
         for name, held in list(module.named_parameters(recurse=False)):
             shape = [size // cut.count for size, cut in zip(held.shape, cuts[id(module), name], strict=True)]
+            if id(module) in elsewhere:
+                shape[0] = 0
             with torch.device("meta"):
                 setattr(module, name, parameter(*shape, dtype=held.dtype))
         if isinstance(module, GqaCore | MlaCore):

@@ -17,11 +17,13 @@ import torch
 
 from tokenrelay.base.errors import CheckpointError
 from tokenrelay.base.logging import get_logger
+from tokenrelay.runtime.layers.moe import ExpertSplit
 from tokenrelay.runtime.layers.sources import WeightSource
 from tokenrelay.runtime.models.config import ModelConfig
 from tokenrelay.runtime.models.decoder import Model
 from tokenrelay.runtime.models.registry import architecture_of
-from tokenrelay.runtime.placement import Mesh, check
+from tokenrelay.runtime.placement import STAGES, Mesh, check
+from tokenrelay.runtime.placement.stages import stage_layers
 from tokenrelay.runtime.spmd.shard import shard_model
 from tokenrelay.runtime.weights.checkpoint import Checkpoint
 from tokenrelay.runtime.weights.fp8 import FP8, SUFFIX, Block, check_factors, dequantize, fp8_block
@@ -47,12 +49,14 @@ def load_model(
     context_tokens: int | None = None,
     mesh: Mesh | None = None,
     rank: int = 0,
+    experts: ExpertSplit | None = None,
 ) -> Model:
     """Load the checkpoint in `folder`.
 
     `dtype` None takes the checkpoint's own (see `default_dtype`). `block_tokens` goes into `config.kv_layout`.
     `context_tokens` lowers the model's context. With `mesh` only the part of `rank` is read, `config.kv_layout` is that
-    of its cache, and `runtime.spmd.rank_model` runs it. Raises CheckpointError with one sentence for whatever is wrong.
+    of its cache, `config.layers` counts the layers of its pipeline stage, and `runtime.spmd.rank_model` runs it;
+    `experts` says how these are dealt out. Raises CheckpointError with one sentence for whatever is wrong.
     """
     device = torch.device(device)
     with Checkpoint(Path(folder)) as checkpoint:
@@ -61,7 +65,7 @@ def load_model(
         if dtype not in MODEL_DTYPES:
             raise CheckpointError(f"cannot load a model as {dtype}; one of {', '.join(map(str, MODEL_DTYPES))}")
         with torch.device("meta"):
-            model = Model(architecture, dtype=dtype)
+            model = Model(architecture, experts=experts, dtype=dtype)
         mesh = mesh or Mesh()
         check(model, mesh)
         block = fp8_block(checkpoint.config)
@@ -70,7 +74,7 @@ def load_model(
             name=checkpoint.folder.resolve().name,
             architecture=name,
             vocab_size=architecture.vocab_size,
-            layers=architecture.layers,
+            layers=len(stage_layers(architecture.layers, mesh.coordinates(rank)[STAGES], mesh.size(STAGES))),
             context_tokens=min(architecture.context_tokens, context_tokens or architecture.context_tokens),
             eos_token_ids=checkpoint.eos_token_ids(),
             kv_layout=architecture.kv_layout(block_tokens, mesh.size("tp")),

@@ -31,6 +31,12 @@ class WorkerConfig:
     )
     tp: int = setting(1, "rank processes that heads and features are cut over (CPU)", minimum=1, maximum=64)
     ep: int = setting(1, "rank processes that whole experts are dealt out to (CPU)", minimum=1, maximum=64)
+    dp: int = setting(1, "rank processes that sequences are dealt out to, and experts (CPU)", minimum=1, maximum=64)
+    cp: int = setting(1, "rank processes that a prompt's tokens are cut over (CPU)", minimum=1, maximum=64)
+    pp: int = setting(1, "rank processes that layers are dealt out to, in stages (CPU)", minimum=1, maximum=64)
+    experts: str = setting(
+        "", "send: tokens go to their experts' ranks; whole: uncut over tp too; cut: cut over dp too"
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs; auto: a GPU if there is one")
     context_tokens: int | None = setting(
         None,
@@ -82,18 +88,18 @@ class WorkerConfig:
             raise ConfigError("worker.blocks and worker.kv_memory both size the KV pool: give one of them")
 
         if self.ranks > 1 and self.device == "cuda":
-            raise ConfigError("worker.tp and worker.ep are for the CPU; worker.device is cuda")
-        if self.ranks > 1 and self.weight_dtype != "auto":
             raise ConfigError(
-                f"worker.weight_dtype {self.weight_dtype} is for one rank; worker.tp x ep is {self.ranks}"
+                f"a worker of {self.ranks} ranks (worker.tp, ep, dp, cp, pp) runs on the CPU; worker.device is cuda"
             )
+        if self.ranks > 1 and self.weight_dtype != "auto":
+            raise ConfigError(f"worker.weight_dtype {self.weight_dtype} is for one rank; this worker has {self.ranks}")
         if self.ranks > 1 and self.host_cache_gib:
-            raise ConfigError(f"worker.host_cache_gib is for one rank; worker.tp x ep is {self.ranks}")
+            raise ConfigError(f"worker.host_cache_gib is for one rank; this worker has {self.ranks}")
 
     @property
     def ranks(self) -> int:
         """Rank processes of this worker, itself among them."""
-        return self.tp * self.ep
+        return self.tp * self.ep * self.dp * self.cp * self.pp
 
     @property
     def kv_memory_bytes(self) -> int | None:

@@ -160,7 +160,8 @@ def _halves_for_pairs(model: nn.Module) -> None:
 
 def _scale(model: nn.Module) -> None:
     for layer in model.layers:  # type: ignore[union-attr]
-        layer.attention.core.scale *= 1.01
+        core = layer.attention.core
+        (core if hasattr(core, "scale") else core.attend).scale *= 1.01
 
 
 def _rope_shift(model: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tokenrelay.base.errors import CheckpointError, PlacementError
+from tokenrelay.runtime.layers.moe import ExpertSplit
 from tokenrelay.runtime.models.decoder import Model
 from tokenrelay.runtime.models.fields import Fields
 from tokenrelay.runtime.models.registry import architecture_of
@@ -63,10 +64,11 @@ def test_one_rank_needs_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "kimi_k2"])
 @pytest.mark.parametrize(
-    ("mesh", "whole"), [(Mesh(tp=4), False), (Mesh(dp=8, tp=8), True), (Mesh(dp=2, ep=2, tp=4), False)]
+    ("mesh", "experts"),
+    [(Mesh(tp=4), ""), (Mesh(dp=8, tp=8), "send,whole"), (Mesh(pp=2, dp=2, cp=2, ep=2, tp=4), "cut")],
 )
-def test_plans_of_large_models_take_under_two_seconds(name: str, mesh: Mesh, whole: bool) -> None:
-    plan = make_plan(CONFIGS / f"{name}.json", mesh, CostModel(tokens=4096), whole_experts=whole)
+def test_plans_of_large_models_take_under_two_seconds(name: str, mesh: Mesh, experts: str) -> None:
+    plan = make_plan(CONFIGS / f"{name}.json", mesh, CostModel(tokens=4096), experts=ExpertSplit.parse(experts))
     assert plan.compile_s < 2, "61 layers"
     layers = sum(group.count for group in plan.groups if group.name.startswith("layer"))
     assert layers == 61 and len(plan.groups) < 10
@@ -92,8 +94,12 @@ def test_widths_that_do_not_divide_are_one_sentence() -> None:
         with pytest.raises(PlacementError, match=message) as caught:
             compile_model(meta_model("deepseek_v3"), mesh)
         assert "\n" not in caught.value.message
-    with pytest.raises(PlacementError, match="'pp' is not computed"):
-        Mesh(pp=2)
+    with pytest.raises(PlacementError, match="62 pipeline stages, and the model has 61 layers"):
+        make_plan(CONFIGS / "kimi_k2.json", Mesh(pp=62), CostModel())
+    with pytest.raises(PlacementError, match="by send, whole and cut, not by scatter"):
+        ExpertSplit.parse("send, scatter")
+    with pytest.raises(PlacementError, match="leave dp among the axes"):
+        ExpertSplit.parse("send, cut")
     with pytest.raises(CheckpointError, match=r"config\.json"):
         make_plan(CONFIGS / "none.json", Mesh(), CostModel())
     with pytest.raises(PlacementError, match="4 tokens cannot be dealt out to 8 ranks"):
@@ -114,11 +120,15 @@ R, S0, S1, P = Replicate(), Shard(0), Shard(1), Partial()
 
 def test_the_cheapest_sequence_follows_the_links() -> None:
     both = Mesh(dp=2, tp=4)
-    assert path((P, R, P), (R, R, R), both, tokens=8) == [("all_reduce", ("dp", "tp"))], "one latency for few tokens"
-    first = path((P, R, P), (S0, R, R), Mesh(dp=8, tp=8), host_ranks=8, tokens=65536)[0]
+    assert path((P, R, R, P), (R, R, R, R), both, tokens=8) == [("all_reduce", ("dp", "tp"))], (
+        "one latency for few tokens"
+    )
+    first = path((P, R, R, P), (S0, R, R, R), Mesh(dp=8, tp=8), host_ranks=8, tokens=65536)[0]
     assert first == ("reduce_scatter", ("tp",)), "the fast link first: fewer bytes on the slow one"
-    assert path((S0, R, S0), (R, R, R), both) == [("all_gather", ("tp",)), ("all_gather", ("dp",))], "innermost first"
-    assert path((R, R, S0), (R, R, S1), Mesh(tp=4)) == [("all_to_all", ("tp",))]
+    assert path((S0, R, R, S0), (R, R, R, R), both) == [("all_gather", ("tp",)), ("all_gather", ("dp",))], (
+        "innermost first"
+    )
+    assert path((R, R, R, S0), (R, R, R, S1), Mesh(tp=4)) == [("all_to_all", ("tp",))]
 
 
 # -- passes ------------------------------------------------------------------------------------------------------------

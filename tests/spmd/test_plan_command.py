@@ -18,7 +18,7 @@ def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_table_and_picture(tmp_path: Path) -> None:
     svg = tmp_path / "plan.svg"
-    done = plan(str(CONFIG), "--tp", "8", "--dp", "8", "--whole-experts", "--svg", str(svg))
+    done = plan(str(CONFIG), "--tp", "8", "--dp", "8", "--experts", "whole", "--svg", str(svg))
     assert done.returncode == 0, done.stderr
     for word in ("Mesh(dp=8, tp=8)", "layers 4-59 (each)", "reduce_scatter", "bytes/token", "64 ranks"):
         assert word in done.stdout
@@ -35,5 +35,5 @@ def test_refusals_are_one_sentence() -> None:
 def test_json() -> None:
     done = plan(str(CONFIG), "--tp", "4", "--json", "--tokens", "4")
     found = json.loads(done.stdout)
-    assert found["mesh"] == {"dp": 1, "ep": 1, "tp": 4}
+    assert found["mesh"] == {"pp": 1, "dp": 1, "cp": 1, "ep": 1, "tp": 4}
     assert sum(group["count"] for group in found["groups"]) == 63, "61 layers, embedding and head"

@@ -19,7 +19,7 @@ from tokenrelay.runtime.placement.cost import CostModel
 from tokenrelay.runtime.placement.ir import Add, Call, Move, Part, Program, ReduceNorm, Start, verify
 
 TOKENS, WIDTH = 128, 8  # tokens enough for the pass that cuts norms
-MESHES = [Mesh(tp=2), Mesh(tp=4), Mesh(dp=2, tp=2), Mesh(ep=2, tp=2), Mesh(dp=2, ep=2), Mesh()]
+MESHES = [Mesh(tp=2), Mesh(tp=4), Mesh(dp=2, tp=2), Mesh(ep=2, tp=2), Mesh(dp=2, ep=2), Mesh(dp=2, cp=2, tp=2), Mesh()]
 R, S0, S1, P = Replicate(), Shard(0), Shard(1), Partial()
 # What each kind of leaf may do along one axis: (placement of its inputs, of its outputs).
 LEGAL: dict[str, list[tuple[Placement, Placement]]] = {

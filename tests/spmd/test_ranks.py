@@ -13,6 +13,7 @@ from model_cases import CASES, LLAMA3, YARN, relative_error
 from paged import Paged
 
 from tokenrelay.base.errors import PlacementError
+from tokenrelay.runtime.layers.moe import ExpertSplit
 from tokenrelay.runtime.placement import Mesh
 from tokenrelay.runtime.spmd.ranks import Ranks
 from tokenrelay.runtime.weights.loader import load_model
@@ -53,9 +54,9 @@ def transcript(model: Any) -> list[torch.Tensor]:
     return found
 
 
-def compare(ranks: Ranks, folder: Path, mesh: Mesh) -> None:
+def compare(ranks: Ranks, folder: Path, mesh: Mesh, experts: str = "") -> None:
     expected = transcript(load_model(folder, dtype=torch.float32, block_tokens=16))
-    model = ranks.load(folder, mesh, dtype=torch.float32, block_tokens=16)
+    model = ranks.load(folder, mesh, dtype=torch.float32, block_tokens=16, experts=ExpertSplit.parse(experts))
     model.allocate(BLOCKS)
     for i, (found, right) in enumerate(zip(transcript(model), expected, strict=True)):
         error = relative_error(found, right)
@@ -74,6 +75,57 @@ def test_tensor_parallel(ranks: Ranks, checkpoint: Callable[..., Path], name: st
 def test_expert_parallel(ranks: Ranks, checkpoint: Callable[..., Path], name: str, mesh: Mesh) -> None:
     family, overrides = FAMILIES[name]
     compare(ranks, checkpoint(name, family, **overrides), mesh)
+
+
+@pytest.mark.parametrize("mesh", [Mesh(cp=2), Mesh(pp=2), Mesh(dp=2), Mesh(cp=2, tp=2), Mesh(pp=2, dp=2)], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sequences_tokens_and_layers_dealt_out(
+    ranks: Ranks, checkpoint: Callable[..., Path], name: str, mesh: Mesh
+) -> None:
+    family, overrides = FAMILIES[name]
+    compare(ranks, checkpoint(name, family, **overrides), mesh)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "experts"),
+    [
+        (Mesh(dp=2), "cut"),
+        (Mesh(dp=2), "send"),
+        (Mesh(dp=2, ep=2), ""),
+        (Mesh(dp=2, ep=2), "send"),
+        (Mesh(dp=2, tp=2), "send,whole"),
+        (Mesh(pp=2, dp=2), "send"),
+        (Mesh(cp=2, ep=2), ""),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["v2", "v3", "qwen3_moe"])
+def test_experts_of_dealt_sequences(
+    ranks: Ranks, checkpoint: Callable[..., Path], name: str, mesh: Mesh, experts: str
+) -> None:
+    family, overrides = FAMILIES[name]
+    compare(ranks, checkpoint(name, family, **overrides), mesh, experts)
+
+
+@pytest.mark.parametrize("name", ["v3", "qwen3"])
+def test_blocks_follow_a_sequence_to_its_home(ranks: Ranks, checkpoint: Callable[..., Path], name: str) -> None:
+    """A prefix whose blocks were computed on two ranks: what the third sequence's home lacks is copied there."""
+    family, overrides = FAMILIES[name]
+    folder = checkpoint(name, family, **overrides)
+    tokens = prompt(40, 5)
+
+    def answer(model: Any) -> torch.Tensor:
+        paged = Paged(model, blocks=BLOCKS, seed=3)
+        a, b = paged.add(tokens), paged.add(tokens)
+        paged.step({a: 40, b: 40})  # with dp one home each
+        c = paged.add(tokens, prefix_of=a, prefix_blocks=2)
+        paged.rows[c].blocks[1] = paged.rows[b].blocks[1]
+        return paged.step({c: 8})[c]
+
+    expected = answer(load_model(folder, dtype=torch.float32, block_tokens=16))
+    model = ranks.load(folder, Mesh(dp=2, tp=2), dtype=torch.float32, block_tokens=16)
+    model.allocate(BLOCKS)
+    assert relative_error(answer(model), expected) <= TOLERANCE
 
 
 def test_every_family_is_covered() -> None:

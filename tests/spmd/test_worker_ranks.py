@@ -61,3 +61,25 @@ async def test_a_worker_of_two_ranks(checkpoint: Callable[..., Path]) -> None:
     finally:
         one.close()
         two.close()
+
+
+async def test_workers_whose_ranks_have_sequences_tokens_and_layers_of_their_own(
+    checkpoint: Callable[..., Path],
+) -> None:
+    """Through the scheduler, with a shared prefix: some of it was computed on the other rank."""
+    folder = checkpoint("v3-worker", "deepseek_v3", num_hidden_layers=3)
+    source = random.Random(5)
+    prefix = [source.randrange(3, 384) for _ in range(200)]
+    first = [prefix, [*prefix[:70], 5, 6, 7], prefix[:40]]
+    second = [prefix + [9] * 30, prefix[:130] + [8] * 9, [*prefix[:64], 7]]
+    flags = ("--slots", "8", "--blocks", "100")
+    expected = None
+    for mesh in ((), ("--dp", "2", "--experts", "send"), ("--pp", "2", "--cp", "2")):
+        worker = WorkerProcess(*flags, *mesh, model=folder)
+        try:
+            assert worker.wait_settled()["event"] == "ready", worker.log.read_text()
+            found = [await generate(worker, first), await generate(worker, second)]
+            expected = expected or found
+            assert found == expected, mesh
+        finally:
+            worker.close()
