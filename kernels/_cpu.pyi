@@ -268,3 +268,37 @@ def apply_penalties(
     bias: int,
     /,
 ) -> None: ...
+
+_PackedWeight = tuple[int, int, int, int, int, int]  # bits, group, columns, depth, data, scales
+
+def packs(bits: int, /) -> bool: ...
+def pack(to: _PackedWeight, rows: int, row_scales: int, /) -> None: ...
+def packed_linear(
+    isa: int,
+    dtype: int,
+    out_dtype: int,
+    rows: int,
+    x: int,
+    x_stride: int,
+    weights: _PackedWeight,
+    bias: int,
+    out: int,
+    /,
+) -> None: ...
+def packed_moe(
+    isa: int,
+    dtype: int,
+    tokens: int,
+    top_k: int,
+    experts: int,
+    d: int,
+    f: int,
+    x: int,
+    x_stride: int,
+    chosen: int,
+    weights: int,
+    gate_up: _PackedWeight,
+    down: _PackedWeight,
+    out: int,
+    /,
+) -> None: ...

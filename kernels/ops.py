@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from tokenrelay.kernels.batch import AttentionBatch, PenaltyBatch, SamplingBatch
+from tokenrelay.kernels.packed import PackedWeight
 from tokenrelay.kernels.quantized import QuantizedWeight
 from tokenrelay.kernels.registry import pick
 
@@ -31,6 +32,8 @@ __all__ = [
     "mla_prefill",
     "moe",
     "moe_route",
+    "packed_linear",
+    "packed_moe",
     "quantized_linear",
     "quantized_moe",
     "rms_norm",
@@ -189,6 +192,14 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     return result
 
 
+def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, wide: bool = False) -> Tensor:
+    """As `linear` (bfloat16) or `quantized_linear` (integers), with weights in the order in which they are read."""
+    result: Tensor = pick(
+        "packed_linear", x.device.type, x.dtype, weight.width, weight.columns, weight.bits, weight.group
+    )(x, weight, bias, wide=wide)
+    return result
+
+
 def moe(x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
     """The chosen experts' SwiGLU networks, summed by weight.
 
@@ -207,6 +218,13 @@ def quantized_moe(
     """As `moe`, with integer weights: w_gate_up [E, 2f, d], w_down [E, d, f]. See `quantized_linear`."""
     sizes = (w_gate_up.scales.shape[0], x.shape[-1], w_down.width, w_down.bits, w_down.group)
     result: Tensor = pick("quantized_moe", x.device.type, x.dtype, *sizes)(x, experts, weights, w_gate_up, w_down)
+    return result
+
+
+def packed_moe(x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: PackedWeight, w_down: PackedWeight) -> Tensor:
+    """As `moe` or `quantized_moe`, with packed w_gate_up [E, 2f, d] and w_down [E, d, f]; d, f: multiples of 16."""
+    sizes = (w_down.experts, x.shape[-1], w_down.width, w_down.bits, w_down.group)
+    result: Tensor = pick("packed_moe", x.device.type, x.dtype, *sizes)(x, experts, weights, w_gate_up, w_down)
     return result
 
 

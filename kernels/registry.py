@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 ENTRY_POINT_GROUP = "tokenrelay.kernels"
-NUMERICS_VERSION = 1  # raised when a kernel's results change in their last bits
+NUMERICS_VERSION = 2  # raised when a kernel's results change in their last bits
 _CACHE_ENTRIES_MAX = 1024
 
 # Each operation, and the named dimensions that its kernels may limit, in the order in which `pick` receives them.
@@ -47,8 +47,10 @@ OPS: dict[str, tuple[str, ...]] = {
     "gqa_prefill": ("heads", "kv_heads", "head_dim", "block_tokens"),
     "linear": ("width", "columns"),
     "quantized_linear": ("width", "columns", "bits", "group"),
+    "packed_linear": ("width", "columns", "bits", "group"),
     "moe": ("experts", "width", "hidden"),
     "quantized_moe": ("experts", "width", "hidden", "bits", "group"),
+    "packed_moe": ("experts", "width", "hidden", "bits", "group"),
     "moe_route": ("experts",),
     "sample": ("vocab",),
     "token_logprobs": ("vocab",),

@@ -23,6 +23,7 @@ from tokenrelay.runtime.executor.memory import Pool, allocate_caches, plan_host,
 from tokenrelay.runtime.executor.threads import default_threads
 from tokenrelay.runtime.handover import AllocatePool, OnHandover
 from tokenrelay.runtime.models.decoder import Model
+from tokenrelay.runtime.weights.pack import pack_model
 from tokenrelay.runtime.weights.quantize import weight_bytes
 
 if TYPE_CHECKING:
@@ -115,6 +116,8 @@ def build_engine(
     except ValueError as error:
         raise ConfigError(f"the scheduler's sizes do not fit: {error}") from error
     parameter_bytes = weight_bytes(model if isinstance(model, Model) else model.shard)
+    if isinstance(model, Model):
+        pack_model(model)
     if allocate is None:
         scheduler = Scheduler(scheduler_config)
         caches = allocate_caches(config.kv_layout, config.layers, pool, config.dtype, device)

@@ -14,13 +14,14 @@ except ImportError as _error:
     # A machine without the extension still runs, slowly, on the references; `kernels list` shows it too.
     get_logger("kernels").warning("the native kernels are not there, references run instead", reason=str(_error))
 else:
-    from tokenrelay.kernels.cpu import attention, elementwise, integer, linear, moe, sampling
+    from tokenrelay.kernels.cpu import attention, elementwise, integer, linear, moe, packed, sampling
     from tokenrelay.kernels.cpu.variants import VARIANTS
 
     for _variant in VARIANTS:
         for _part in (attention, elementwise, linear, moe, sampling):
             _part.register_variant(_variant)
     integer.register_all()
+    packed.register_all()
 
 
 def threads() -> int:

@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "attention.hpp"
+#include "bindings_packed.hpp"
 #include "cpu.hpp"
 #include "elementwise.hpp"
 #include "integer.hpp"
@@ -305,5 +306,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind_attention(m);
   bind_elementwise(m);
   bind_moe(m);
+  bind_packed(m);
   bind_sampling(m);
 }

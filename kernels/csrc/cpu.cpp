@@ -86,7 +86,9 @@ std::vector<std::string> isa_features() {
   return found;
 }
 
-bool isa_runs(Isa isa) {
+namespace {
+
+bool look_up(Isa isa) {
   const auto has = [](std::initializer_list<const char*> names) {
     const auto found = isa_features();
     return std::all_of(names.begin(), names.end(),
@@ -106,6 +108,14 @@ bool isa_runs(Isa isa) {
     default:
       return has({"none"});
   }
+}
+
+}  // namespace
+
+bool isa_runs(Isa isa) {
+  static const bool found[] = {look_up(Isa::baseline), look_up(Isa::avx2), look_up(Isa::avx512),
+                               look_up(Isa::avx512bf16)};  // asked for by every call of a kernel
+  return found[static_cast<size_t>(isa)];
 }
 
 int processors() {

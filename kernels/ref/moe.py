@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokenrelay.kernels.packed import PackedWeight
 from tokenrelay.kernels.quantized import QuantizedWeight
 from tokenrelay.kernels.ref.elementwise import accumulate
 from tokenrelay.kernels.registry import register
@@ -33,6 +34,12 @@ def quantized_moe(
 ) -> Tensor:
     """See `ops.quantized_moe`; activations stay as they are."""
     return moe(x.float(), experts, weights, w_gate_up.dequantize(), w_down.dequantize()).to(x.dtype)
+
+
+@register(op="packed_moe", path="ref/torch", device="any", priority=0)
+def packed_moe(x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: PackedWeight, w_down: PackedWeight) -> Tensor:
+    """See `ops.packed_moe`; activations stay as they are."""
+    return moe(x.float(), experts, weights, w_gate_up.unpack().float(), w_down.unpack().float()).to(x.dtype)
 
 
 @register(op="moe_route", path="ref/torch", device="any", priority=0)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenrelay.kernels import ops
+from tokenrelay.kernels.packed import PackedWeight, pack, packs_well
 from tokenrelay.kernels.quantized import QuantizedWeight, WeightForm, quantize
 from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, parameter
@@ -48,6 +49,7 @@ class Head(Module):
         self.vocab = vocab
         self._tied = [tied] if tied is not None else []  # in a list: not a child, so that it is counted and loaded once
         self.quantized: QuantizedWeight | None = None  # in the place of the table, once `quantize` was called
+        self.packed: PackedWeight | None = None  # in the place of either, once `pack` was called
         if tied is None:
             self.weight = parameter(vocab, width, dtype=dtype)
         self.boundary = Boundary(
@@ -68,6 +70,8 @@ class Head(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[s, d] -> float32 [s, vocab]."""
+        if self.packed is not None:
+            return ops.packed_linear(x, self.packed, wide=True)
         if self.quantized is not None:
             return ops.quantized_linear(x, self.quantized, wide=True)
         table = self._tied[0].weight if self._tied else self.weight
@@ -78,3 +82,13 @@ class Head(Module):
         self.quantized = quantize(self._tied[0].weight if self._tied else self.weight, bits=8)
         if not self._tied:
             del self.weight
+
+    def pack(self) -> None:
+        """As `Linear.pack`. A tied table is kept twice: the embedding reads rows."""
+        table = self._tied[0].weight if self._tied else getattr(self, "weight", None)
+        weight = table if self.quantized is None else self.quantized
+        if weight is not None and packs_well(weight):
+            self.packed = pack(weight)
+            if self.quantized is None and not self._tied:
+                del self.weight
+            self.quantized = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenrelay.kernels import ops
+from tokenrelay.kernels.packed import PackedWeight, pack, packs_well
 from tokenrelay.kernels.quantized import QuantizedWeight, WeightForm, quantize
 from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, parameter
@@ -47,6 +48,7 @@ class Linear(Module):
         self.weight = parameter(out, width, dtype=dtype)
         self.bias = parameter(out, dtype=dtype) if bias else None
         self.quantized: QuantizedWeight | None = None  # in the place of `weight`, once `quantize` was called
+        self.packed: PackedWeight | None = None  # in the place of either, once `pack` was called
         self.boundary = _boundary(width, out, split, axes, bias, len(self.outputs))
 
     def sources(self, prefix: str) -> Iterator[WeightSource]:
@@ -61,6 +63,8 @@ class Linear(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[t, in] -> [t, out]."""
+        if self.packed is not None:
+            return ops.packed_linear(x, self.packed, self.bias)
         if self.quantized is not None:
             return ops.quantized_linear(x, self.quantized, self.bias)
         return ops.linear(x, self.weight, self.bias)
@@ -69,6 +73,15 @@ class Linear(Module):
         """Keep the weights as integers from now on."""
         self.quantized = quantize(self.weight, bits=form.bits, group=form.group)
         del self.weight
+
+    def pack(self) -> None:
+        """Keep the weights in the order in which the widest kernels read them, where this machine has those."""
+        weight = self.weight if self.quantized is None else self.quantized
+        if packs_well(weight):
+            self.packed = pack(weight)
+            if self.quantized is None:
+                del self.weight
+            self.quantized = None
 
 
 def _boundary(width: int, out: int, split: Split, axes: tuple[str, ...], bias: bool, stacked: int) -> Boundary:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenrelay.base.errors import PlacementError
 from tokenrelay.kernels import ops
+from tokenrelay.kernels.packed import COLUMNS, PackedWeight, pack, packs_well
 from tokenrelay.kernels.quantized import QuantizedWeight, WeightForm, quantize
 from tokenrelay.runtime.layers.mlp import SwiGlu
 from tokenrelay.runtime.layers.module import Module
@@ -141,6 +142,7 @@ class Experts(Module):
         self.w_gate_up = parameter(moe.experts, 2 * moe.width, hidden, dtype=dtype)
         self.w_down = parameter(moe.experts, hidden, moe.width, dtype=dtype)
         self.quantized: tuple[QuantizedWeight, QuantizedWeight] | None = None  # in their place
+        self.packed: tuple[PackedWeight, PackedWeight] | None = None  # in the place of either
         chosen = Port((None, moe.top_k), split.tokens)
         self.boundary = Boundary(
             {"x": Port((None, hidden), split.tokens), "experts": chosen, "weights": chosen},
@@ -162,6 +164,8 @@ class Experts(Module):
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """[t, d], [t, k], [t, k] -> [t, d]."""
+        if self.packed is not None:
+            return ops.packed_moe(x, experts, weights, *self.packed)
         if self.quantized is not None:
             return ops.quantized_moe(x, experts, weights, *self.quantized)
         return ops.moe(x, experts, weights, self.w_gate_up, self.w_down)
@@ -172,6 +176,15 @@ class Experts(Module):
         del self.w_gate_up
         self.quantized = gate_up, quantize(self.w_down, bits=form.bits, group=form.group)
         del self.w_down
+
+    def pack(self) -> None:
+        """Keep the weights in the order in which the widest kernels read them, where this machine has those."""
+        gate_up, down = (self.w_gate_up, self.w_down) if self.quantized is None else self.quantized
+        if packs_well(gate_up) and packs_well(down) and self.moe.width % COLUMNS == 0 and self.hidden % COLUMNS == 0:
+            quantized, self.quantized = self.quantized is not None, None
+            self.packed = pack(gate_up), pack(down)
+            if not quantized:
+                del self.w_gate_up, self.w_down
 
 
 class MoeMlp(Module):

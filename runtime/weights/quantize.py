@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from tokenrelay.base.errors import ConfigError
 from tokenrelay.base.logging import get_logger
+from tokenrelay.kernels.packed import PackedWeight
 from tokenrelay.kernels.quantized import FORMS, QuantizedWeight
 from tokenrelay.runtime.layers.embedding import Head
 from tokenrelay.runtime.layers.linear import Linear
@@ -48,7 +49,7 @@ def weight_bytes(model: Model) -> int:
     """Memory of all weights."""
     total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     for module in model.modules():
-        kept = getattr(module, "quantized", None)
-        for weight in (kept,) if isinstance(kept, QuantizedWeight) else kept or ():
-            total += weight.nbytes
+        for kept in (getattr(module, "quantized", None), getattr(module, "packed", None)):
+            for weight in (kept,) if isinstance(kept, QuantizedWeight | PackedWeight) else kept or ():
+                total += weight.nbytes
     return total
