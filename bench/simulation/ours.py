@@ -54,7 +54,7 @@ class Ours:
 
     def apply(self, step: Step, now_s: float, ran_s: float) -> Iterable[Emitted]:
         """Commit it, with the time that the device took."""
-        sampled = np.full(int(np.count_nonzero(step.payload.samples)), OUTPUT_TOKEN, np.uint32)
+        sampled = np.full(step.payload.sampled, OUTPUT_TOKEN, np.uint32)
         outcome = self._scheduler.commit(step.payload.step, sampled, round(now_s * 1e6), round(ran_s * 1e6))
         for number, finish, cached in zip(
             outcome.sequence_ids.tolist(), outcome.finish.tolist(), outcome.cached_tokens.tolist(), strict=True

@@ -47,6 +47,8 @@ py::object explanation(const ts::Scheduler& scheduler, std::uint64_t sequence_id
   out["slot"] = e.slot;
   out["steps_in_flight"] = e.steps_in_flight;
   out["chunk_tokens"] = e.chunk_tokens;
+  out["drafted"] = e.drafted;
+  out["accepted"] = e.accepted;
   out["preempted"] = e.preempted;
   out["preempted_why"] = name_of(e.preempted_why);
   out["preempted_for"] = e.preempted_for;

@@ -10,6 +10,7 @@
 
 #include <memory>
 
+#include "drafts.hpp"
 #include "explain.hpp"
 #include "handover.hpp"
 #include "memory.hpp"
@@ -172,6 +173,11 @@ class PyScheduler {
     return outcome;
   }
 
+  ts::DraftAnswer draft(std::uint64_t id, const py::object& token_ids) {
+    const TokenBuffer buffer(token_ids);
+    return scheduler.draft(id, buffer.tokens());
+  }
+
   /// Nothing when there is nothing to copy.
   std::shared_ptr<ts::Copies> take_copies() {
     auto copies = std::make_shared<ts::Copies>();
@@ -208,8 +214,8 @@ ts::Config make_config(int block_tokens, int blocks, int slots, int context_toke
                        int waiting_max, const py::bytes& hash_key, const py::bytes& model_identity, int steps_in_flight,
                        int overtakes_max, int class_overtakes_max, int preemptions_max, double tps_floor,
                        double tps_fraction, double prefill_share, std::int64_t floor_wait_us,
-                       const std::string& eviction, int host_blocks, int write_backs_max,
-                       std::int64_t copy_deadline_us) {
+                       const std::string& eviction, int host_blocks, int write_backs_max, std::int64_t copy_deadline_us,
+                       int draft_tokens) {
   ts::Config config;
   config.block_tokens = block_tokens;
   config.blocks = blocks;
@@ -235,6 +241,7 @@ ts::Config make_config(int block_tokens, int blocks, int slots, int context_toke
   config.host_blocks = host_blocks;
   config.write_backs_max = write_backs_max;
   config.copy_deadline_us = copy_deadline_us;
+  config.draft_tokens = draft_tokens;
   if (auto wrong = config.check()) throw py::value_error(*wrong);
   return config;
 }
@@ -324,31 +331,14 @@ void bind_values(py::module_& m) {
       .value("LENGTH", ts::Finish::length)
       .value("HANDOVER", ts::Finish::handover)
       .finalize();
-
-  py::class_<ts::Counts>(m, "Counts")
-      .def_readonly("blocks_free", &ts::Counts::blocks_free)
-      .def_readonly("blocks_cached", &ts::Counts::blocks_cached)
-      .def_readonly("blocks_active", &ts::Counts::blocks_active)
-      .def_readonly("sequences_waiting", &ts::Counts::sequences_waiting)
-      .def_readonly("sequences_running", &ts::Counts::sequences_running)
-      .def_readonly("steps_in_flight", &ts::Counts::steps_in_flight)
-      .def_readonly("sequences_importing", &ts::Counts::sequences_importing)
-      .def_readonly("handles_open", &ts::Counts::handles_open)
-      .def_readonly("sequences_loading", &ts::Counts::sequences_loading)
-      .def_readonly("preemptions", &ts::Counts::preemptions)
-      .def_readonly("aborts", &ts::Counts::aborts)
-      .def_readonly("prompt_tokens", &ts::Counts::prompt_tokens)
-      .def_readonly("cached_tokens", &ts::Counts::cached_tokens)
-      .def_readonly("output_tokens", &ts::Counts::output_tokens)
-      .def_readonly("hashed_blocks", &ts::Counts::hashed_blocks)
-      .def_readonly("floor", &ts::Counts::floor)
-      .def_readonly("host", &ts::Counts::host);
 }
 
 void bind_steps(py::module_& m) {
   py::class_<ts::Plan, std::shared_ptr<ts::Plan>> plan(m, "Plan");
   plan.def_readonly("step", &ts::Plan::step)
       .def_readonly("decodes", &ts::Plan::decodes)
+      .def_readonly("sampled", &ts::Plan::sampled)
+      .def_readonly("drafted", &ts::Plan::drafted)
       .def_readonly("predicted_us", &ts::Plan::predicted_us);
   def_view(plan, "sequence_ids", &ts::Plan::sequence_ids);
   def_view(plan, "slots", &ts::Plan::slots);
@@ -379,7 +369,8 @@ void bind_scheduler(py::module_& m) {
            py::arg("steps_in_flight") = 2, py::arg("overtakes_max") = 16, py::arg("class_overtakes_max") = 256,
            py::arg("preemptions_max") = 3, py::arg("tps_floor") = 0.0, py::arg("tps_fraction") = 0.5,
            py::arg("prefill_share") = 0.125, py::arg("floor_wait_us") = 10'000'000, py::arg("eviction") = "reuse",
-           py::arg("host_blocks") = 0, py::arg("write_backs_max") = 64, py::arg("copy_deadline_us") = 10'000'000)
+           py::arg("host_blocks") = 0, py::arg("write_backs_max") = 64, py::arg("copy_deadline_us") = 10'000'000,
+           py::arg("draft_tokens") = 0)
       .def_property_readonly(
           "eviction", [](const ts::Config& self) { return self.eviction == ts::Eviction::lru ? "lru" : "reuse"; })
       .def_readonly("block_tokens", &ts::Config::block_tokens)
@@ -399,7 +390,8 @@ void bind_scheduler(py::module_& m) {
       .def_readonly("floor_wait_us", &ts::Config::floor_wait_us)
       .def_readonly("host_blocks", &ts::Config::host_blocks)
       .def_readonly("write_backs_max", &ts::Config::write_backs_max)
-      .def_readonly("copy_deadline_us", &ts::Config::copy_deadline_us);
+      .def_readonly("copy_deadline_us", &ts::Config::copy_deadline_us)
+      .def_readonly("draft_tokens", &ts::Config::draft_tokens);
 
   py::class_<PyScheduler>(m, "Scheduler")
       .def(py::init<const ts::Config&, const py::object&>(), py::arg("config"), py::kw_only(),
@@ -448,6 +440,7 @@ void bind_scheduler(py::module_& m) {
           "abort", [](PyScheduler& self, std::uint64_t id, std::int64_t now) { return self.scheduler.abort(id, now); },
           py::arg("sequence_id"), py::arg("now_us"))
       .def("plan", &PyScheduler::plan, py::arg("now_us"))
+      .def("draft", &PyScheduler::draft, py::arg("sequence_id"), py::arg("token_ids"))
       .def("commit", &PyScheduler::commit, py::arg("step"), py::arg("token_ids"), py::arg("now_us"),
            py::arg("run_us") = py::none())
       .def("take_copies", &PyScheduler::take_copies)
@@ -484,6 +477,7 @@ PYBIND11_MODULE(_native, m) {
   bind_policy(m);
   bind_memory(m);
   bind_tier(m);
+  bind_drafts(m);
   bind_steps(m);
   bind_scheduler(m);
   m.def("block_hashes", &block_hashes, py::arg("token_ids"), py::kw_only(), py::arg("block_tokens"),

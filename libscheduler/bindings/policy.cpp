@@ -63,4 +63,23 @@ void bind_policy(py::module_& m) {
       .def_readonly("tokens", &ts::FloorCounts::tokens)
       .def_readonly("tokens_late", &ts::FloorCounts::tokens_late)
       .def_readonly("overrides", &ts::FloorCounts::overrides);
+  py::class_<ts::Counts>(m, "Counts")
+      .def_readonly("blocks_free", &ts::Counts::blocks_free)
+      .def_readonly("blocks_cached", &ts::Counts::blocks_cached)
+      .def_readonly("blocks_active", &ts::Counts::blocks_active)
+      .def_readonly("sequences_waiting", &ts::Counts::sequences_waiting)
+      .def_readonly("sequences_running", &ts::Counts::sequences_running)
+      .def_readonly("steps_in_flight", &ts::Counts::steps_in_flight)
+      .def_readonly("sequences_importing", &ts::Counts::sequences_importing)
+      .def_readonly("handles_open", &ts::Counts::handles_open)
+      .def_readonly("sequences_loading", &ts::Counts::sequences_loading)
+      .def_readonly("preemptions", &ts::Counts::preemptions)
+      .def_readonly("aborts", &ts::Counts::aborts)
+      .def_readonly("prompt_tokens", &ts::Counts::prompt_tokens)
+      .def_readonly("cached_tokens", &ts::Counts::cached_tokens)
+      .def_readonly("output_tokens", &ts::Counts::output_tokens)
+      .def_readonly("hashed_blocks", &ts::Counts::hashed_blocks)
+      .def_readonly("floor", &ts::Counts::floor)
+      .def_readonly("host", &ts::Counts::host)
+      .def_readonly("drafts", &ts::Counts::drafts);
 }

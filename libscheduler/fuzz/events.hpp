@@ -43,7 +43,10 @@ struct Seen {
   std::uint64_t parents = 0;
   std::uint64_t rejected = 0;
   std::uint64_t overrides = 0;
-  std::uint64_t stored = 0;  // blocks, in host memory
+  std::uint64_t drafts_kept = 0;     // rows whose draft came true
+  std::uint64_t drafts_cut = 0;      // in part
+  std::uint64_t drafts_refuted = 0;  // not at all
+  std::uint64_t stored = 0;          // blocks, in host memory
   std::uint64_t loaded = 0;
   std::uint64_t copies_failed = 0;
   std::uint64_t copies_late = 0;
@@ -75,6 +78,8 @@ inline Config config_of(Input& input) {
     config.write_backs_max = 1 + input.pick(8);
     config.copy_deadline_us = 10'000 + 20'000 * input.pick(8);
   }
+  // Of bytes that were read already: inputs from before there were drafts still mean what they meant.
+  config.draft_tokens = (7 * config.chunk_tokens + config.waiting_max) % 16;
   for (std::size_t i = 0; i < config.hash_key.size(); ++i) config.hash_key[i] = static_cast<std::uint8_t>(i);
   return config;
 }
@@ -108,6 +113,9 @@ class Player {
     seen_.output_tokens += counts.output_tokens;
     seen_.overrides += counts.floor.overrides;
     seen_.parents += world_.parents_known;
+    seen_.drafts_kept += world_.drafts_kept;
+    seen_.drafts_cut += world_.drafts_cut;
+    seen_.drafts_refuted += world_.drafts_refuted;
     seen_.stored += counts.host.blocks_stored;
     seen_.loaded += counts.host.blocks_loaded;
     seen_.copies_failed += counts.host.copies_failed;
@@ -132,6 +140,8 @@ class Player {
       hand_over();
     } else if (what == 7 && world_.host.in_flight() > 0) {
       end_copy(static_cast<std::uint64_t>(input_.pick(256)), !input_.one_in(4));
+    } else if ((what == 6 || what == 7) && world_.live() > 0) {
+      draft();
     } else if (what < 11) {
       line("plan");
       world_.plan(input_.one_in(2));
@@ -236,6 +246,19 @@ class Player {
     }
   }
 
+  /// What comes next in some sequence, or what does not, or first the one and then the other.
+  void draft() {
+    const std::uint64_t id = world_.some_live(static_cast<std::uint64_t>(input_.pick(256)));
+    const int right = input_.pick(20);
+    const int wrong = input_.pick(6);
+    if (out_ != nullptr) {
+      *out_ << "draft " << id;
+      for (const TokenId token : world_.guess(id, right, wrong)) *out_ << " " << token;
+      *out_ << std::endl;
+    }
+    world_.draft(id, right, wrong);
+  }
+
   void end_copy(std::uint64_t which, bool well) {
     which %= world_.host.in_flight();
     line((well ? "copied " : "copy_failed ") + std::to_string(world_.host.number_of(which)));
@@ -291,7 +314,7 @@ class Player {
           << " context_tokens=" << config_.context_tokens << " step_tokens=" << config_.step_tokens
           << " chunk_tokens=" << config_.chunk_tokens << " waiting_max=" << config_.waiting_max
           << " steps_in_flight=" << config_.steps_in_flight << " overtakes_max=" << config_.overtakes_max
-          << " class_overtakes_max=" << config_.class_overtakes_max;
+          << " class_overtakes_max=" << config_.class_overtakes_max << " draft_tokens=" << config_.draft_tokens;
     if (config_.host_blocks > 0) {
       *out_ << " host_blocks=" << config_.host_blocks << " write_backs_max=" << config_.write_backs_max
             << " copy_deadline_us=" << config_.copy_deadline_us;

@@ -97,21 +97,24 @@ bool say_what_was_seen() {
             << s.aborts << ", cached tokens " << s.cached_tokens << ", output tokens " << s.output_tokens
             << ", evicted blocks " << s.evicted << ", parents " << s.parents << ", refused " << s.rejected
             << ", floor overrides " << s.overrides << ", blocks stored " << s.stored << ", loaded " << s.loaded
-            << ", copies failed " << s.copies_failed << ", late " << s.copies_late << "\nstates:";
+            << ", copies failed " << s.copies_failed << ", late " << s.copies_late << ", drafts kept " << s.drafts_kept
+            << ", in part " << s.drafts_cut << ", refuted " << s.drafts_refuted << "\nstates:";
   for (const auto& state : s.states) std::cout << " " << state;
   std::cout << "\nreasons: " << s.whys.size() << " of " << tokenrelay::scheduler::why_table.size() << "; never:";
   for (const auto& entry : tokenrelay::scheduler::why_table) {
     if (s.whys.count(entry.why) == 0) std::cout << " " << entry.name;
   }
   std::cout << "\n";
-  for (const char* state : {"Waiting", "Held", "Prefilling", "Decoding", "Preempting", "Loading"}) {
+  for (const char* state :
+       {"Waiting", "Held", "Prefilling", "Decoding", "Drafted", "Verifying", "Preempting", "Loading"}) {
     if (s.states.count(state) == 0) {
       std::cerr << "no input led to a " << state << " sequence\n";
       return false;
     }
   }
   return s.preemptions > 0 && s.aborts > 0 && s.evicted > 0 && s.cached_tokens > 0 && s.parents > 0 && s.stored > 0 &&
-         s.loaded > 0 && s.copies_failed > 0 && s.copies_late > 0;
+         s.loaded > 0 && s.copies_failed > 0 && s.copies_late > 0 && s.drafts_kept > 0 && s.drafts_cut > 0 &&
+         s.drafts_refuted > 0;
 }
 
 }  // namespace

@@ -75,6 +75,7 @@ std::optional<std::string> Scheduler::check() const {
   int waiting = 0;
   int settling = 0;
   int importing = 0;
+  int drafts = 0;
   std::int64_t prefilling = 0;
   std::vector<int> flights(sequences_.size());
   for (std::size_t i = 0; i < flights_size_; ++i) {
@@ -99,6 +100,8 @@ std::optional<std::string> Scheduler::check() const {
             if (!std::is_same_v<S, request::Preempting>) {
               if (auto wrong = check_table(s, state.home.chain)) return wrong;
             }
+            if (auto wrong = check_draft(static_cast<SequenceIndex>(i))) return wrong;
+            if constexpr (requires { state.draft; }) ++drafts;
             if constexpr (std::is_same_v<S, request::Loading>) {
               if (auto wrong = check_batch(static_cast<SequenceIndex>(i), state)) return wrong;
             }
@@ -136,6 +139,7 @@ std::optional<std::string> Scheduler::check() const {
   if (now.sequences_waiting != waiting) return "the waiting queue's count is wrong";
   if (importing_ != importing) return "the count of importing sequences is wrong";
   if (prefilling_tokens_ != prefilling) return "the count of prompt tokens in prefill is wrong";
+  if (drafts_.leased() != drafts) return "the count of drafts is wrong";
   if (settling_ != settling) return "the count of settling sequences is wrong";
   if (vacant_.size() + static_cast<std::size_t>(resident + waiting) != sequences_.size()) return "sequences leaked";
   return std::nullopt;

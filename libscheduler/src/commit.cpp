@@ -13,7 +13,7 @@ void Scheduler::commit(std::uint64_t step, std::span<const TokenId> token_ids, s
   TR_ASSERT(flights_size_ > 0, "nothing is launched");
   Flight& flight = flights_[flights_first_];
   TR_ASSERT(flight.step == step, "steps are committed in the order they were planned");
-  TR_ASSERT(flight.sampled == token_ids.size(), "a step is committed with one token for each sampled row");
+  TR_ASSERT(flight.sampled == token_ids.size(), "a step is committed with all tokens that it sampled");
   flights_first_ = (flights_first_ + 1) % flights_.size();
   --flights_size_;
   measure(flight, now_us, run_us);
@@ -21,6 +21,13 @@ void Scheduler::commit(std::uint64_t step, std::span<const TokenId> token_ids, s
   for (const Row& row : flight.rows) {
     Sequence& sequence = at(row.index);
     --sequence.flights;
+    if (row.draft) {
+      const auto own = token_ids.subspan(static_cast<std::size_t>(sampled), static_cast<std::size_t>(row.length));
+      commit_draft(row, own, sampled, now_us, out);
+      sampled += row.length;
+      if (sequence.flights == 0) settle(row.index);
+      continue;
+    }
     send(sequence, request::Land{resources_, sequence.text, row.start, row.length});
     totals_.hashed_blocks += sequence.text.take_hashed();
     seal_exports(sequence);
@@ -47,8 +54,10 @@ void Scheduler::take_token(SequenceIndex index, TokenId token, std::int32_t row,
                            Outcome& out) noexcept {
   Sequence& sequence = at(index);
   const bool preempting = std::holds_alternative<request::Preempting>(sequence.state);
-  if (!preempting && !std::holds_alternative<request::Decoding>(sequence.state)) return;  // over: discarded
+  const bool drafted = std::holds_alternative<request::Drafted>(sequence.state);
+  if (!preempting && !drafted && !std::holds_alternative<request::Decoding>(sequence.state)) return;  // over: discarded
   sequence.text.append(token);
+  if (drafted) follow(sequence, token);
   const auto& stops = sequence.stop_token_ids;
   Finish finish = Finish::none;
   if (std::binary_search(stops.begin(), stops.end(), token)) {
@@ -58,16 +67,7 @@ void Scheduler::take_token(SequenceIndex index, TokenId token, std::int32_t row,
   } else if (sequence.handover == Handover::source) {
     finish = Finish::handover;
   }
-  ++totals_.output_tokens;
-  waiting_.served(index, output_weight, false);
-  if (floor_.on() && !preempting) floor_.token(sequence.due_us, sequence.length_planned - sequence.text.size(), now_us);
-  out.sequence_ids.push_back(sequence.id);
-  out.token_ids.push_back(token);
-  out.finish.push_back(static_cast<std::uint8_t>(finish));
-  out.rows.push_back(row);
-  out.first.push_back(!sequence.emitted);
-  out.cached_tokens.push_back(sequence.cached_tokens);
-  sequence.emitted = true;
+  give(index, token, row, finish, sequence.length_planned - sequence.text.size(), now_us, out);
   if (finish == Finish::none) return;
   settling_ += preempting ? 0 : 1;
   if (finish == Finish::handover) {
@@ -75,6 +75,24 @@ void Scheduler::take_token(SequenceIndex index, TokenId token, std::int32_t row,
   } else {
     send(sequence, request::Finish{resources_});
   }
+}
+
+/// A token that was appended to its text goes out. `in_flight`: more of it that launched steps will sample.
+void Scheduler::give(SequenceIndex index, TokenId token, std::int32_t row, Finish finish, int in_flight,
+                     std::int64_t now_us, Outcome& out) noexcept {
+  Sequence& sequence = at(index);
+  ++totals_.output_tokens;
+  waiting_.served(index, output_weight, false);
+  if (floor_.on() && !std::holds_alternative<request::Preempting>(sequence.state)) {
+    floor_.token(sequence.due_us, in_flight, now_us);
+  }
+  out.sequence_ids.push_back(sequence.id);
+  out.token_ids.push_back(token);
+  out.finish.push_back(static_cast<std::uint8_t>(finish));
+  out.rows.push_back(row);
+  out.first.push_back(!sequence.emitted);
+  out.cached_tokens.push_back(sequence.cached_tokens);
+  sequence.emitted = true;
 }
 
 /// For a sequence that no launched step holds: gives back what it kept, if it is over or preempted.

@@ -46,6 +46,7 @@ std::string runs(const Explanation& e) {
   std::string text = "; slot " + number(e.slot) + ", " + number(e.computed_tokens) + " tokens computed or launched, " +
                      number(e.steps_in_flight) + " steps in flight";
   if (e.chunk_tokens > 0) text += "; last chunk " + number(e.chunk_tokens) + " tokens";
+  if (e.drafted > 0) text += "; " + number(e.accepted) + " of " + number(e.drafted) + " drafted tokens came true";
   const std::string_view words = words_of(e.why);
   if (e.over || e.why == Why::none || e.why == Why::decodes) return text;
   // Why a chunk has its size belongs to the chunk, everything else stands for itself.
@@ -132,6 +133,8 @@ std::optional<Explanation> Scheduler::explanation(std::uint64_t sequence_id) con
   out.slot = s.slot;
   out.steps_in_flight = s.flights;
   out.chunk_tokens = s.chunk;
+  out.drafted = s.drafted;
+  out.accepted = s.accepted;
   out.preempted = s.preempted;
   out.preempted_why = s.preempted_why;
   out.preempted_for = s.preempted_for;

@@ -49,6 +49,18 @@ Budget Floor::budget(const CostModel& model, const StepShape& decodes, int token
   return budget;
 }
 
+int Floor::draft_tokens(const CostModel& model, int rows, int most) const noexcept {
+  if (!on() || period_us_ == 0 || most <= 0) return std::max(0, most);
+  const auto shape = [this](int count) {
+    return StepShape{.decode_rows = static_cast<double>(count), .decode_context = count * context_};
+  };
+  const double alone = model.predict_us(shape(rows));
+  const double left = static_cast<double>(period_us_) - gap_us_ - 2 * error_us_ - alone;
+  const double all = model.predict_us(shape(rows + most)) - alone;
+  if (all <= left) return most;
+  return left <= 0 ? 0 : static_cast<int>(most * left / all);  // the cost is convex: fewer cost less than their share
+}
+
 Why Floor::admits(const CostModel& model, int rows, double context) const noexcept {
   if (!on() || rows <= 1) return Why::none;
   // No more than twice what was measured: a cost that does not show at two users does at four.

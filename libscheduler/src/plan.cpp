@@ -9,7 +9,10 @@ namespace tokenrelay::scheduler {
 bool Scheduler::plan(std::int64_t now_us, Plan& out) noexcept {
   pool_.clock(now_us);
   expire_copies(now_us);
-  const bool planned = flights_size_ < flights_.size() && plan_step(now_us, out);
+  // What a draft gives decides on the next row of its sequence. The others wait with it: in steps of their own, the
+  // weights would be read for each part.
+  const std::size_t ahead = drafts_.leased() > 0 ? 1 : flights_.size();
+  const bool planned = flights_size_ < ahead && plan_step(now_us, out);
   tier_.write_back(now_us);
   return planned;
 }
@@ -38,7 +41,7 @@ void Scheduler::plan_rows(std::int64_t now_us, Plan& out, Flight& flight) noexce
   final_tokens_ = 0;
   floor_.begin(step_begins(now_us));
   plan_decodes(out, flight);
-  Budget budget = floor_.budget(model_, flight.shape, config_.step_tokens - out.decodes);
+  Budget budget = floor_.budget(model_, flight.shape, config_.step_tokens - out.decodes - out.drafted);
   plan_prefills(budget, out, flight);
   if (!stalled_) admit_waiting(now_us, budget, out, flight);
 }
@@ -87,13 +90,14 @@ void Scheduler::add_row(SequenceIndex index, int length, bool feedback, bool sam
   out.feedback.push_back(feedback);
   out.samples.push_back(samples);
   out.sampled += samples;
-  flight.rows.push_back({index, sequence.planned, length, samples});
+  flight.rows.push_back({index, sequence.planned, length, samples, false});
   sequence.planned += length;
   sequence.length_planned += samples;
   ++sequence.flights;
 }
 
 void Scheduler::plan_decodes(Plan& out, Flight& flight) noexcept {
+  draft_room_ = drafts_.leased() > 0 ? draft_room() : 0;
   for (SequenceIndex index = decoding_.first(); index != no_sequence;) {
     if (!plan_decode(index, out, flight)) return;  // it preempted itself, and it was the last
     index = decoding_.after(index);
@@ -107,6 +111,7 @@ bool Scheduler::plan_decode(SequenceIndex index, Plan& out, Flight& flight) noex
     sequence.why = Why::waits_own_end;
     return true;
   }
+  const int width = drafts_.leased() > 0 ? draft_width(index) : 0;
   const int position = sequence.planned;
   std::optional<WritableBlock> room;
   if (position % config_.block_tokens == 0) {
@@ -118,20 +123,40 @@ bool Scheduler::plan_decode(SequenceIndex index, Plan& out, Flight& flight) noex
       stalled_ = true;
       const bool waits = settling_ > 0 || tier_.orphans_timely() > 0 || pool_.borrowed() > 0;
       if (waits && sequence.why != Why::preempted_self) sequence.why = Why::waits_room;
-      return std::holds_alternative<request::Decoding>(sequence.state);
+      return std::holds_alternative<request::Decoding>(sequence.state) ||
+             std::holds_alternative<request::Drafted>(sequence.state);
     }
     row[at_block] = table_entry(*room);
   }
+  decode_row(index, width, std::move(room), out, flight);
+  return true;
+}
+
+/// A token, and `width` tokens of its draft if there is a block for them.
+void Scheduler::decode_row(SequenceIndex index, int width, std::optional<WritableBlock> room, Plan& out,
+                           Flight& flight) noexcept {
+  Sequence& sequence = at(index);
+  const int position = sequence.planned;
   const bool feedback = position >= sequence.text.size();
   out.token_ids.push_back(feedback ? 0 : sequence.text.tokens()[static_cast<std::size_t>(position)]);
-  send(sequence, request::Launch{resources_, position, 1, std::move(room)});
+  if (width > 0) width = reserve_drafted(sequence, width, room);
+  if (width > 0) {
+    const auto draft = drafts_.tokens(std::get<request::Drafted>(sequence.state).draft);
+    out.token_ids.insert(out.token_ids.end(), draft.begin(), draft.begin() + width);
+    out.drafted += width;
+    out.sampled += width;
+    draft_room_ -= width;
+    send(sequence, request::Speculate{resources_, position, 1 + width, std::move(room)});
+  } else {
+    send(sequence, request::Launch{resources_, position, 1, std::move(room)});
+  }
   if (sequence.arrived) announce(sequence, out);
-  add_row(index, 1, feedback, true, out, flight);
-  flight.shape.add_decode(position + 1);
+  add_row(index, 1 + width, feedback, true, out, flight);
+  flight.rows.back().draft = width > 0;
+  for (int i = 0; i <= width; ++i) flight.shape.add_decode(position + i + 1);
   floor_.decode(sequence.due_us);
   sequence.why = Why::decodes;
   ++out.decodes;
-  return true;
 }
 
 /// How much of a prompt the next step computes, and what limits that. A length of 0: nothing now.

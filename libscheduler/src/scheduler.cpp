@@ -32,7 +32,9 @@ Scheduler::Scheduler(const Config& config)
       loading_(links_, ranks_),
       // Loads of the two longest prompts: of those that are late, too, some room is left.
       tier_(pool_, config, 2 * static_cast<std::size_t>(table_width_)),
-      resources_{pool_, slots_, waiting_, holds_, prefilling_, decoding_, loading_, tier_, config.block_tokens},
+      drafts_(config.slots),
+      resources_{pool_,     slots_,   waiting_, holds_,  prefilling_,
+                 decoding_, loading_, tier_,    drafts_, config.block_tokens},
       sequences_(sequences_max(config)),
       ids_(sequences_max(config)),
       ended_(ended_max),
@@ -190,7 +192,7 @@ std::optional<RejectReason> Scheduler::submit(const Submission& s, std::int64_t 
   sequence.matched = -1;
   sequence.due_us = not_due;
   sequence.why = Why::none;
-  sequence.chunk = 0;
+  sequence.chunk = sequence.drafted = sequence.accepted = 0;
   sequence.preempted_why = Why::none;
   sequence.emitted = false;
   sequence.handover = s.handover;
@@ -254,6 +256,7 @@ Counts Scheduler::counts() const noexcept {
   counts.host = tier_.counts();
   counts.host.loads = tier_prompts_;
   counts.host.tokens_loaded = tier_tokens_;
+  counts.drafts.sequences = drafts_.leased();
   return counts;
 }
 

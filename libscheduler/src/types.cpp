@@ -1,6 +1,9 @@
 #include "tokenrelay/scheduler/types.hpp"
 
+#include <algorithm>
 #include <sstream>
+
+#include "tokenrelay/scheduler/drafts.hpp"
 
 namespace tokenrelay::scheduler {
 namespace {
@@ -44,6 +47,7 @@ std::optional<std::string> Config::check() const {
   if (auto wrong = bounded("host_blocks", host_blocks, 0, 1 << 26)) return wrong;
   if (auto wrong = bounded("write_backs_max", write_backs_max, 1, 1 << 16)) return wrong;
   if (auto wrong = between("copy_deadline_us", static_cast<double>(copy_deadline_us), 1, 3'600e6)) return wrong;
+  if (auto wrong = bounded("draft_tokens", draft_tokens, 0, draft_tokens_max)) return wrong;
   return between("floor_wait_us", static_cast<double>(floor_wait_us), 0, 86'400e6);
 }
 
@@ -64,7 +68,7 @@ void Plan::reserve(const Config& config) {
 
 void Plan::clear() noexcept {
   step = 0;
-  decodes = sampled = 0;
+  decodes = sampled = drafted = 0;
   predicted_us = 0;
   sequence_ids.clear();
   slots.clear();
@@ -98,7 +102,7 @@ void Copies::clear() noexcept {
 }
 
 void Outcome::reserve(const Config& config) {
-  const auto size = static_cast<std::size_t>(config.slots);
+  const auto size = static_cast<std::size_t>(std::min(config.slots * (1 + config.draft_tokens), config.step_tokens));
   sequence_ids.reserve(size);
   token_ids.reserve(size);
   finish.reserve(size);

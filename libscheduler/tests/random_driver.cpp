@@ -32,6 +32,7 @@ struct Driver {
     if (pick(2) == 0) config.tps_floor = 1 + pick(100'000);  // a call is a microsecond: it is in force now and then
     config.floor_wait_us = pick(100);
     hands_over = pick(2) == 0;
+    if (pick(3) > 0) config.draft_tokens = 1 + pick(15);
     if (pick(2) == 0) {
       config.host_blocks = 1 + pick(config.blocks * 3);
       config.write_backs_max = 1 + pick(8);
@@ -100,6 +101,9 @@ struct Coverage {
   std::uint64_t handles_ended = 0;
   std::uint64_t handed_over = 0;
   std::uint64_t handles_complete = 0;
+  std::uint64_t drafts_kept = 0;
+  std::uint64_t drafts_cut = 0;
+  std::uint64_t drafts_refuted = 0;
   HostCounts host;
   std::set<std::string> states;
 } coverage;
@@ -108,8 +112,13 @@ std::uint64_t run(std::uint64_t seed, int events) {
   Driver driver(seed);
   Simulator world(driver.config);
   const bool late = driver.pick(2) == 0;
+  const bool drafts = driver.config.draft_tokens > 0 || driver.pick(4) == 0;
   for (int i = 0; i < events && check::failures() == 0; ++i) {
     if (world.host.in_flight() > 0 && driver.pick(4) == 0) world.end_copy(driver.random(), driver.pick(5) > 0);
+    if (drafts && world.live() > 0 && driver.pick(3) == 0) {
+      world.draft(driver.pick(20) == 0 ? driver.next_id : world.some_live(driver.random()), driver.pick(18),
+                  driver.pick(6));
+    }
     const int what = driver.pick(100);
     if (what < 8) {
       if (auto turn = driver.next_turn(world); turn && world.submit(*turn) == RejectReason::parent_unknown) {
@@ -160,6 +169,11 @@ std::uint64_t run(std::uint64_t seed, int events) {
   coverage.host.tokens_loaded += counts.host.tokens_loaded;
   coverage.host.copies_failed += counts.host.copies_failed;
   coverage.host.copies_expired += counts.host.copies_expired;
+  CHECK_EQUAL(counts.drafts.sequences, 0);
+  CHECK(counts.drafts.accepted <= counts.drafts.tokens && counts.drafts.drafts <= counts.drafts.tokens);
+  coverage.drafts_kept += world.drafts_kept;
+  coverage.drafts_cut += world.drafts_cut;
+  coverage.drafts_refuted += world.drafts_refuted;
   coverage.imported += world.imported;
   coverage.renounced += world.renounced;
   coverage.handles_ended += world.handles_ended;
@@ -194,15 +208,18 @@ int main(int argc, char** argv) {
             << " (" << coverage.handles_complete << " complete), handles ended " << coverage.handles_ended
             << "; host tier: stored " << coverage.host.blocks_stored << ", loaded " << coverage.host.blocks_loaded
             << " for " << coverage.host.loads << " prompts, failed " << coverage.host.copies_failed << ", late "
-            << coverage.host.copies_expired << "\n";
+            << coverage.host.copies_expired << "; drafts: kept " << coverage.drafts_kept << ", in part "
+            << coverage.drafts_cut << ", refuted " << coverage.drafts_refuted << "\n";
   if (count >= 100) {
     CHECK(coverage.imported > 100 && coverage.renounced > 100 && coverage.handed_over > 100);
     CHECK(coverage.handles_complete > 100 && coverage.handles_ended > 100);
     CHECK(coverage.host.blocks_stored > 1000 && coverage.host.blocks_loaded > 300 && coverage.host.loads > 100);
     CHECK(coverage.host.copies_failed > 100 && coverage.host.copies_expired > 50);
     CHECK(coverage.parents_known > 1000 && coverage.parents_unknown > 100);
+    CHECK(coverage.drafts_kept > 100 && coverage.drafts_cut > 100 && coverage.drafts_refuted > 100);
     CHECK(coverage.preemptions > 100 && coverage.aborts > 100 && coverage.evicted > 100);
-    for (const char* state : {"Waiting", "Held", "Prefilling", "Decoding", "Preempting", "Importing", "Loading"}) {
+    for (const char* state :
+         {"Waiting", "Held", "Prefilling", "Decoding", "Drafted", "Verifying", "Preempting", "Importing", "Loading"}) {
       if (coverage.states.count(state) == 0) check::fail(__FILE__, __LINE__, std::string(state) + " was never seen");
     }
   }

@@ -83,15 +83,29 @@ class Simulator {
     return planned;
   }
 
+  /// Somebody guesses what comes next: `right` tokens that will come true, then as many as `wrong` that will not.
+  DraftAnswer draft(std::uint64_t id, int right, int wrong) {
+    const bool live = is_live(id);
+    const std::vector<TokenId> tokens = guess(id, right, wrong);
+    const DraftAnswer answer = scheduler.draft(id, tokens);
+    if (config_.draft_tokens == 0) CHECK(answer == DraftAnswer::off);
+    if (config_.draft_tokens > 0 && !live) CHECK(answer == DraftAnswer::unknown || answer == DraftAnswer::not_decoding);
+    drafted += answer == DraftAnswer::drafted;
+    verify();
+    return answer;
+  }
+
   bool commit(std::int64_t run_us = Scheduler::by_clock) {
     if (launched_.empty()) return false;
     execute_until(1);
     Launched launched = std::move(launched_.front());
     launched_.pop_front();
+    expect_drafts(launched.plan);
     if (about_to_commit) about_to_commit(launched.sampled);
     Outcome outcome;
     scheduler.commit(launched.plan.step, launched.sampled, now_us++, outcome, run_us);
     check_outcome(launched, outcome);
+    check_drafts(launched.plan, outcome);
     verify();
     return true;
   }
@@ -215,6 +229,16 @@ class Simulator {
     for (const auto& [id, live] : live_) text += std::to_string(id) + " " + scheduler.explain(id) + "\n";
     return text;
   }
+  [[nodiscard]] std::vector<TokenId> guess(std::uint64_t id, int right, int wrong) const {
+    std::vector<TokenId> tokens(static_cast<std::size_t>(right + wrong), Request::vocabulary);  // never sampled
+    const auto found = live_.find(id);
+    if (found == live_.end()) return tokens;
+    const std::vector<TokenId>& outputs = found->second.request.outputs;
+    const std::size_t known = found->second.emitted;
+    const std::size_t count = std::min(static_cast<std::size_t>(right), outputs.size() - known);
+    std::copy_n(outputs.begin() + static_cast<std::ptrdiff_t>(known), count, tokens.begin());
+    return tokens;
+  }
   [[nodiscard]] bool is_live(std::uint64_t id) const { return live_.count(id) == 1; }
   [[nodiscard]] std::uint64_t step() const { return step_; }
   [[nodiscard]] std::uint64_t digest() const { return digest_; }
@@ -242,6 +266,10 @@ class Simulator {
   std::uint64_t renounced = 0;
   std::uint64_t handles_ended = 0;
   std::uint64_t handed_over = 0;
+  std::uint64_t drafted = 0;           // drafts that were taken
+  std::uint64_t drafts_kept = 0;       // rows whose draft came true as a whole
+  std::uint64_t drafts_cut = 0;        // in part
+  std::uint64_t drafts_refuted = 0;    // not at all
   std::uint64_t handles_complete = 0;  // of those: every block of the prompt could be read
 
  private:
@@ -344,6 +372,8 @@ class Simulator {
       digest_ = mix(digest_, plan.admitted_ids[i]);
     }
     std::size_t at = 0;
+    int sampled = 0;
+    int drafted_tokens = 0;
     for (std::size_t row = 0; row < plan.sequence_ids.size(); ++row) {
       const std::uint64_t id = plan.sequence_ids[row];
       CHECK(seen.insert(id).second);
@@ -353,18 +383,66 @@ class Simulator {
       const int length = plan.lengths[row];
       const bool decodes = row < static_cast<std::size_t>(plan.decodes);
       CHECK_EQUAL(start, live.planned);
-      CHECK(length >= 1 && length <= (decodes ? 1 : config_.chunk_tokens));
+      CHECK(length >= 1 && length <= (decodes ? 1 + config_.draft_tokens : config_.chunk_tokens));
+      const bool drafts = decodes && length > 1;
+      if (drafts) {
+        CHECK_EQUAL(start, known - 1);  // all before it is known, and no other step holds it
+        CHECK_EQUAL(live.in_flight, 0);
+        sampled += length - 1;
+        drafted_tokens += length - 1;
+      }
       CHECK_EQUAL(plan.feedback[row] == 1, start >= known);
       CHECK_EQUAL(plan.samples[row] == 1, decodes || start + length == known);
       CHECK(!decodes || start >= static_cast<int>(live.request.tokens.size()) || plan.samples[row] == 1);
       live.planned += length;
-      live.in_flight += plan.samples[row];
+      live.in_flight += drafts ? length : plan.samples[row];
+      sampled += plan.samples[row];
       const int limit = std::min(live.request.output_start + live.request.tokens_max, config_.context_tokens);
       CHECK(known + live.in_flight <= limit);  // no row past the length limit
       at += static_cast<std::size_t>(length);
       digest_ = mix(mix(mix(digest_, id), static_cast<std::uint64_t>(start)), static_cast<std::uint64_t>(length));
     }
     CHECK_EQUAL(at, plan.token_ids.size());
+    CHECK_EQUAL(sampled, plan.sampled);
+    CHECK_EQUAL(drafted_tokens, plan.drafted);
+    if (drafted_tokens > 0) CHECK(launched_.empty());  // nothing is planned ahead of a draft
+  }
+
+  /// How many tokens each row with a draft must give: what came true of it and one more, one if it was preempted.
+  void expect_drafts(const Plan& plan) {
+    expected_.clear();
+    std::size_t at = 0;
+    for (std::size_t row = 0; row < static_cast<std::size_t>(plan.decodes); ++row) {
+      const auto length = static_cast<std::size_t>(plan.lengths[row]);
+      const auto found = live_.find(plan.sequence_ids[row]);
+      if (length > 1 && found != live_.end()) {
+        const Live& live = found->second;
+        std::size_t& count = expected_[found->first];
+        while (count + 1 < length && plan.token_ids[at + 1 + count] == live.request.outputs.at(live.emitted + count) &&
+               live.emitted + count + 1 < live.request.outputs.size()) {
+          ++count;
+        }
+        if (scheduler.explain(found->first).starts_with("Preempting")) count = 0;
+        ++count;
+        drafts_kept += count == length;
+        drafts_refuted += count == 1;
+        drafts_cut += count > 1 && count < length;
+      }
+      at += length;
+    }
+  }
+  void check_drafts(const Plan& plan, const Outcome& outcome) {
+    for (std::size_t row = 0; row < static_cast<std::size_t>(plan.decodes); ++row) {
+      const std::uint64_t id = plan.sequence_ids[row];
+      if (plan.lengths[row] == 1 || expected_.count(id) == 0) continue;
+      const auto given =
+          static_cast<std::size_t>(std::count(outcome.sequence_ids.begin(), outcome.sequence_ids.end(), id));
+      CHECK_EQUAL(given, expected_.at(id));
+      const auto found = live_.find(id);
+      if (found == live_.end()) continue;
+      found->second.planned = plan.starts[row] + static_cast<int>(given);
+      found->second.in_flight = 0;
+    }
   }
 
   void execute_until(std::size_t count) {
@@ -396,6 +474,8 @@ class Simulator {
       for (int i = 0; i < plan.lengths[row]; ++i, ++at) {
         const TokenId token = plan.feedback[row] ? sampled_[static_cast<std::size_t>(slot)] : plan.token_ids[at];
         cell(slot, start + i) = last = mix(last, token);
+        const bool drafts = row < static_cast<std::size_t>(plan.decodes) && i + 1 < plan.lengths[row];
+        if (drafts) launched.sampled.push_back(Request::sample(last));
       }
       if (plan.samples[row]) {
         sampled_[static_cast<std::size_t>(slot)] = Request::sample(last);
@@ -448,6 +528,7 @@ class Simulator {
   std::set<std::uint64_t> over_;
   std::map<std::uint64_t, Text> texts_;
   std::deque<Launched> launched_;
+  std::map<std::uint64_t, std::size_t> expected_;  // tokens of rows with a draft, of the step being committed
   std::map<std::uint64_t, Transfer> transfers_;
   std::map<std::uint64_t, Seen> handles_;
   std::uint64_t step_ = 0;

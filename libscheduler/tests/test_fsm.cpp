@@ -14,7 +14,7 @@ TEST(every_pair_is_listed_once) {
       CHECK(row.next.empty() != row.reason.empty());
     }
   }
-  CHECK_EQUAL(RequestFsm::table.size(), 180U);
+  CHECK_EQUAL(RequestFsm::table.size(), 276U);
   CHECK_EQUAL(BlockFsm::table.size(), 72U);
   CHECK_EQUAL(HostSlotFsm::table.size() + CopyFsm::table.size(), 32U + 56U);
 }
@@ -31,7 +31,8 @@ TEST(an_event_in_the_wrong_state_is_answered_with_the_reason) {
   DecodeList decoding(links, ranks);
   LoadList loading(links, ranks);
   HostTier tier(pool, Config{.blocks = 4}, 0);
-  Resources resources{pool, slots, waiting, holds, prefilling, decoding, loading, tier, 16};
+  DraftPool drafts(2);
+  Resources resources{pool, slots, waiting, holds, prefilling, decoding, loading, tier, drafts, 16};
   fsm::Slot<RequestFsm> slot(std::in_place_type<request::Waiting>, request::Waiting{waiting.enter(0)});
 
   CHECK_EQUAL(fsm::dispatch<RequestFsm>(slot, request::Settle{resources})->reason, request::why::not_resident);

@@ -124,7 +124,7 @@ class Served:
 
     def _commit(self) -> None:
         plan, self.now_us = self.flights.popleft()
-        tokens = np.zeros(int(np.count_nonzero(plan.samples)), np.uint32)
+        tokens = np.zeros(plan.sampled, np.uint32)
         outcome = self.scheduler.commit(plan.step, tokens, self.now_us)
         for sequence_id in outcome.sequence_ids.tolist():
             self.users[sequence_id].token_us.append(self.now_us)

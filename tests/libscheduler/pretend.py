@@ -14,6 +14,7 @@ import numpy as np
 from tokenrelay.libscheduler import (
     AbortAnswer,
     Config,
+    DraftAnswer,
     Finish,
     HandleEvent,
     Handover,
@@ -134,6 +135,7 @@ class World:
         self.steps = 0
         self.history: list[object] = []  # everything that the scheduler decided
         self.waited_steps_max = 0
+        self.drafts_kept = 0  # tokens of drafts that came true
 
     def submit(
         self,
@@ -205,6 +207,19 @@ class World:
         self.verify()
         return answer
 
+    def draft(self, sequence_id: int, right: int, wrong: int) -> DraftAnswer:
+        """Guess `right` tokens that will come, then as many as `wrong` that will not."""
+        sequence = self.live.get(sequence_id)
+        outputs = sequence.outputs[sequence.emitted : sequence.emitted + right] if sequence else []
+        tokens = outputs + [VOCABULARY] * wrong
+        answer = DraftAnswer(self.scheduler.draft(sequence_id, np.array(tokens, np.uint32)))
+        if self.config.draft_tokens == 0:
+            assert answer == DraftAnswer.OFF
+        elif sequence is None:
+            assert answer in (DraftAnswer.UNKNOWN, DraftAnswer.NOT_DECODING)
+        self.verify()
+        return answer
+
     def plan(self, *, late: bool = False) -> bool:
         """Plan a step; a late one is computed only when it must be committed."""
         plan = self.scheduler.plan(self.steps)
@@ -233,11 +248,14 @@ class World:
             start, length = int(plan.starts[row]), int(plan.lengths[row])
             decodes = row < plan.decodes
             assert start == sequence.planned
-            assert length == 1 if decodes else 1 <= length <= self.config.chunk_tokens
+            assert 1 <= length <= (1 + self.config.draft_tokens if decodes else self.config.chunk_tokens)
+            drafts = decodes and length > 1
+            if drafts:  # all before it is known, no other step holds it, and nothing was planned ahead
+                assert (start, sequence.in_flight, len(self.launched)) == (sequence.known - 1, 0, 0)
             assert plan.feedback[row] == (start >= sequence.known)
             assert plan.samples[row] == (decodes or start + length == sequence.known)
             sequence.planned += length
-            sequence.in_flight += int(plan.samples[row])
+            sequence.in_flight += length if drafts else int(plan.samples[row])
             assert sequence.known + sequence.in_flight <= sequence.limit
         self.history.append((plan.sequence_ids.tolist(), plan.starts.tolist(), plan.lengths.tolist()))
 
@@ -265,6 +283,8 @@ class World:
                 last = mix(last, token)
                 self.kv[int(table[slot, position // width]) * width + position % width] = last
                 at += 1
+                if row < plan.decodes and position + 1 < start + int(plan.lengths[row]):
+                    sampled.append(sample(last))
             if plan.samples[row]:
                 self.sampled_last[slot] = sample(last)
                 sampled.append(sample(last))
@@ -278,6 +298,7 @@ class World:
         launched = self.launched.popleft()
         assert launched.sampled is not None
         tokens = np.array(launched.sampled, np.uint32)
+        expected = self.expected_drafts(launched.plan)
         outcome = self.scheduler.commit(launched.plan.step, tokens, self.steps)
         self.history.append((outcome.sequence_ids.tolist(), outcome.token_ids.tolist(), outcome.finish.tolist()))
         for i, sequence_id in enumerate(outcome.sequence_ids.tolist()):
@@ -292,8 +313,27 @@ class World:
                 self.waited_steps_max = max(self.waited_steps_max, self.steps - sequence.submitted_step)
                 self.ended.add(sequence_id)
                 del self.live[sequence_id]
+        for sequence_id, (start, count) in expected.items():
+            assert outcome.sequence_ids.tolist().count(sequence_id) == count
+            self.drafts_kept += count - 1
+            if sequence_id in self.live:
+                self.live[sequence_id].planned, self.live[sequence_id].in_flight = start + count, 0
         self.verify()
         return True
+
+    def expected_drafts(self, plan: Plan) -> dict[int, tuple[int, int]]:
+        """Where each row with a draft begins, and how many tokens it gives: one more than came true of the draft."""
+        expected, at = {}, 0
+        for row, sequence_id in enumerate(plan.sequence_ids.tolist()[: plan.decodes]):
+            length, sequence = int(plan.lengths[row]), self.live.get(sequence_id)
+            if length > 1 and sequence is not None:
+                draft = plan.token_ids[at + 1 : at + length].tolist()
+                coming = sequence.outputs[sequence.emitted : -1]  # the last one ends it
+                count = next((i for i, token in enumerate(draft) if coming[i : i + 1] != [token]), len(draft))
+                preempted = self.scheduler.explain(sequence_id).startswith("Preempting")
+                expected[sequence_id] = (int(plan.starts[row]), 1 if preempted else 1 + count)
+            at += length
+        return expected
 
     # -- KV that passes between workers ----------------------------------------------------------------------
     def take_reserved(self) -> None:

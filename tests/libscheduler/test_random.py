@@ -17,7 +17,16 @@ def configs() -> st.SearchStrategy[Config]:
     """Small pools, in which every bound is met."""
 
     def build(
-        slots: int, context: int, spare: int, budget: int, chunk: int, waiting: int, ahead: int, host: int, late: int
+        slots: int,
+        context: int,
+        spare: int,
+        budget: int,
+        chunk: int,
+        waiting: int,
+        ahead: int,
+        host: int,
+        late: int,
+        drafts: int,
     ) -> Config:
         return Config(
             block_tokens=16,
@@ -33,6 +42,7 @@ def configs() -> st.SearchStrategy[Config]:
             host_blocks=host,
             write_backs_max=4,
             copy_deadline_us=late,
+            draft_tokens=drafts,
             hash_key=KEY,
             model_identity=KEY,
         )
@@ -48,6 +58,7 @@ def configs() -> st.SearchStrategy[Config]:
         st.integers(1, 3),
         st.sampled_from([0, 2, 40]),
         st.sampled_from([3, 1_000_000]),
+        st.sampled_from([0, 1, 4, 15]),
     )
 
 
@@ -113,6 +124,18 @@ class Random(RuleBasedStateMachine):
     @rule(which=st.integers(0, 100), well=st.booleans())
     def end_copy(self, which: int, well: bool) -> None:
         self.world.end_copy(which % len(self.world.copies), well=well)
+
+    @rule(sequence_id=st.integers(1, 12), right=st.integers(0, 20), wrong=st.integers(0, 4))
+    def draft(self, sequence_id: int, right: int, wrong: int) -> None:
+        self.world.draft(sequence_id, right, wrong)
+
+    @precondition(lambda self: self.world.live)
+    @rule(which=st.integers(0, 100), right=st.integers(0, 20), wrong=st.integers(0, 4), steps=st.integers(1, 4))
+    def draft_live(self, which: int, right: int, wrong: int, steps: int) -> None:
+        for _ in range(steps):
+            if self.world.live:
+                self.world.draft(sorted(self.world.live)[which % len(self.world.live)], right, wrong)
+            self.world.step()
 
     @rule(late=st.booleans())
     def plan(self, late: bool) -> None:

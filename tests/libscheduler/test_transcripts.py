@@ -46,6 +46,8 @@ def test_every_transition_of_a_request_is_in_some_transcript() -> None:
         "Prefilling",
         "Decoding",
         "Loading",
+        "Drafted",
+        "Verifying",
         "Preempting",
         "Finishing",
         "Aborting",

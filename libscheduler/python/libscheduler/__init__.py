@@ -1,11 +1,14 @@
 """Sequences, the block pool, the prefix index and the KV-ownership states, in C++. See docs/scheduler.md."""
 
 from tokenrelay.libscheduler._native import (
+    DRAFT_TOKENS_MAX,
     AbortAnswer,
     Config,
     Copies,
     CostModel,
     Counts,
+    DraftAnswer,
+    DraftCounts,
     EventFacts,
     Finish,
     FloorCounts,
@@ -14,6 +17,7 @@ from tokenrelay.libscheduler._native import (
     HostCounts,
     ImportAnswer,
     LateCopy,
+    NgramIndex,
     Outcome,
     Plan,
     RejectReason,
@@ -29,11 +33,14 @@ from tokenrelay.libscheduler._native import (
 from tokenrelay.libscheduler.explanation import Explanation
 
 __all__ = [
+    "DRAFT_TOKENS_MAX",
     "AbortAnswer",
     "Config",
     "Copies",
     "CostModel",
     "Counts",
+    "DraftAnswer",
+    "DraftCounts",
     "EventFacts",
     "Explanation",
     "Finish",
@@ -43,6 +50,7 @@ __all__ = [
     "HostCounts",
     "ImportAnswer",
     "LateCopy",
+    "NgramIndex",
     "Outcome",
     "Plan",
     "RejectReason",

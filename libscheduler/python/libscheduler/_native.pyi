@@ -22,6 +22,44 @@ class RejectReason(enum.IntEnum):
     INVALID = 5
     PARENT_UNKNOWN = 6
 
+DRAFT_TOKENS_MAX: int
+
+class DraftAnswer(enum.IntEnum):
+    """What a draft found."""
+
+    DRAFTED = 0
+    UNKNOWN = 1
+    NOT_DECODING = 2
+    NOTHING_LEFT = 3
+    OFF = 4
+
+class NgramIndex:
+    """Where the last tokens of a text stood before, and what followed them. ValueError names what is out of bounds."""
+
+    def __init__(self, *, order: int = 3, tokens_max: int = 131072) -> None: ...
+    def extend(self, token_ids: NDArray[np.uint32]) -> None:
+        """Tokens come behind the text. O(1) each."""
+
+    def append(self, token_id: int) -> None: ...
+    def find(self, width: int) -> tuple[NDArray[np.uint32], int]:
+        """Up to `width` tokens (15 at most) that followed before, and how many before them are the same (0: none)."""
+
+    @property
+    def bytes(self) -> int: ...
+    def __len__(self) -> int: ...
+
+class DraftCounts:
+    """Drafts that steps computed, a snapshot."""
+
+    @property
+    def sequences(self) -> int: ...
+    @property
+    def drafts(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def accepted(self) -> int: ...
+
 class AbortAnswer(enum.IntEnum):
     """What an abort found."""
 
@@ -172,7 +210,10 @@ class Config:
         host_blocks: int = 0,
         write_backs_max: int = 64,
         copy_deadline_us: int = 10_000_000,
+        draft_tokens: int = 0,
     ) -> None: ...
+    @property
+    def draft_tokens(self) -> int: ...
     @property
     def host_blocks(self) -> int: ...
     @property
@@ -214,12 +255,23 @@ class Config:
         """ "lru" or "reuse": which cached block goes when room is needed."""
 
 class Plan:
-    """One step: rows [0, decodes) decode one token each, the others prefill. Views live as long as the plan."""
+    """One step: rows [0, decodes) decode, the others prefill. Views live as long as the plan.
+
+    A decode row that is longer than 1 has a draft: a token is sampled after each of its tokens.
+    """
 
     @property
     def step(self) -> int: ...
     @property
     def decodes(self) -> int: ...
+    @property
+    def sampled(self) -> int:
+        """Tokens that the step samples: one for each row that samples, and one for each drafted token."""
+
+    @property
+    def drafted(self) -> int:
+        """Drafted tokens of all rows."""
+
     @property
     def predicted_us(self) -> float:
         """How long the step will take, by the cost model; 0 while nothing is known."""
@@ -351,6 +403,8 @@ class Counts:
     """A snapshot; blocks_free + blocks_cached + blocks_active is the pool."""
 
     @property
+    def drafts(self) -> DraftCounts: ...
+    @property
     def blocks_free(self) -> int: ...
     @property
     def blocks_cached(self) -> int: ...
@@ -474,6 +528,9 @@ class Scheduler:
 
     def plan(self, now_us: int) -> Plan | None:
         """The next step, which counts as launched; None when nothing can run now."""
+
+    def draft(self, sequence_id: int, token_ids: TokenIds) -> DraftAnswer:
+        """Somebody guesses what comes next, behind all tokens that are known; its next row computes it."""
 
     def commit(self, step: int, token_ids: TokenIds, now_us: int, run_us: int | None = None) -> Outcome:
         """Take what the oldest launched step sampled: uint32, one per row with `samples`, in row order.

@@ -39,6 +39,8 @@ class Explanation(TypedDict):
     slot: int  # -1: none
     steps_in_flight: int
     chunk_tokens: int
+    drafted: int  # of its drafts, that steps computed
+    accepted: int  # of those, that came true
     preempted: int
     preempted_why: str
     preempted_for: int

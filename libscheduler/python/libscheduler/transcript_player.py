@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from tokenrelay.libscheduler._native import (
     AbortAnswer,
     Config,
+    DraftAnswer,
     Finish,
     Outcome,
     Plan,
@@ -47,7 +48,7 @@ class Player:
             self.scheduler.abort(sequence_id, self.now_us)
         while self.launched:
             plan = self.launched.popleft()
-            self.scheduler.commit(plan.step, np.zeros(int(np.count_nonzero(plan.samples)), np.uint32), self.now_us)
+            self.scheduler.commit(plan.step, np.zeros(plan.sampled, np.uint32), self.now_us)
         self.scheduler.copy_failed(self.copies)
         self.scheduler.check()
         counts = self.scheduler.counts()
@@ -83,6 +84,10 @@ class Player:
 
     def _abort(self, command: Command) -> list[str]:
         return [AbortAnswer(self.scheduler.abort(command.number(command.words[0], "ID"), self.now_us)).name]
+
+    def _draft(self, command: Command) -> list[str]:
+        tokens = np.array([command.number(token, "TOKEN") for token in command.words[1:]], np.uint32)
+        return [DraftAnswer(self.scheduler.draft(command.number(command.words[0], "ID"), tokens)).name]
 
     def _plan(self, _: Command) -> list[str]:
         self.now_us += 1
@@ -167,8 +172,7 @@ class Player:
             if not self.launched:
                 break
             self.now_us += time_us(command, command.options.get("each", "0us"))
-            sampled = int(np.count_nonzero(self.launched[0].samples))
-            answers += self._commit(Command(command.where, "commit", (token,) * sampled, {}))
+            answers += self._commit(Command(command.where, "commit", (token,) * self.launched[0].sampled, {}))
         return answers
 
     def _wait(self, command: Command) -> list[str]:
@@ -193,6 +197,10 @@ class Player:
             f"in force {c.tps_in_force:.1f}, batch 1 {c.tps_batch_1:.1f} tokens/s; tokens {c.tokens}, late "
             f"{c.tokens_late}; users below {c.users_below}; overrides {c.overrides}"
         ]
+
+    def _drafts(self, _: Command) -> list[str]:
+        c = self.scheduler.counts().drafts
+        return [f"{c.sequences} sequences have one; {c.drafts} computed, of {c.tokens} tokens {c.accepted} accepted"]
 
     def _events(self, _: Command) -> list[str]:
         events = self.scheduler.take_cache_events()
@@ -234,6 +242,10 @@ class Player:
 
 def _row(plan: Plan, i: int) -> str:
     start, length = plan.starts[i], plan.lengths[i]
+    if i < plan.decodes and length > 1:
+        at = int(plan.lengths[:i].sum()) + 1
+        drafted = " ".join(str(token) for token in plan.token_ids[at : at + length - 1])
+        return f"{plan.sequence_ids[i]} decodes {start} with a draft of {drafted}"
     if i < plan.decodes:
         return f"{plan.sequence_ids[i]} decodes {start}" + (" from feedback" if plan.feedback[i] else "")
     samples = " and samples" if plan.samples[i] else ""

@@ -114,6 +114,13 @@ class BlockChain {
     writable_.push_back(std::move(block));
   }
 
+  /// Appends a block behind the one that is written next, or when all are full: for tokens of a draft.
+  void reserve(WritableBlock&& block) noexcept {
+    TR_ASSERT(writable_.size() <= 1, "a draft's block comes behind the last one");
+    writable_.push_back(std::move(block));
+    writable_.reverse();
+  }
+
   /// A step that writes tokens [start, start + length) was planned, or a transfer that may write none.
   void launch(block::Records& records, int start, int length, int block_tokens) noexcept;
   /// Nobody writes the blocks that were launched, and what they hold is worth nothing: they are to be written anew.
@@ -121,6 +128,11 @@ class BlockChain {
   /// That step was committed: its full blocks become Sealed.
   template <ContentSource Source>
   void land(BlockPool& pool, int start, int length, int block_tokens, Source& source) noexcept;
+
+  /// A step was committed that wrote [start, start + length), of which the first `kept` stand, one at least: a block
+  /// that is full of those becomes Sealed, one that holds none of them is given back.
+  template <ContentSource Source>
+  void land_draft(BlockPool& pool, int start, int length, int kept, int block_tokens, Source& source) noexcept;
 
   /// The partial last block of a prompt whose rows are all committed becomes readable; nothing when the prompt ends
   /// with a full one.
@@ -185,6 +197,23 @@ void BlockChain::land(BlockPool& pool, int start, int length, int block_tokens, 
       sealed_.push_back(pool.seal(std::move(block), source.content(index)));
     } else {
       writable_.push_back(std::move(block));
+    }
+  }
+}
+
+template <ContentSource Source>
+void BlockChain::land_draft(BlockPool& pool, int start, int length, int kept, int block_tokens,
+                            Source& source) noexcept {
+  TR_ASSERT(kept >= 1 && kept <= length && writable_.empty(), "a row with a draft gives a token, and is alone");
+  const int last = (start + length - 1) / block_tokens;
+  for (int index = start / block_tokens; index <= last; ++index) {
+    WritableBlock block = on(in_flight_.pop_front(), block::LandLast{pool.records()});
+    if (start + kept >= (index + 1) * block_tokens) {
+      sealed_.push_back(pool.seal(std::move(block), source.content(static_cast<std::size_t>(index))));
+    } else if (start + kept > index * block_tokens) {
+      writable_.push_back(std::move(block));
+    } else {
+      pool.release(std::move(block));
     }
   }
 }

@@ -50,6 +50,8 @@ struct Explanation {
   int slot = -1;
   int steps_in_flight = 0;
   int chunk_tokens = 0;  // its last chunk; 0: none yet
+  int drafted = 0;       // tokens of drafts that steps computed
+  int accepted = 0;      // of those, that came true
   int preempted = 0;     // times
   Why preempted_why = Why::none;
   std::uint64_t preempted_for = 0;  // the sequence that needed its blocks the last time

@@ -49,6 +49,8 @@ class Floor {
   void decode(std::int64_t& due_us) noexcept;
   /// After all decode rows: what prompts may take of a step that has room for `tokens`.
   [[nodiscard]] Budget budget(const CostModel& model, const StepShape& decodes, int tokens) const noexcept;
+  /// How many drafted tokens, up to `most`, a step with so many decode rows has time for.
+  [[nodiscard]] int draft_tokens(const CostModel& model, int rows, int most) const noexcept;
   /// Whether the floor still holds with so many users. Else the reason.
   [[nodiscard]] Why admits(const CostModel& model, int rows, double context) const noexcept;
   /// Past this age a waiting request goes before the floor.
@@ -62,6 +64,10 @@ class Floor {
   // At its commit.
   /// A user's token is there; `in_flight`: more of his that are launched.
   void token(std::int64_t& due_us, int in_flight, std::int64_t now_us) noexcept;
+  /// One more token than was planned came with his last one: of a draft that came true.
+  void gained(std::int64_t& due_us) const noexcept {
+    if (period_us_ > 0 && due_us != not_due) due_us += period_us_;
+  }
   /// The step took `gap_us` longer than it ran: planning, waking up, handing over.
   void gap(double gap_us) noexcept;
   /// It took so much longer than was predicted, the gap left out.

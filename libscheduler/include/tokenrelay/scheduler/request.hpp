@@ -4,6 +4,9 @@
 //     Waiting <-> Loading -> Prefilling
 //        ^---- Preempting <------/------------/  \-> Aborting -> Ended
 //
+// A sequence that somebody drafts for goes Decoding -> Drafted -> Verifying -> Decoding: it waits for its launched
+// steps, then one step computes the draft, whose blocks land with what was accepted of it.
+//
 // A sequence whose KV comes from a peer goes Waiting -> Importing -> Decoding: a transfer in flight holds it as a
 // launched step would. One whose prefix is in host memory goes Waiting -> Loading -> Prefilling; when it gives up
 // before its loads have ended, the blocks that they write stay with them (copy.hpp).
@@ -12,235 +15,13 @@
 // flight. What they keep is given back by `Settle`, after the commit of the last launched step that holds them.
 #pragma once
 
-#include <array>
-#include <optional>
 #include <utility>
 
-#include "tokenrelay/scheduler/chain.hpp"
-#include "tokenrelay/scheduler/fsm.hpp"
-#include "tokenrelay/scheduler/handle.hpp"
-#include "tokenrelay/scheduler/hashed_tokens.hpp"
-#include "tokenrelay/scheduler/host_tier.hpp"
-#include "tokenrelay/scheduler/places.hpp"
-#include "tokenrelay/scheduler/pool.hpp"
-#include "tokenrelay/scheduler/waiting.hpp"
+#include "tokenrelay/scheduler/request_states.hpp"
 
 namespace tokenrelay::scheduler {
 
-/// Launched and uncommitted steps that hold a sequence. Cannot be dropped while there is one.
-class Flights {
- public:
-  Flights() noexcept = default;
-  Flights(const Flights&) = delete;
-  Flights& operator=(const Flights&) = delete;
-  Flights(Flights&& other) noexcept : count_(std::exchange(other.count_, 0)) {}
-  Flights& operator=(Flights&& other) noexcept {
-    TR_ASSERT(count_ == 0, "launched steps were forgotten");
-    count_ = std::exchange(other.count_, 0);
-    return *this;
-  }
-  ~Flights() { TR_ASSERT(count_ == 0, "launched steps were dropped"); }
-
-  void launch() noexcept { ++count_; }
-  void land() noexcept {
-    TR_ASSERT(count_ > 0, "a step was committed that was not launched");
-    --count_;
-  }
-  [[nodiscard]] int count() const noexcept { return count_; }
-
- private:
-  int count_ = 0;
-};
-
-/// What transitions change besides the state itself.
-struct Resources {
-  BlockPool& pool;
-  SlotPool& slots;
-  WaitingQueue& waiting;
-  HoldBoard& holds;
-  PrefillList& prefilling;
-  DecodeList& decoding;
-  LoadList& loading;
-  HostTier& tier;
-  int block_tokens;
-};
-
 namespace request {
-
-/// A sequence that is resident: its row, its blocks, the launched steps that use them.
-struct Residence {
-  SlotPool::Lease slot;
-  BlockChain chain;
-  Flights flights;
-};
-
-/// What is left of a residence when the sequence is over.
-struct Estate {
-  SlotPool::Lease slot;
-  Remains remains;
-  Flights flights;
-
-  static Estate of(Residence&& home, BlockPool& pool) noexcept {
-    return {std::move(home.slot), std::move(home.chain).abandon(pool), std::move(home.flights)};
-  }
-  void land(Resources& resources, int start, int length) noexcept {
-    remains.land(resources.pool, start, length, resources.block_tokens);
-    flights.land();
-  }
-  void settle(Resources& resources) && noexcept {
-    TR_ASSERT(flights.count() == 0, "a sequence settled while a launched step holds it");
-    std::move(remains).release(resources.pool);
-    resources.slots.give_back(std::move(slot));
-  }
-};
-
-// States.
-struct Waiting {  // in the queue
-  static constexpr std::string_view name = "Waiting";
-  WaitingQueue::Token place;
-};
-struct Held {  // out of the queue until a block that somebody computes is sealed or given up
-  static constexpr std::string_view name = "Held";
-  HoldBoard::Token place;
-};
-struct Prefilling {  // resident; tokens of its prompt are not yet planned
-  static constexpr std::string_view name = "Prefilling";
-  PrefillList::Token place;
-  Residence home;
-};
-struct Decoding {  // resident; its whole prompt is planned, each row samples a token
-  static constexpr std::string_view name = "Decoding";
-  DecodeList::Token place;
-  Residence home;
-};
-struct Preempting {  // will wait again; launched steps still give tokens
-  static constexpr std::string_view name = "Preempting";
-  SequenceIndex index;
-  Residence home;
-};
-struct Importing {  // resident; a transfer may write the blocks of its prompt
-  static constexpr std::string_view name = "Importing";
-  SequenceIndex index;
-  Residence home;
-};
-struct Loading {  // resident; loads from host memory may write blocks of its prefix
-  static constexpr std::string_view name = "Loading";
-  LoadList::Token place;
-  Residence home;
-  copy::Batch batch;  // for each block that is in flight in `home.chain`, in their order
-};
-struct Finishing {  // ended by a stop or by its length; what launched steps sample is discarded
-  static constexpr std::string_view name = "Finishing";
-  Estate estate;
-};
-struct Aborting {  // aborted; what launched steps sample is discarded
-  static constexpr std::string_view name = "Aborting";
-  Estate estate;
-};
-struct Ended {  // holds nothing
-  static constexpr std::string_view name = "Ended";
-  Ended() noexcept = default;
-  Ended(const Ended&) = delete;
-  Ended& operator=(const Ended&) = delete;
-  Ended(Ended&&) noexcept = default;
-  Ended& operator=(Ended&&) noexcept = default;
-  ~Ended() = default;
-};
-
-// Events. What can fail was acquired before the event was made.
-struct Admit {  // a slot and blocks for its whole prompt are there
-  static constexpr std::string_view name = "Admit";
-  Resources& resources;
-  Residence home;
-};
-struct Hold {  // another sequence computes a block it needs
-  static constexpr std::string_view name = "Hold";
-  Resources& resources;
-  BlockId block;
-};
-struct Wake {  // that block is sealed, or was given up
-  static constexpr std::string_view name = "Wake";
-  Resources& resources;
-};
-struct Launch {  // a row of it was planned: a chunk that is not the last, or a decoded token
-  static constexpr std::string_view name = "Launch";
-  Resources& resources;
-  int start;
-  int length;
-  std::optional<WritableBlock> room;  // when the row begins a new block
-};
-struct LaunchFinal {  // the last chunk of its prompt was planned
-  static constexpr std::string_view name = "LaunchFinal";
-  Resources& resources;
-  int start;
-  int length;
-};
-struct Land {  // a step that holds it was committed
-  static constexpr std::string_view name = "Land";
-  Resources& resources;
-  HashedTokens& text;
-  int start;
-  int length;
-};
-struct Finish {  // it sampled a stop token, or reached its length
-  static constexpr std::string_view name = "Finish";
-  Resources& resources;
-};
-struct Preempt {  // its blocks are needed by a sequence of better rank
-  static constexpr std::string_view name = "Preempt";
-  Resources& resources;
-};
-struct Abort {  // the client, or whoever speaks for it, gave up
-  static constexpr std::string_view name = "Abort";
-  Resources& resources;
-};
-struct Import {  // a slot and blocks for its whole prompt are there, and a transfer will write them
-  static constexpr std::string_view name = "Import";
-  Resources& resources;
-  Residence home;
-};
-struct Imported {  // the transfer has ended, and all that it read was validated
-  static constexpr std::string_view name = "Imported";
-  Resources& resources;
-  HashedTokens& text;
-  int start;
-  int length;
-};
-struct Renounce {  // the transfer has ended, and what it wrote is worth nothing
-  static constexpr std::string_view name = "Renounce";
-  Resources& resources;
-  int start;
-  int length;
-};
-struct Load {  // a slot and blocks for its whole prompt are there, and loads will write those after its cached ones
-  static constexpr std::string_view name = "Load";
-  Resources& resources;
-  Residence home;
-  copy::Batch batch;
-};
-struct Arrive {  // the next block of its prefix was loaded
-  static constexpr std::string_view name = "Arrive";
-  Resources& resources;
-  HashedTokens& text;
-  int start;
-};
-struct Loaded {  // all its loads have ended; what did not arrive, it computes
-  static constexpr std::string_view name = "Loaded";
-  Resources& resources;
-};
-struct Expire {  // one of its loads is past its deadline
-  static constexpr std::string_view name = "Expire";
-  Resources& resources;
-};
-struct HandOver {  // it sampled its first token, and a peer goes on from its KV
-  static constexpr std::string_view name = "HandOver";
-  Resources& resources;
-  handle::Stake& stake;  // gets a pin on the partial last block; it has those on the full ones
-};
-struct Settle {  // no launched step holds it any more
-  static constexpr std::string_view name = "Settle";
-  Resources& resources;
-};
 
 inline Prefilling on(Waiting&& state, Admit&& event) noexcept {
   Resources& r = event.resources;
@@ -309,6 +90,56 @@ inline Aborting on(Aborting&& state, Land&& event) noexcept {
   return std::move(state);
 }
 
+inline Drafted on(Decoding&& state, Propose&& event) noexcept {
+  return {std::move(state.place), std::move(state.home), std::move(event.draft)};
+}
+inline Drafted on(Drafted&& state, Confirm&& event) noexcept {
+  event.resources.drafts.advance(state.draft);
+  return std::move(state);
+}
+inline Decoding on(Drafted&& state, Drop&& event) noexcept {
+  event.resources.drafts.give_back(std::move(state.draft));
+  return {std::move(state.place), std::move(state.home)};
+}
+inline Drafted on(Drafted&& state, Land&& event) noexcept {
+  land(state.home, event);
+  return std::move(state);
+}
+inline Verifying on(Drafted&& state, Speculate&& event) noexcept {
+  TR_ASSERT(state.home.flights.count() == 0, "a draft is computed when all tokens before it are known");
+  if (event.room) state.home.chain.reserve(std::move(*event.room));
+  launch(state.home, event.resources, event.start, event.length);
+  return {std::move(state.place), std::move(state.home), std::move(state.draft)};
+}
+inline void verify(Residence& home, Verify& event) noexcept {
+  Resources& r = event.resources;
+  home.chain.land_draft(r.pool, event.start, event.length, event.kept, r.block_tokens, event.text);
+  home.flights.land();
+}
+inline Decoding on(Verifying&& state, Verify&& event) noexcept {
+  verify(state.home, event);
+  event.resources.drafts.give_back(std::move(state.draft));
+  return {std::move(state.place), std::move(state.home)};
+}
+inline Preempting on(Preempting&& state, Verify&& event) noexcept {
+  verify(state.home, event);
+  return std::move(state);
+}
+inline Finishing on(Finishing&& state, Verify&& event) noexcept {
+  state.estate.land(event.resources, event.start, event.length);
+  return std::move(state);
+}
+inline Aborting on(Aborting&& state, Verify&& event) noexcept {
+  state.estate.land(event.resources, event.start, event.length);
+  return std::move(state);
+}
+
+inline Finishing on(Drafted&& state, Finish&& event) noexcept {
+  Resources& r = event.resources;
+  r.decoding.leave(std::move(state.place));
+  r.drafts.give_back(std::move(state.draft));
+  return {Estate::of(std::move(state.home), r.pool)};
+}
 inline Finishing on(Decoding&& state, Finish&& event) noexcept {
   event.resources.decoding.leave(std::move(state.place));
   return {Estate::of(std::move(state.home), event.resources.pool)};
@@ -325,6 +156,30 @@ inline Preempting on(Decoding&& state, Preempt&& event) noexcept {
   const SequenceIndex index = event.resources.decoding.leave(std::move(state.place));
   state.home.chain.trim(event.resources.pool);
   return {index, std::move(state.home)};
+}
+/// Without its draft: the step that computes it still gives one token.
+template <class State>
+inline Preempting preempt_drafted(State&& state, Resources& r) noexcept {
+  const SequenceIndex index = r.decoding.leave(std::move(state.place));
+  r.drafts.give_back(std::move(state.draft));
+  state.home.chain.trim(r.pool);
+  return {index, std::move(state.home)};
+}
+inline Preempting on(Drafted&& state, Preempt&& event) noexcept {
+  return preempt_drafted(std::move(state), event.resources);
+}
+inline Preempting on(Verifying&& state, Preempt&& event) noexcept {
+  return preempt_drafted(std::move(state), event.resources);
+}
+template <class State>
+inline Aborting abort_drafted(State&& state, Resources& r) noexcept {
+  r.decoding.leave(std::move(state.place));
+  r.drafts.give_back(std::move(state.draft));
+  return {Estate::of(std::move(state.home), r.pool)};
+}
+inline Aborting on(Drafted&& state, Abort&& event) noexcept { return abort_drafted(std::move(state), event.resources); }
+inline Aborting on(Verifying&& state, Abort&& event) noexcept {
+  return abort_drafted(std::move(state), event.resources);
 }
 inline Aborting on(Prefilling&& state, Abort&& event) noexcept {
   event.resources.prefilling.leave(std::move(state.place));

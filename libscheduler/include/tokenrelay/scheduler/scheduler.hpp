@@ -41,6 +41,10 @@ class Scheduler {
   AbortAnswer abort(std::uint64_t sequence_id, std::int64_t now_us) noexcept;
   /// Fills `out` with the next step, which counts as launched. False: nothing can run now.
   [[nodiscard]] bool plan(std::int64_t now_us, Plan& out) noexcept;
+  /// Somebody guesses the tokens that come next, behind all that are known. As long as a sequence has a draft no step
+  /// is planned ahead; its next row computes what the draft has of `Config::draft_tokens`, and its commit keeps the
+  /// tokens that equal what was sampled. Tokens of launched steps are held against the draft first.
+  DraftAnswer draft(std::uint64_t sequence_id, std::span<const TokenId> token_ids) noexcept;
   /// The step that `commit` expects next, and how many tokens it sampled; nothing when none is launched.
   struct Expected {
     std::uint64_t step;
@@ -142,6 +146,8 @@ class Scheduler {
     std::int64_t due_us = not_due;    // its next decode row's token, by the TPS floor's schedule
     std::uint64_t preempted_for = 0;  // the sequence that needed its blocks the last time
     std::int32_t chunk = 0;           // its last chunk, tokens
+    std::int32_t drafted = 0;         // tokens that were computed as its drafts
+    std::int32_t accepted = 0;        // of those, that came true
     Why why = Why::none;
     Why preempted_why = Why::none;  // the last time
     bool emitted = false;
@@ -158,6 +164,7 @@ class Scheduler {
     std::int32_t start;
     std::int32_t length;
     bool samples;
+    bool draft;  // it samples after each of its tokens
   };
   struct Flight {  // a launched step
     std::uint64_t step = 0;
@@ -206,6 +213,8 @@ class Scheduler {
   void launched(std::int64_t now_us, Plan& out, Flight& flight) noexcept;
   void plan_decodes(Plan& out, Flight& flight) noexcept;
   bool plan_decode(SequenceIndex index, Plan& out, Flight& flight) noexcept;
+  void decode_row(SequenceIndex index, int width, std::optional<WritableBlock> room, Plan& out,
+                  Flight& flight) noexcept;
   void plan_prefills(Budget& budget, Plan& out, Flight& flight) noexcept;
   void plan_prefill(SequenceIndex index, Budget& budget, Plan& out, Flight& flight) noexcept;
   struct Chunk {
@@ -253,6 +262,15 @@ class Scheduler {
   void explain_queue(SequenceIndex index, Explanation& out) const;
   [[nodiscard]] std::uint64_t writer_of(BlockId id) const;
 
+  // draft.cpp
+  [[nodiscard]] int draft_room() const noexcept;
+  [[nodiscard]] int draft_width(SequenceIndex index) noexcept;
+  [[nodiscard]] int reserve_drafted(Sequence& sequence, int width, std::optional<WritableBlock>& room) noexcept;
+  void follow(Sequence& sequence, TokenId token) noexcept;
+  void commit_draft(const Row& row, std::span<const TokenId> sampled, std::int32_t first, std::int64_t now_us,
+                    Outcome& out) noexcept;
+  [[nodiscard]] std::optional<std::string> check_draft(SequenceIndex index) const;
+
   // pressure.cpp
   bool make_room(SequenceIndex for_index) noexcept;
   [[nodiscard]] SequenceIndex victim() const noexcept;
@@ -269,6 +287,8 @@ class Scheduler {
   // commit.cpp
   void measure(const Flight& flight, std::int64_t now_us, std::int64_t run_us) noexcept;
   void take_token(SequenceIndex index, TokenId token, std::int32_t row, std::int64_t now_us, Outcome& out) noexcept;
+  void give(SequenceIndex index, TokenId token, std::int32_t row, Finish finish, int in_flight, std::int64_t now_us,
+            Outcome& out) noexcept;
   void settle(SequenceIndex index) noexcept;
   void end(SequenceIndex index) noexcept;
   bool wake() noexcept;
@@ -289,6 +309,7 @@ class Scheduler {
   DecodeList decoding_;
   LoadList loading_;
   HostTier tier_;
+  DraftPool drafts_;
   Resources resources_;
 
   std::vector<Sequence> sequences_;       // never grows: waiting_max + slots
@@ -321,6 +342,7 @@ class Scheduler {
   int settling_ = 0;            // sequences that will give blocks back at a commit
   std::vector<BlockId> found_;  // what `match` found, block by block
   bool stalled_ = false;        // a decode found no block in the step being planned
+  int draft_room_ = 0;          // tokens of drafts that the step being planned has room for
 
   CostModel model_;
   Floor floor_;

@@ -41,6 +41,7 @@ struct Config {
   int host_blocks = 0;                         // blocks that host memory has room for (host_tier.hpp); 0: no such tier
   int write_backs_max = 64;                    // in flight; and an eighth of `blocks` at most, or 4
   std::int64_t copy_deadline_us = 10'000'000;  // of a copy between device and host memory; then it is reported
+  int draft_tokens = 0;                        // of one draft that a row computes, at most 15; 0: nobody drafts
   std::array<std::uint8_t, 16> hash_key{};
   std::array<std::uint8_t, 16> model_identity{};
 
@@ -61,6 +62,13 @@ enum class ImportAnswer : std::uint8_t {
   unknown = 1,        // no live sequence has this id
   not_importing = 2,  // no transfer writes its blocks
   nothing_left = 3,   // with this token it has all it may have: its source should not have handed it over
+};
+enum class DraftAnswer : std::uint8_t {
+  drafted = 0,       // its next row computes it
+  unknown = 1,       // no live sequence has this id
+  not_decoding = 2,  // it waits, computes its prompt, is a source of a handover, is over, or has a draft already
+  nothing_left = 3,  // it has no token, or the sequence's next one is its last
+  off = 4,           // Config::draft_tokens is 0
 };
 enum class AbortAnswer : std::uint8_t { aborted = 0, unknown = 1, already_ended = 2 };
 /// `handover`: its first token was not its last, and a peer goes on from its KV (Submission::handover).
@@ -112,11 +120,13 @@ struct Submission {
   bool tools = false;  // a hint: it may end with a tool call, whose results come back as its next turn
 };
 
-/// One step, as a structure of arrays; see docs/contracts.md. Rows [0, decodes) decode, the others prefill.
+/// One step, as a structure of arrays; see docs/contracts.md. Rows [0, decodes) decode, the others prefill. A decode
+/// row that is longer than 1 has a draft: it is sampled after each of its tokens.
 struct Plan {
   std::uint64_t step = 0;
   int decodes = 0;
-  int sampled = 0;          // rows with samples == 1
+  int sampled = 0;          // tokens: one of each row with samples == 1, and one of each drafted token
+  int drafted = 0;          // drafted tokens of all rows; a decode row of length 1 + d has d
   double predicted_us = 0;  // how long it will take; 0: nothing is known
   std::vector<std::uint64_t> sequence_ids;
   std::vector<std::int32_t> slots;
@@ -157,12 +167,13 @@ struct LateCopy {
   std::int32_t slot;
 };
 
-/// The new tokens of one committed step, a row for each sequence that goes on or ends with it.
+/// The new tokens of one committed step, a row for each. Those of a draft that came true follow each other; only the
+/// last one of a sequence can be its end.
 struct Outcome {
   std::vector<std::uint64_t> sequence_ids;
   std::vector<TokenId> token_ids;
   std::vector<std::uint8_t> finish;
-  std::vector<std::int32_t> rows;  // index among the plan's sampled rows
+  std::vector<std::int32_t> rows;  // index among the plan's sampled tokens
   std::vector<std::uint8_t> first;
   std::vector<std::int32_t> cached_tokens;
 
@@ -195,6 +206,14 @@ struct HostCounts {
   std::uint64_t copies_expired = 0;
 };
 
+/// Drafts that were computed, by steps whose commit took them.
+struct DraftCounts {
+  int sequences = 0;           // that have a draft now
+  std::uint64_t drafts = 0;    // rows
+  std::uint64_t tokens = 0;    // of those
+  std::uint64_t accepted = 0;  // of those tokens, that came true and were kept
+};
+
 struct Counts {
   int blocks_free = 0;
   int blocks_cached = 0;
@@ -213,6 +232,7 @@ struct Counts {
   std::uint64_t hashed_blocks = 0;  // whose hash was computed, and not known from an earlier turn
   FloorCounts floor;
   HostCounts host;
+  DraftCounts drafts;
 };
 
 }  // namespace tokenrelay::scheduler
