@@ -45,25 +45,32 @@ class Comm:
         at = members.index(self._rank)
         self._groups[axes] = (dist.ProcessGroupGloo(store, at, len(members), options), at, len(members))
 
-    def move(self, move: Move, x: Tensor) -> Tensor:
-        """What `move` makes of this rank's `x`. May write to `x`: nobody else reads a term."""
+    def mover(self, move: Move) -> Callable[[Tensor], Tensor]:
+        """What `move` makes of this rank's tensor, bound once. May write to its argument: nobody else reads a term."""
         group, at, count = self._groups[move.axes]
-        match move.kind:
-            case "all_reduce":
-                x = x.contiguous()
-                group.allreduce([x]).wait(self._timeout)
-                return x
-            case "all_gather":
-                return torch.cat(self._gather(group, count, x), move.dim)
-            case "reduce_scatter":
-                parts = torch.stack(x.chunk(count, move.dim))  # [ranks, …]: gloo deals out whole tensors
-                received = self._exchange(group, parts)
-                return received.sum(0)
-            case "all_to_all":
-                received = self._exchange(group, torch.stack(x.chunk(count, move.dim)))
-                return torch.cat(list(received), move.from_dim)
-            case _:
-                return x.chunk(count, move.dim)[at].contiguous()
+        dim, timeout = move.dim, self._timeout
+
+        def all_reduce(x: Tensor) -> Tensor:
+            x = x.contiguous()
+            group.allreduce([x]).wait(timeout)
+            return x
+
+        def all_gather(x: Tensor) -> Tensor:
+            return torch.cat(self._gather(group, count, x), dim)
+
+        def reduce_scatter(x: Tensor) -> Tensor:
+            parts = torch.stack(x.chunk(count, dim))  # [ranks, …]: gloo deals out whole tensors
+            return self._exchange(group, parts).sum(0)
+
+        def all_to_all(x: Tensor) -> Tensor:
+            received = self._exchange(group, torch.stack(x.chunk(count, dim)))
+            return torch.cat(list(received), move.from_dim)
+
+        def cut(x: Tensor) -> Tensor:
+            return x.chunk(count, dim)[at].contiguous()
+
+        kinds = (all_reduce, all_gather, reduce_scatter, all_to_all)
+        return next((kind for kind in kinds if kind.__name__ == move.kind), cut)
 
     def send(self, axis: str, target: int, x: Tensor) -> None:
         """`x` to the rank at place `target` along `axis`, which receives it."""

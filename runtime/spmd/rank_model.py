@@ -4,13 +4,14 @@
     logits = rank_model(token_ids, batch, caches, sample_rows)       # on all ranks at once; the same on each
 
 Two programs stand by: one for few tokens, where a reduction and the norm behind it are one operation, and one for many,
-where tokens are cut around the norms. Each is a list of closures over numbered values.
+where tokens are cut around the norms. Each is one function (line.py).
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,12 +32,13 @@ from tokenrelay.runtime.models.decoder import Model, SampledRows
 from tokenrelay.runtime.placement import AXES, STAGES, TOKEN_AXES, Mesh, Shard
 from tokenrelay.runtime.placement.compiler import compile_model
 from tokenrelay.runtime.placement.cost import CostModel
-from tokenrelay.runtime.placement.ir import Add, Call, Move, Op, Part, Program, ReduceNorm, Start, Value, reads, writes
+from tokenrelay.runtime.placement.ir import Add, Call, Move, Op, Part, Program, ReduceNorm, Start, Value
 from tokenrelay.runtime.placement.passes import SPLIT_TOKENS_MIN
 from tokenrelay.runtime.placement.stages import cut_stages, stage_layers
 from tokenrelay.runtime.spmd.comm import Comm
 from tokenrelay.runtime.spmd.deal import deal
 from tokenrelay.runtime.spmd.homes import Copy
+from tokenrelay.runtime.spmd.line import Bound, Line
 from tokenrelay.runtime.spmd.shard import cuts_of
 
 
@@ -50,9 +52,15 @@ class Inputs:
     positions: Tensor  # int64 [t]
     keys: tuple[Tensor, Tensor]  # positions and cache slots of the tokens whose keys this rank gets
     real: int  # tokens that are no padding
+    cos_sin: Tensor  # the rotation's table
+
+    @property
+    def step(self) -> Inputs:
+        """Itself, for what takes it whole."""
+        return self
 
 
-Fn = Callable[..., Any]  # (inputs, *values) -> a tensor, or a tuple of them
+Fn = Callable[..., Any]  # values -> a tensor, or a tuple of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +99,7 @@ class RankModel:
         self._comm = comm
         self.dealt = self.mesh.size("dp") * self.mesh.size("cp") > 1
         stage, stages = self._at[STAGES], self.mesh.size(STAGES)
+        self._stages = stages
         self._first_layer = stage_layers(len(model.layers), stage, stages).start
         few, many = programs.few[stage], programs.many[stage]
         for program in (few, many):
@@ -99,8 +108,8 @@ class RankModel:
         for axis in ("dp", STAGES):  # blocks are copied along dp, values passed on along pp
             if self.mesh.size(axis) > 1:
                 comm.connect((axis,))
-        self._few = Line(few, self)
-        self._many = Line(many, self)
+        self._few = Line(few, self.bind, fused=not self.dealt)
+        self._many = Line(many, self.bind, fused=not self.dealt)
 
     def __call__(
         self,
@@ -118,17 +127,17 @@ class RankModel:
         self._copy(caches, copies)
         order = None
         keys = (batch.positions, batch.cache_slots)
-        inputs = Inputs(batch, caches, sample_rows, batch.positions, keys, token_ids.shape[0])
+        inputs = Inputs(batch, caches, sample_rows, batch.positions, keys, token_ids.shape[0], self.cos_sin)
         if self.dealt:
             dealt = deal(token_ids, batch, sample_rows, homes or [0] * len(batch.starts), self.mesh, self._at)
             token_ids, order = dealt.token_ids, dealt.order
             real = len(dealt.batch.positions)
-            inputs = Inputs(dealt.batch, caches, dealt.sample_rows, dealt.positions, dealt.keys, real)
+            inputs = Inputs(dealt.batch, caches, dealt.sample_rows, dealt.positions, dealt.keys, real, self.cos_sin)
         tokens, tp, sampled = token_ids.shape[0], self.mesh.size("tp"), inputs.sample_rows.shape[0]
         # The last layer's rows are cut too, so both must divide.
         cut = not tokens % tp and not sampled % tp and tokens >= tp * SPLIT_TOKENS_MIN
         line = self._many if cut and sampled else self._few
-        logits = line.run(token_ids, inputs) if self.mesh.size(STAGES) == 1 else self._staged(line, token_ids, inputs)
+        logits = self._whole(line, token_ids, inputs) if self._stages == 1 else self._staged(line, token_ids, inputs)
         return logits[order] if order is not None and len(logits) else logits
 
     @property
@@ -149,6 +158,14 @@ class RankModel:
                 for cache, filled in zip(caches, self._comm.receive("dp", copy.source, like), strict=True):
                     cache[blocks] = filled
 
+    def _whole(self, line: Line, token_ids: Tensor, inputs: Inputs) -> Tensor:
+        """All layers. A step without samples ends at the last layer's attention."""
+        made = line.run(token_ids, inputs)
+        if made is None:
+            return torch.empty((0, self.config.vocab_size), dtype=torch.float32, device=token_ids.device)
+        logits: Tensor = made[0]
+        return logits
+
     def _staged(self, line: Line, token_ids: Tensor, inputs: Inputs) -> Tensor:
         """This stage's part: values from the stage before, values to the one behind, and logits back to rank 0."""
         stage, last = self._at[STAGES], self.mesh.size(STAGES) - 1
@@ -158,8 +175,9 @@ class RankModel:
             dtype, tokens = self.config.dtype, token_ids.shape[0]
             likes = [torch.empty(_local(value, self.mesh, tokens), dtype=dtype) for value in line.takes]
             given = [self._comm.receive(STAGES, stage - 1, like) for like in likes]
-        made: list[Tensor] = line.run_all(given, inputs)
+        made = line.run(*given, inputs)
         if stage < last:
+            assert made is not None
             for value in made:
                 self._comm.send(STAGES, stage + 1, value)
         leads = not any(place for axis, place in self._at.items() if axis != STAGES)
@@ -167,81 +185,80 @@ class RankModel:
         if not leads or not sampled or 0 < stage < last:
             return torch.empty((0, vocab))
         if stage == last:
-            self._comm.send(STAGES, 0, made[0])
-            return made[0]
+            assert made is not None
+            logits: Tensor = made[0]
+            self._comm.send(STAGES, 0, logits)
+            return logits
         places = self.mesh.size("dp") * self.mesh.size("cp")
         return self._comm.receive(STAGES, last, torch.empty((places * sampled, vocab)))
 
     # -- a program's operations ---------------------------------------------------------------------------------------
-    def function(self, op: Op) -> Fn:
-        """The closure for `op`; its arguments are what `reads(op)` names."""
+    def bind(self, op: Op) -> Bound:
+        """What runs `op`; its values are what `reads(op)` names."""
         match op:
             case Call():
                 return self._call(op.module, op.sends)
             case Move():
-                return lambda inputs, x: self._comm.move(op, x)
+                return Bound(self._comm.mover(op))
             case Start():  # gloo works in its own threads, but a CPU has nothing to spare for it
-                return lambda inputs, x: self._comm.move(op.move, x)
+                return Bound(self._comm.mover(op.move))
             case Part():
-                return lambda inputs, x: x[..., op.first : op.end]
+                return Bound(lambda x: x[..., op.first : op.end])
             case Add():
-                return lambda inputs, x, *more: sum(more, x)
+                return Bound(operator.add if len(op.sources) == 2 else lambda x, *more: sum(more, x))
             case ReduceNorm():
-                call, move = self._call(op.call.module), op.move
-                return lambda inputs, x, residual: call(inputs, self._comm.move(move, x), residual)
+                return replace(self._call(op.call.module), first=self._comm.mover(op.move))
             case _:
                 raise PlacementError(f"ranks cannot run {op}")
 
-    def _call(self, path: str, sends: tuple[str, ...] = ()) -> Fn:
+    def _call(self, path: str, sends: tuple[str, ...] = ()) -> Bound:
         module = self._model.get_submodule(path)
         match module:
             case AddRmsNorm():
-                return lambda inputs, x, residual: module.add(x, residual)
+                return Bound(module.add)
             case RmsNorm() | Linear() | Activation() | Router() | Head():
-                return lambda inputs, x: module(x)
+                return Bound(module.forward)
             case GqaHeads() | GqaAttend() | GqaCore() | MlaCore():
                 layer = int(path.split(".")[1]) - self._first_layer
                 return self._attention_apart(module, layer) if self.dealt else self._attention(module, layer)
             case SampledRows():
-                return lambda inputs, x, residual: module(x, residual, inputs.sample_rows)
+                return Bound(module.forward, ("sample_rows",), ends=True)
             case Embedding():
-                return self._embedding(module)
+                return Bound(self._embedding(module))
             case Experts():
-                return self._sent(module, sends) if sends else self._experts(module)
+                return Bound(self._sent(module, sends) if sends else self._experts(module))
         raise PlacementError(f"ranks cannot run {path} ({type(module).__name__})")
 
-    def _attention(self, module: GqaHeads | GqaAttend | GqaCore | MlaCore, layer: int) -> Fn:
-        cos_sin = self.cos_sin
+    def _attention(self, module: GqaHeads | GqaAttend | GqaCore | MlaCore, layer: int) -> Bound:
         match module:
             case GqaHeads():
-                return lambda inputs, qkv: module(qkv, cos_sin, inputs.positions)
+                return Bound(module.forward, ("cos_sin", "positions"))
             case GqaAttend():
-                return lambda inputs, *x: module(*x, inputs.batch, inputs.caches[layer], inputs.batch.cache_slots)
-        return lambda inputs, *x: module(*x, cos_sin, inputs.batch, inputs.caches[layer])
+                return Bound(module.forward, ("batch", f"caches[{layer}]", "keys[1]"))
+        return Bound(module.forward, ("cos_sin", "batch", f"caches[{layer}]"))
 
-    def _attention_apart(self, module: GqaHeads | GqaAttend | GqaCore | MlaCore, layer: int) -> Fn:
+    def _attention_apart(self, module: GqaHeads | GqaAttend | GqaCore | MlaCore, layer: int) -> Bound:
         """Where keys may be of other tokens than the queries, and some tokens are padding, which never attends."""
-        cos_sin = self.cos_sin
 
         def padded(y: Tensor, tokens: int) -> Tensor:
             return y if y.shape[0] == tokens else F.pad(y, (0, 0, 0, tokens - y.shape[0]))
 
-        def attend(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
             assert isinstance(module, GqaAttend)
             cache, slots = inputs.caches[layer], inputs.keys[1]
             return padded(module(q[: inputs.real], k, v, inputs.batch, cache, slots), q.shape[0])
 
-        def attend_latents(inputs: Inputs, q: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
+        def attend_latents(q: Tensor, latent: Tensor, k_rope: Tensor, inputs: Inputs) -> Tensor:
             assert isinstance(module, MlaCore)
-            given = (q[: inputs.real], latent, k_rope, cos_sin, inputs.batch, inputs.caches[layer], inputs.keys)
+            given = (q[: inputs.real], latent, k_rope, inputs.cos_sin, inputs.batch, inputs.caches[layer], inputs.keys)
             return padded(module.apart(*given), q.shape[0])
 
         match module:
             case GqaHeads():
-                return lambda inputs, qkv: module(qkv, cos_sin, inputs.positions)
+                return Bound(module.forward, ("cos_sin", "positions"))
             case GqaAttend():
-                return attend
-        return attend_latents
+                return Bound(attend, ("step",))
+        return Bound(attend_latents, ("step",))
 
     def _embedding(self, module: Embedding) -> Fn:
         """Rows of other ranks are zeros: the sum over ranks has each row once."""
@@ -249,13 +266,13 @@ class RankModel:
         rows = module.weight.shape[0]
         first = cut.index * rows
 
-        def embed(inputs: Inputs, token_ids: Tensor) -> Tensor:
+        def embed(token_ids: Tensor) -> Tensor:
             local = token_ids - first
             absent = (local < 0) | (local >= rows)
             found: Tensor = module(local.clamp(0, rows - 1))
             return found.masked_fill_(absent.unsqueeze(-1), 0)
 
-        return embed if cut.count > 1 else lambda inputs, token_ids: module(token_ids)
+        return embed if cut.count > 1 else module.forward
 
     def _experts(self, module: Experts) -> Fn:
         """Experts of other ranks are -1, which the kernel passes over."""
@@ -263,12 +280,12 @@ class RankModel:
         held = module.w_down.shape[0]
         first = cut.index * held
 
-        def feed(inputs: Inputs, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        def feed(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
             local = experts - first
             found: Tensor = module(x, local.masked_fill_((local < 0) | (local >= held), -1), weights)
             return found
 
-        return feed if cut.count > 1 else lambda inputs, x, experts, weights: module(x, experts, weights)
+        return feed if cut.count > 1 else module.forward
 
     def _sent(self, module: Experts, axes: tuple[str, ...]) -> Fn:
         """Tokens go to the ranks along `axes` that hold their experts."""
@@ -276,81 +293,10 @@ class RankModel:
         group = next(g for g in self.mesh.groups(axes) if self.mesh.rank_at(self._at) in g)
         firsts = [cuts_of(layout, 3, self.mesh, self.mesh.coordinates(rank))[0].index * held for rank in group]
 
-        def feed(inputs: Inputs, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        def feed(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
             return self._comm.exchange(axes, x, experts, weights, firsts=firsts, held=held, work=module)
 
         return feed
-
-
-class Line:
-    """A program as closures over numbered values; a value is dropped after its last reader."""
-
-    def __init__(self, program: Program, rank_model: RankModel) -> None:
-        numbers: dict[str, int] = {}
-        for _, value in program.inputs:
-            numbers[value] = len(numbers)
-        self.takes = [program.values[value] for _, value in program.inputs]
-        ops = program.ops if rank_model.dealt else fuse_cores(program)
-        last: dict[str, int] = {}
-        for i, op in enumerate(ops):
-            last.update(dict.fromkeys(reads(op), i))
-        kept = {value for _, value in program.outputs}
-        self._steps: list[tuple[Fn, tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = []
-        attended: int | None = (
-            None  # steps before the last layer's rows are chosen: all that a step without samples runs
-        )
-        for i, op in enumerate(ops):
-            made = (op.move.target,) if isinstance(op, Start) else writes(op)
-            if isinstance(op, Call) and isinstance(rank_model.shard.get_submodule(op.module), SampledRows):
-                attended = len(self._steps)
-            if not made or (not isinstance(op, Start) and all(value in numbers for value in made)):
-                continue  # a Wait: its Start has made the value
-            ins = tuple(numbers[value] for value in reads(op))
-            outs = []
-            for value in made:
-                outs.append(numbers.setdefault(value, len(numbers)))
-            dead = tuple(numbers[v] for v in dict.fromkeys(reads(op)) if last[v] == i and v not in kept)
-            self._steps.append((rank_model.function(op), ins, tuple(outs), dead))
-        self._attended = len(self._steps) if attended is None else attended
-        self._count = len(numbers)
-        self._outs = [numbers[value] for _, value in program.outputs]
-        self._vocab = rank_model.config.vocab_size
-
-    def run(self, token_ids: Tensor, inputs: Inputs) -> Tensor:
-        """The logits [s, vocab], of a program that is the whole model."""
-        if not inputs.sample_rows.shape[0]:
-            self.run_all([token_ids], inputs)
-            return torch.empty((0, self._vocab), dtype=torch.float32, device=token_ids.device)
-        logits: Tensor = self.run_all([token_ids], inputs)[0]
-        return logits
-
-    def run_all(self, given: list[Tensor], inputs: Inputs) -> list[Any]:
-        """The program's outputs; without samples the last layer ends at its attention, and they are not all there."""
-        values: list[Any] = [*given, *[None] * (self._count - len(given))]
-        for fn, ins, outs, dead in self._steps if inputs.sample_rows.shape[0] else self._steps[: self._attended]:
-            made = fn(inputs, *[values[i] for i in ins])
-            if len(outs) == 1:
-                values[outs[0]] = made
-            else:
-                for out, value in zip(outs, made, strict=True):
-                    values[out] = value
-            for i in dead:
-                values[i] = None
-        return [values[i] for i in self._outs]
-
-
-def fuse_cores(program: Program) -> tuple[Op, ...]:
-    """Attention's two halves as the one module that they are parts of, where no move stands between them."""
-    ops: list[Op] = []
-    for op in program.ops:
-        before = ops[-1] if ops else None
-        if isinstance(op, Call) and isinstance(before, Call) and op.module.endswith(".core.attend"):
-            core = op.module.removesuffix(".attend")
-            if before.module == f"{core}.heads" and [v for _, v in before.outputs] == [v for _, v in op.inputs]:
-                ops[-1] = Call(core, before.inputs, op.outputs)
-                continue
-        ops.append(op)
-    return tuple(ops)
 
 
 def _groups(program: Program) -> Iterator[tuple[str, ...]]:
