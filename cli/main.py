@@ -10,7 +10,7 @@ import typer
 
 from tokenrelay.base.errors import TokenRelayError
 from tokenrelay.base.parent import die_with_parent
-from tokenrelay.cli import services
+from tokenrelay.cli import bench, services
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -445,6 +445,7 @@ def chat(
 
 
 services.register(app)
+bench.register(app)
 
 
 @kernels_app.command("list")
