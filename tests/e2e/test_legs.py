@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +14,16 @@ from typing import Any
 import aiohttp
 import pytest
 from checkpoints import make_checkpoint
-from load import send
+from load import send, settled_pool
 from serving import Server, until
-from test_mesh import page, run, workers
+from test_mesh import body, page, run, workers
 
 PATH = "/v1/chat/completions"
 TOKENS = 500
 FLAGS = ("--dtype", "float32")
 Start = Callable[..., Server]
 ALONE: dict[str, list[Any]] = {}  # what one worker says, by model
+SLOW = pytest.mark.slow
 
 
 def settings(folder: Path, more: str = "") -> Path:
@@ -85,6 +87,10 @@ def model_of(tmp_path_factory: pytest.TempPathFactory, random_model: Path) -> Ca
     ("kind", "transport"),
     [
         ("mla", "shared"),
+        pytest.param("mla", "stream", marks=SLOW),
+        pytest.param("gqa", "shared", marks=SLOW),
+        pytest.param("gqa", "stream", marks=SLOW),
+        pytest.param("bundled", "shared", marks=SLOW),
     ],
 )
 def test_the_same_answers_as_one_worker(
@@ -112,6 +118,11 @@ def test_the_same_answers_as_one_worker(
 def fleet(start: Start, random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
     file = settings(tmp_path_factory.mktemp("settings"))
     return start(random_model, *FLAGS, "--prefill", 2, "--decode", 2, "--config", file, command="up")
+
+
+async def settled(server: Server) -> None:
+    async with aiohttp.ClientSession() as session:
+        assert (await settled_pool(session, server.url)).active == 0
 
 
 async def test_a_killed_decode_worker_costs_nobody_a_token(fleet: Server, kill: Callable[[int], None]) -> None:
@@ -159,3 +170,56 @@ async def test_a_killed_prefill_worker_costs_nobody_a_token(fleet: Server, kill:
     await asyncio.to_thread(until, lambda: all(one["ready"] for one in workers(fleet)))
     assert found == await asyncio.wait_for(ask_all(), 120)
     assert sum(moves.values()) > 0, "nothing moved"
+
+
+async def test_an_abort_leaves_nothing_behind(fleet: Server) -> None:
+    async with aiohttp.ClientSession() as session:
+        for number in range(4):
+            wanted = body(fleet, number, max_tokens=2000, stream=True)
+            async with session.post(fleet.url + PATH, json=wanted) as response:
+                if number % 2:
+                    await response.content.readline()
+    await settled(fleet)
+    await asyncio.to_thread(until, lambda: all(one["open"] == 0 for one in workers(fleet)))
+
+
+async def test_a_rolling_restart_of_every_service_loses_no_request(fleet: Server) -> None:
+    before = {one["incarnation"] for one in workers(fleet)}
+    wanted = await run(fleet, range(4), 16)
+    over, outcomes = asyncio.Event(), []
+
+    async def client(number: int) -> None:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=1)) as session:
+            while not over.is_set():
+                stream = bool(len(outcomes) % 2)
+                asked = body(fleet, number, max_tokens=16, stream=stream)
+                outcomes.append((number, await send(session, fleet.url, PATH, asked)))
+                await asyncio.sleep(0.1)  # two cores
+
+    clients = [asyncio.ensure_future(client(number)) for number in range(4)]
+    await asyncio.sleep(0.5)
+    fleet.signal(signal.SIGUSR2)
+
+    def replaced() -> bool:
+        try:
+            now = workers(fleet)
+        except OSError:
+            return False
+        new = all(one["ready"] and one["incarnation"] not in before and one["connections"] == 1 for one in now)
+        return new and len(now) == 4
+
+    try:
+        await asyncio.to_thread(until, replaced, 240)
+        await asyncio.sleep(0.5)
+    finally:
+        over.set()
+        await asyncio.wait_for(asyncio.gather(*clients), 120)
+    assert len(outcomes) > 8
+    assert [(number, one.status, one.error) for number, one in outcomes if one.kind != "completed"] == []
+    assert all(one.problems == [] and one.text == wanted[number] for number, one in outcomes)
+
+
+async def test_afterwards_it_drains(fleet: Server) -> None:
+    await settled(fleet)
+    fleet.signal(signal.SIGTERM)
+    assert await asyncio.to_thread(fleet.end) == 0
