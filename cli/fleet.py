@@ -138,7 +138,7 @@ class FleetHost:
         return None
 
     def abort(self, sequence_id: int) -> None:
-        """End a sequence; its terminal output follows."""
+        """End a sequence; its terminal output follows. One that has ended takes its offer back."""
         role = self._roles.get(sequence_id)
         if self.tier is not None and self.tier.abort(sequence_id):
             return
@@ -148,6 +148,7 @@ class FleetHost:
             self.destination.abort(sequence_id)
         else:
             self._engine.abort(sequence_id)
+            self.source.withdraw(sequence_id)
 
     # -- from the engine, and from the roles --------------------------------------------------------------------------
     def take(self, posts: Posts) -> None:

@@ -140,6 +140,11 @@ class WorkerClient:
         if sequence in self._open and self.ready:
             self._send(worker_pb2.Command(abort=worker_pb2.Abort(id=sequence)))
 
+    def withdraw(self, sequence: int) -> None:
+        """Nobody will take the KV that this ended sequence offered; nothing is answered."""
+        if self.ready:
+            self._send(worker_pb2.Command(abort=worker_pb2.Abort(id=sequence)))
+
     async def get_stats(self, timeout_s: float = 2.0) -> worker_pb2.Stats:
         """Fresh counters. Raises Unavailable."""
         if self._stub is None:

@@ -42,7 +42,7 @@ class WorkerHost(Protocol):
         """Begin a sequence; a terminal output when it is refused at once. Else exactly one comes through `deliver`."""
 
     def abort(self, sequence_id: int) -> None:
-        """End a sequence; its terminal output comes through `deliver`."""
+        """End a sequence; its terminal output comes through `deliver`. One that has ended takes its offer back."""
 
     def stats(self) -> worker_pb2.Stats:
         """Counters as of the last step."""
@@ -197,7 +197,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             if kind == "submit":
                 self._submit(session, command.submit)
             elif kind == "abort":
-                host_id = session.open.get(command.abort.id)
+                host_id = session.open.get(command.abort.id) or session.ended.get(command.abort.id)
                 if host_id is not None:
                     self._host.abort(host_id)
 

@@ -43,6 +43,7 @@ class Export:
     gone: str | None = None  # why there will be nothing to adopt
     ended: bool = False  # the engine has answered: nothing of it is computed any more
     state: State = State.RESERVED  # as the ledger last said
+    claimant: Actor | None = None  # as the ledger named it; a handle is claimed once
     readers: set[Actor] = field(default_factory=set)  # who claimed it or was told of its blocks, and has not answered
     closed: bool = False  # nobody is told of its blocks any more
     ending: bool = False  # its pins go back as soon as nobody reads

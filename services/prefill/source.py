@@ -109,6 +109,12 @@ class Source:
         else:
             self._engine.abort(sequence_id)
 
+    def withdraw(self, sequence_id: int) -> None:
+        """Its destination ended before it had the KV: it need not wait for its deadline. No effect on what is over."""
+        export = self._exports.get(sequence_id)
+        if export is not None and export.ended and export.gone is None and not export.closed:
+            self._spawn(self._take_back(export, encode_error(Unavailable("the request ended at its destination"))))
+
     async def drain(self, deadline: Deadline) -> bool:
         """Wait until all offered KV was read or taken back."""
         try:
@@ -290,6 +296,7 @@ class Source:
             self._end_life("its handles are lost")
             return
         export.state = view.state
+        export.claimant = view.claimant or export.claimant
         if view.claimant is not None and view.state not in (*ANSWERED, State.RELEASED):
             export.readers.add(view.claimant)
         if view.state in ENDS:
@@ -297,14 +304,16 @@ class Source:
             return
         self._mirror(export, view.state)
         if view.state in ANSWERED:
-            self._answered(export, view.claimant)
+            self._answered(export)
             self._spawn(self._release(export) if view.state is State.ADOPTED else self._give_up(export))
 
-    def _answered(self, export: Export, claimant: Actor | None) -> None:
-        """The claimant reads no more. Whoever else was told of the blocks, for whatever reason, did not say so."""
+    def _answered(self, export: Export) -> None:
+        """The claimant reads no more (who declined is not named any more: it is the one that had claimed). Whoever else
+        was told of the blocks, for whatever reason, did not say so.
+        """
         export.close()
-        if claimant is not None:
-            export.readers.discard(claimant)
+        if export.claimant is not None:
+            export.readers.discard(export.claimant)
 
     async def _release(self, export: Export) -> None:
         refusal = await self._insist(lambda: self._ledger.release(export.handle, self._actor))

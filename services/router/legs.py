@@ -41,6 +41,11 @@ class Leg:
             self.open = False
             self.client.abort(self.sequence)
 
+    def withdraw(self) -> None:
+        """It has ended, and what it offers is not wanted any more."""
+        if self.sequence and not self.open:
+            self.client.withdraw(self.sequence)
+
 
 class TwoLegs:
     """Takes the place of a workers.Handle. Event loop only; gone when its last leg is."""
@@ -178,6 +183,8 @@ class TwoLegs:
         self._on_output = self._make_submit = None
         self._held.clear()
         self._handovers.ends[end] += 1
+        if end in ("aborted", "failed") and not self.decoding:
+            self._source.withdraw()
         self._source.abort()
         self._destination.abort()
         self._computed()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -38,17 +38,33 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(folder, "deepseek_v3", max_position_embeddings=40960)
 
 
+LOGS: list[Path] = []  # of the module's servers
+LOG_SHOWN = 12_000  # characters, the last ones
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What the servers said, beside the failure."""
+    report = yield
+    if report.failed:
+        for log in LOGS:
+            report.sections.append((f"{log.parent.name}/{log.name}", log.read_text(errors="replace")[-LOG_SHOWN:]))
+    return report
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     """Starts servers that live as long as the module's tests; logs go to a file that is shown when one fails."""
     with ExitStack() as stack:
 
         def begin(*arguments: Any, command: str = "serve") -> Server:
-            log = stack.enter_context((tmp_path_factory.mktemp("logs") / "server.log").open("w"))
+            LOGS.append(tmp_path_factory.mktemp("logs") / "server.log")
+            log = stack.enter_context(LOGS[-1].open("w"))
             own = OwnServer([str(a) for a in arguments], command=command, stderr=log, quiet=True)
             return Server(stack.enter_context(own))
 
         yield begin
+    LOGS.clear()
 
 
 @pytest.fixture(scope="module")

@@ -88,9 +88,13 @@ def model_of(tmp_path_factory: pytest.TempPathFactory, random_model: Path) -> Ca
     [
         ("mla", "shared"),
         pytest.param("mla", "stream", marks=SLOW),
+        pytest.param("mla", "nixl", marks=SLOW),
         pytest.param("gqa", "shared", marks=SLOW),
         pytest.param("gqa", "stream", marks=SLOW),
+        pytest.param("gqa", "nixl", marks=SLOW),
         pytest.param("bundled", "shared", marks=SLOW),
+        pytest.param("bundled", "nixl", marks=SLOW),
+        pytest.param("bundled", "stream", marks=SLOW),
     ],
 )
 def test_the_same_answers_as_one_worker(
@@ -103,9 +107,10 @@ def test_the_same_answers_as_one_worker(
     legs = start(*arguments, "--prefill", 1, "--decode", 1, "--config", file, command="up")
     found = conversation(legs)
     handovers = counted(legs, "handovers_total")
-    # three turns and three choices; one token; the text that a stop string ended
-    assert handovers == {'end="done"': 6, 'end="first_token"': 1, 'end="aborted"': 1}, handovers
+    # three turns and three choices; one token; the text that a stop string ended, or its worker was faster
+    handovers['end="done"'] += handovers.pop('end="aborted"', 0)
     assert counted(legs, "moves_total") == {}
+    assert handovers == {'end="done"': 7, 'end="first_token"': 1}, handovers
     legs.own.stop()
     if kind not in ALONE:
         alone = start(*arguments)
@@ -122,7 +127,8 @@ def fleet(start: Start, random_model: Path, tmp_path_factory: pytest.TempPathFac
 
 async def settled(server: Server) -> None:
     async with aiohttp.ClientSession() as session:
-        assert (await settled_pool(session, server.url)).active == 0
+        pool = await settled_pool(session, server.url)
+    assert pool.active == 0, json.dumps(workers(server))
 
 
 async def test_a_killed_decode_worker_costs_nobody_a_token(fleet: Server, kill: Callable[[int], None]) -> None:

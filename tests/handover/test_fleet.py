@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from fleet import Fleet
 
-from tokenrelay.proto import worker_pb2
+from tokenrelay.ledger.api import State
+from tokenrelay.proto import peer_pb2, worker_pb2
 from tokenrelay.transfer.select import available
 
 
@@ -52,3 +53,30 @@ async def test_many_at_once(fleet: Fleet) -> None:
     for prompt, text in zip(prompts, texts, strict=True):
         assert text == await fleet.alone("decode", prompt, 8)
     await fleet.settles("prefill", "decode")
+
+
+async def test_an_offer_that_nobody_takes_is_withdrawn(fleet: Fleet) -> None:
+    """The router says so when the sequence goes on elsewhere: the blocks are free long before the handle's deadline."""
+    relayed = fleet.begin(prompt_of(40), 8)
+    await relayed.source.ended()
+    assert [view.state for view in await fleet.open_handles()] == [State.OFFERED]
+    fleet.clients["prefill"].withdraw(relayed.source.id)
+    await asyncio.wait_for(fleet.settles("prefill"), 5)
+
+
+async def test_a_refused_handover_disturbs_no_other(fleet: Fleet) -> None:
+    """A destination declines what it has claimed, while others are read over the same connections."""
+    prompts = [prompt_of(500, seed) for seed in range(3)]
+    given_up, *others = await asyncio.gather(*(fleet.relay(prompt, 8) for prompt in prompts))
+    offer = next(output.offer for output in given_up.source.outputs if output.offer)
+    number = peer_pb2.KvOffer.FromString(offer).number
+    while state := {view.handle.number: view.state for view in await fleet.open_handles()}.get(number):
+        if state is State.TRANSFERRING:
+            break
+    assert state, "it was over before anybody saw it read"
+    assert given_up.destination is not None
+    fleet.clients["decode"].abort(given_up.destination.id)
+    for prompt, each in zip(prompts[1:], others, strict=True):
+        assert await fleet.finish(each) == await fleet.alone("prefill", prompt, 8), fleet.logs()
+    await fleet.settles("prefill", "decode")
+    assert '"peer": "decode"' not in fleet.workers["prefill"].log.read_text()

@@ -295,6 +295,36 @@ async def test_an_adoption_is_an_answer(scene: Scene) -> None:
     assert "free" in scene.story and "cut d1" not in scene.story
 
 
+async def test_a_refusal_is_an_answer(scene: Scene) -> None:
+    """Other handovers go on over the connections of whoever declined."""
+    handle = await scene.offer()
+    assert await scene.ledger.claim(handle, DECODE) is None
+    await scene.follow(handle)
+    assert await scene.ledger.decline(handle, DECODE) is None
+    await until(lambda: scene.source.handles_open == 0, scene.story)
+    assert "free" in scene.story and "cut d1" not in scene.story
+
+
+@pytest.mark.parametrize("claimed", [False, True])
+async def test_an_offer_that_is_withdrawn(scene: Scene, claimed: bool) -> None:
+    """Long before its deadline; whoever has claimed it answers first."""
+    handle = await scene.offer()
+    if claimed:
+        assert await scene.ledger.claim(handle, DECODE) is None
+    scene.source.withdraw(7)
+    assert scene.source.handles_open == 1, "it is computed: an abort is what ends it"
+    scene.source.emit(EngineOutput(7, token_ids=[5], finish=Finish.HANDOVER))
+    await quiet()
+    scene.source.withdraw(7)
+    await quiet()
+    if claimed:
+        assert "free" not in scene.story
+        assert await scene.ledger.decline(handle, DECODE) is None
+    await until(lambda: scene.source.handles_open == 0, scene.story)
+    assert "free" in scene.story and "cut d1" not in scene.story
+    scene.source.withdraw(7)
+
+
 async def test_a_handle_that_nothing_belongs_to_is_ended(scene: Scene) -> None:
     """The answer to a reservation was lost with its connection, and a snapshot names the handle."""
     handle = await scene.ledger.reserve(scene.actor, extents=1, deadline_s=30)

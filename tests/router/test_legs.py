@@ -29,6 +29,7 @@ class Scripted:
         self.stats = worker_pb2.Stats()
         self.submits: list[worker_pb2.Submit] = []
         self.aborted: list[int] = []
+        self.withdrawn: list[int] = []
         self.refuses: TokenRelayError | None = None
         self._on_output: Callable[[worker_pb2.SequenceOutput], None] | None = None
 
@@ -41,6 +42,9 @@ class Scripted:
 
     def abort(self, sequence: int) -> None:
         self.aborted.append(sequence)
+
+    def withdraw(self, sequence: int) -> None:
+        self.withdrawn.append(sequence)
 
     def says(self, *token_ids: int, **fields: Any) -> None:
         assert self._on_output is not None
@@ -156,6 +160,27 @@ def test_the_clients_abort_ends_both() -> None:
     assert sequence.outputs == []
     assert sequence.handovers.ends == {"aborted": 1}
     assert sequence.handovers.queued["p"] == 0
+
+
+@pytest.mark.parametrize("how", ["client", "destination"])
+def test_an_offer_that_nobody_will_take_is_withdrawn(how: str) -> None:
+    sequence = Sequence().offered()
+    sequence.prefill.says(7, finish=HANDOVER)
+    assert sequence.prefill.withdrawn == []
+    if how == "client":
+        sequence.legs.abort()
+    else:
+        sequence.decode.says(finish=REJECTED, reject_reason=worker_pb2.REJECT_DRAINING)
+    assert sequence.prefill.withdrawn == [1]
+    assert sequence.prefill.aborted == []
+
+
+def test_an_offer_that_was_taken_is_not_withdrawn() -> None:
+    sequence = Sequence().offered()
+    sequence.prefill.says(7, finish=HANDOVER)
+    sequence.decode.says(8)
+    sequence.legs.abort()
+    assert sequence.prefill.withdrawn == []
 
 
 def test_an_offer_after_the_abort_begins_nothing() -> None:
