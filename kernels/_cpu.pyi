@@ -302,3 +302,53 @@ def packed_moe(
     out: int,
     /,
 ) -> None: ...
+
+# the weight's variant, that of what surrounds it, whether it is packed, the weight (bits 0: as in a checkpoint)
+NativeMatrix = tuple[int, int, bool, _PackedWeight]
+
+class Program:
+    def __init__(self, positions: int, /) -> None: ...
+    def buffer(self, bytes: int, /) -> int: ...
+    def embed(self, dtype: int, vocab: int, d: int, table: int, out: int, /) -> None: ...
+    def norm(
+        self, isa: int, dtype: int, d: int, x: int, residual: int, weight: int, eps: float, out: int, /
+    ) -> None: ...
+    def linear(self, dtype: int, out_dtype: int, matrix: NativeMatrix, x: int, bias: int, out: int, /) -> None: ...
+    def silu_mul(self, isa: int, dtype: int, f: int, x: int, out: int, /) -> None: ...
+    def gqa(
+        self,
+        rows_isa: int,
+        isa: int,
+        dtype: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        q_norm: int,
+        k_norm: int,
+        eps: float,
+        scale: float,
+        cos_sin: int,
+        layer: int,
+        qkv: int,
+        q: int,
+        out: int,
+        /,
+    ) -> None: ...
+    def take(self, row_bytes: int, moves: list[tuple[int, int]], /) -> None: ...
+    def run(
+        self,
+        batch: tuple[int, int, int, int, int, int, int],
+        tokens: int,
+        rows: int,
+        decodes: int,
+        sampled: int,
+        token_ids: int,
+        positions: int,
+        cache_slots: int,
+        sample_rows: int,
+        caches: list[int],
+        blocks: int,
+        block_tokens: int,
+        logits: int,
+        /,
+    ) -> None: ...

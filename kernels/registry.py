@@ -156,6 +156,7 @@ _forced: dict[str, str] = {}
 _cache: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _plugin_errors: dict[str, str] = {}
 _lock = threading.RLock()
+_generation = 0  # raised whenever another kernel may be chosen than before
 _loaded = False
 _registering = "tokenrelay"  # who registers now; a plugin's name while its entry point runs
 
@@ -198,7 +199,7 @@ def register(
                 priority,
                 _registering,
             )
-            _cache.clear()
+            _forget()
         return call
 
     return add
@@ -208,7 +209,7 @@ def unregister(op: str, path: str) -> None:
     """Take a kernel out again; KeyError where there is none. For plugins' tests."""
     with _lock:
         del _kernels[op][path]
-        _cache.clear()
+        _forget()
 
 
 def ops() -> tuple[str, ...]:
@@ -289,7 +290,18 @@ def _set_forced(op: str, path: str | None) -> None:
             _forced.pop(op, None)
         else:
             _forced[op] = path
-        _cache.clear()
+        _forget()
+
+
+def _forget() -> None:
+    global _generation
+    _generation += 1
+    _cache.clear()
+
+
+def generation() -> int:
+    """Changes whenever another kernel may be chosen than before: what was captured of a choice is old then."""
+    return _generation
 
 
 def load() -> None:

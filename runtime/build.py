@@ -118,6 +118,7 @@ def build_engine(
     parameter_bytes = weight_bytes(model if isinstance(model, Model) else model.shard)
     if isinstance(model, Model):
         pack_model(model)
+        model.capture()
     if allocate is None:
         scheduler = Scheduler(scheduler_config)
         caches = allocate_caches(config.kv_layout, config.layers, pool, config.dtype, device)

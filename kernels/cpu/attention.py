@@ -51,7 +51,7 @@ def register_variant(variant: Variant) -> None:
     add(functools.partial(mla_prefill, variant.code, absorbed_tokens=1 << 62))
 
 
-def _native_batch(batch: AttentionBatch) -> _Batch:
+def native_batch(batch: AttentionBatch) -> _Batch:
     """The batch as the extension takes it. All layers of a step pass the same object: it is checked once."""
     global _last_batch
     last, found = _last_batch
@@ -83,7 +83,7 @@ def mla_decode(
     isa: int, q_latent: Tensor, q_rope: Tensor, cache: Tensor, batch: AttentionBatch, scale: float
 ) -> Tensor:
     """See `ops.mla_decode`."""
-    native = _native_batch(batch)
+    native = native_batch(batch)
     out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
     check_axes("q_latent", q_latent, 3)
     if q_latent.shape[0] != batch.decodes:
@@ -153,7 +153,7 @@ def mla_prefill(
 ) -> Tensor:
     """See `ops.mla_prefill`. Rows of at most `absorbed_tokens` tokens attend over latents, longer ones over keys and
     values that are projected up stretch by stretch; without it, whichever is cheaper."""
-    native = _native_batch(batch)
+    native = native_batch(batch)
     check_axes("q_nope", q_nope, 3)
     check_axes("w_uv", w_uv, 3)
     (tokens, heads, nope), (_, value, rank) = q_nope.shape, w_uv.shape
@@ -286,7 +286,7 @@ def gqa_prefill(isa: int, q: Tensor, cache: Tensor, batch: AttentionBatch, scale
 
 
 def _gqa(isa: int, q: Tensor, cache: Tensor, batch: AttentionBatch, rows: tuple[int, int, int], scale: float) -> Tensor:
-    native = _native_batch(batch)
+    native = native_batch(batch)
     check_axes("q", q, 3)
     check_axes("cache", cache, 5)
     code = code_of("cache", cache)

@@ -9,7 +9,7 @@
 #include <stdexcept>
 
 #include "attention.hpp"
-#include "bindings_packed.hpp"
+#include "bindings_parts.hpp"
 #include "cpu.hpp"
 #include "elementwise.hpp"
 #include "integer.hpp"
@@ -307,5 +307,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind_elementwise(m);
   bind_moe(m);
   bind_packed(m);
+  bind_program(m);
   bind_sampling(m);
 }

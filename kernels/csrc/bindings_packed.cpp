@@ -1,11 +1,10 @@
 // The part of tokenrelay.kernels._cpu that knows packed weights; see bindings.cpp for the conventions.
-#include "bindings_packed.hpp"
-
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <stdexcept>
 
+#include "bindings_parts.hpp"
 #include "packed.hpp"
 
 namespace py = pybind11;

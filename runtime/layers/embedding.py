@@ -59,6 +59,11 @@ class Head(Module):
         )
 
     @property
+    def table(self) -> Tensor:
+        """[vocab, d], its own or the embedding's, while it is neither quantized nor packed."""
+        return self._tied[0].weight if self._tied else self.weight
+
+    @property
     def tied(self) -> bool:
         """Whether the embedding's table is used."""
         return bool(self._tied)
@@ -74,8 +79,7 @@ class Head(Module):
             return ops.packed_linear(x, self.packed, wide=True)
         if self.quantized is not None:
             return ops.quantized_linear(x, self.quantized, wide=True)
-        table = self._tied[0].weight if self._tied else self.weight
-        return ops.linear(x, table, wide=True)
+        return ops.linear(x, self.table, wide=True)
 
     def quantize(self, form: WeightForm) -> None:
         """Keep the table as bytes from now on, also where the form has nibbles: logits are worth it."""

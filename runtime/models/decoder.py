@@ -22,6 +22,7 @@ from tokenrelay.runtime.layers.moe import ExpertSplit, MoeMlp
 from tokenrelay.runtime.layers.norm import AddRmsNorm, RmsNorm
 from tokenrelay.runtime.layers.rope import cos_sin_table
 from tokenrelay.runtime.layers.sources import WeightSource
+from tokenrelay.runtime.models.capture import Capture
 from tokenrelay.runtime.models.config import Architecture, ModelConfig
 from tokenrelay.runtime.placement import TOKEN_AXES, Boundary, Layout, Partial, Port, Replicate, edges
 
@@ -107,6 +108,7 @@ class Model(Module):
     """A loaded model. Made by `runtime.weights.loader.load_model`."""
 
     config: ModelConfig
+    _capture: Capture | None = None
 
     def __init__(self, architecture: Architecture, *, experts: ExpertSplit | None = None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -154,6 +156,10 @@ class Model(Module):
         self.eval()
         freeze_all(self)
 
+    def capture(self) -> None:
+        """From now on, run as one native program where there is one. The weights are final."""
+        self._capture = Capture(self)
+
     def forward(
         self, token_ids: Tensor, batch: ops.AttentionBatch, caches: list[Tensor], sample_rows: Tensor
     ) -> Tensor:
@@ -162,6 +168,10 @@ class Model(Module):
         Writes this step's keys and values into `caches`. The last layer's MLP, the norm and the head run for
         `sample_rows` only. No gradients are recorded (no parameter asks for one).
         """
+        if self._capture is not None:
+            captured = self._capture.run(token_ids, batch, caches, sample_rows)
+            if captured is not None:
+                return captured
         x: Tensor = self.embed(token_ids)
         residual: Tensor | None = None
         last = len(self.layers) - 1

@@ -1,4 +1,4 @@
-// What bindings.cpp takes from bindings_packed.cpp.
+// What bindings.cpp takes from the other bindings_*.cpp.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -6,5 +6,6 @@
 namespace tokenrelay {
 
 void bind_packed(pybind11::module_& m);
+void bind_program(pybind11::module_& m);
 
 }  // namespace tokenrelay

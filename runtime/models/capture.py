@@ -1,0 +1,136 @@
+"""A model's layers as one native program, where every operation of theirs has a native CPU kernel.
+
+    model.capture()        # after weights are final; build_engine does
+
+The program is made anew when the registry's choice may have changed; where it cannot be made, the modules run one by
+one. Both compute the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from tokenrelay.base.logging import get_logger
+from tokenrelay.kernels import registry
+from tokenrelay.kernels.batch import AttentionBatch
+from tokenrelay.kernels.program import AnyWeight, NotNative, Program
+from tokenrelay.runtime.layers.attention import GqaAttention, GqaHeads
+from tokenrelay.runtime.layers.embedding import Head
+from tokenrelay.runtime.layers.linear import Linear
+from tokenrelay.runtime.layers.mlp import SwiGlu
+
+if TYPE_CHECKING:
+    from tokenrelay.runtime.models.decoder import DecoderLayer, Model
+
+log = get_logger("models")
+
+
+class Capture:
+    """The program of one model, or none."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._generation = -1
+        self._program: Program | None = None
+
+    def program(self) -> Program | None:
+        """None: there is none, run the modules."""
+        if self._generation != registry.generation():
+            registry.load()  # registers kernels, which counts
+            self._generation = registry.generation()
+            try:
+                self._program = _Emitter(self._model).emit()
+            except NotNative as reason:
+                log.info("the model runs operation by operation", reason=str(reason))
+                self._program = None
+        return self._program
+
+    def run(self, token_ids: Tensor, batch: AttentionBatch, caches: list[Tensor], sample_rows: Tensor) -> Tensor | None:
+        """The logits, or None where there is no program."""
+        program = self.program()
+        return None if program is None else program.run(token_ids, batch, caches, sample_rows)
+
+
+class _Emitter:
+    """Walks a model's modules in the order in which they run."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._dtype = model.config.dtype
+        self._program = Program(dtype=self._dtype, cos_sin=model.cos_sin)
+        self._block_tokens = model.config.kv_layout.block_tokens
+        hidden = model.architecture.hidden
+        self._hidden = hidden
+        self._x, self._normed, self._residual = (self._program.buffer(hidden) for _ in range(3))
+        self._buffers: dict[tuple[str, int], int] = {}
+
+    def emit(self) -> Program:
+        """The whole program. Raises NotNative."""
+        model, program = self._model, self._program
+        program.embed(model.embed.weight, self._residual)
+        for i, layer in enumerate(model.layers):
+            self._layer(i, layer)  # type: ignore[arg-type]
+        program.norm(self._x, model.norm.weight, model.norm.eps, self._normed, self._residual)
+        program.linear(self._normed, _weight_of(model.head), None, Program.LOGITS)
+        return program
+
+    def _layer(self, index: int, layer: DecoderLayer) -> None:
+        program, norm = self._program, layer.input_norm
+        if index == 0:
+            program.norm(self._residual, norm.weight, norm.eps, self._normed)
+        else:
+            program.norm(self._x, norm.weight, norm.eps, self._normed, self._residual)
+        if not isinstance(layer.attention, GqaAttention):
+            raise NotNative(f"no program for {type(layer.attention).__name__}")
+        self._gqa(layer.attention)
+        if layer.rows is not None:
+            x, residual = self._buffer("x", self._hidden), self._buffer("residual", self._hidden)
+            program.take(self._hidden, [(self._x, x), (self._residual, residual)])
+            self._x, self._residual = x, residual
+        program.norm(self._x, layer.post_norm.weight, layer.post_norm.eps, self._normed, self._residual)
+        if not isinstance(layer.mlp, SwiGlu):
+            raise NotNative(f"no program for {type(layer.mlp).__name__}")
+        self._mlp(layer.mlp)
+
+    def _gqa(self, attention: GqaAttention) -> None:
+        core = attention.core
+        part = core.heads
+        assert isinstance(part, GqaHeads)
+        heads, kv_heads, _ = part.split
+        width = heads * part.head_dim
+        qkv = self._buffer("qkv", width + 2 * kv_heads * part.head_dim)
+        q, attended = self._buffer("q", width), self._buffer("attended", width)
+        self._linear(self._normed, attention.qkv, qkv)
+        norms, eps = None, 0.0
+        if part.q_norm is not None and part.k_norm is not None:
+            norms, eps = (part.q_norm.weight, part.k_norm.weight), part.q_norm.eps
+        shape = (heads, kv_heads, part.head_dim)
+        self._program.gqa(qkv, shape, norms, eps, part.head_dim**-0.5, self._block_tokens, q, attended)
+        self._linear(attended, attention.out, self._x)
+
+    def _mlp(self, mlp: SwiGlu) -> None:
+        width = mlp.down.width
+        gate_up, hidden = self._buffer("gate_up", 2 * width), self._buffer("hidden", width)
+        self._linear(self._normed, mlp.gate_up, gate_up)
+        self._program.silu_mul(gate_up, width, hidden)
+        self._linear(hidden, mlp.down, self._x)
+
+    def _linear(self, x: int, linear: Linear, out: int) -> None:
+        self._program.linear(x, _weight_of(linear), linear.bias, out)
+
+    def _buffer(self, name: str, width: int) -> int:
+        """One for all layers."""
+        key = (name, width)
+        if key not in self._buffers:
+            self._buffers[key] = self._program.buffer(width)
+        return self._buffers[key]
+
+
+def _weight_of(module: Linear | Head) -> AnyWeight:
+    if module.packed is not None:
+        return module.packed
+    if module.quantized is not None:
+        return module.quantized
+    return module.table if isinstance(module, Head) else module.weight
