@@ -44,6 +44,24 @@ class Overloaded(TokenRelayError):
         self.retry_after_s = retry_after_s
 
 
+class RateLimited(Overloaded):
+    """A client used what it may use; the same request may pass after `retry_after_s` seconds."""
+
+    code = "rate_limit_exceeded"
+
+
+class Unauthenticated(TokenRelayError):
+    """A client showed no key, or one that nobody has."""
+
+    code = "invalid_api_key"
+
+
+class Forbidden(TokenRelayError):
+    """A client's key is not for this."""
+
+    code = "insufficient_permissions"
+
+
 class Unavailable(TokenRelayError):
     """The part that would do the work is dead, not ready, or draining."""
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +27,7 @@ from tokenrelay.base.status import StatusPipe
 from tokenrelay.cli.config import SupervisorConfig
 from tokenrelay.cli.console import LogObserver, Observers, StatusObserver, TerminalObserver
 from tokenrelay.cli.machine import look
-from tokenrelay.cli.mesh import MeshObserver
+from tokenrelay.cli.mesh import MeshObserver, connect
 from tokenrelay.cli.process import STATUS_FD, ChildFailed, ChildSpec
 from tokenrelay.cli.supervisor import Observer, Supervisor, claim_port, private_folder
 from tokenrelay.services.decode.config import WorkerConfig
@@ -70,7 +69,7 @@ def _serve(options: ServeOptions) -> int:
     model = check_model_folder(Path(worker.model) if worker.model else BUNDLED_MODEL)
     listening = claim_port(router.host, router.port)
     port = listening.getsockname()[1]
-    url = f"http://{_in_url(router.host)}:{port}"
+    url = f"{router.scheme}://{_in_url(router.host)}:{port}"
     display = sys.stderr.isatty() and not options.quiet
     observers = _observers(url, options, display)
     levels: dict[str, Any] = {}
@@ -194,12 +193,11 @@ def _resolve(options: ServeOptions) -> _Settings:
 
 async def _joined(url: str, workers: int) -> None:
     """Until the router has shaken hands with every worker: then `ready` means that a request will work."""
-    host, port = urlsplit(url).hostname, urlsplit(url).port
     end_s = time.monotonic() + JOIN_S
     while True:
         try:
             async with asyncio.timeout(JOIN_S):
-                reader, writer = await asyncio.open_connection(host, port)
+                reader, writer = await connect(url)
                 writer.write(b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
                 status, _, body = (await reader.read()).partition(b"\r\n\r\n")
                 writer.close()

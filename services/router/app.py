@@ -16,8 +16,9 @@ from tokenrelay.base.logging import get_logger
 from tokenrelay.base.version import version
 from tokenrelay.proto import worker_pb2
 from tokenrelay.services.chassis.client import WorkerClient
-from tokenrelay.services.router import debug, mesh_feed, messages, messages_errors, metrics, page, responses
+from tokenrelay.services.router import cors, debug, mesh_feed, messages, messages_errors, metrics, page, responses
 from tokenrelay.services.router.body import read_body, render_messages, request_id_of
+from tokenrelay.services.router.gate import salt_of
 from tokenrelay.services.router.generate import chat_completions, completions
 from tokenrelay.services.router.model import ServedModel
 from tokenrelay.services.router.openai_types import DetokenizeRequest, TokenizeRequest
@@ -36,10 +37,17 @@ CLIENT_LEFT = 499  # as nginx counts clients that closed the connection before t
 
 def create_app(state: RouterState) -> web.Application:
     """All endpoints on this state."""
-    app = web.Application(middlewares=[_answer], client_max_size=state.config.body_bytes_max)
+    middlewares = [_answer]
+    if state.config.cors_origins:
+        middlewares.append(cors.Cors(state.config.cors_origins).middleware)
+    if state.gate is not None:
+        middlewares.append(state.gate.middleware)
+    app = web.Application(middlewares=middlewares, client_max_size=state.config.body_bytes_max)
     app[STATE] = state
     app.on_response_prepare.append(_named_as_asked)
     app.on_response_prepare.append(_last_on_its_connection)
+    if state.config.cors_origins:
+        app.on_response_prepare.append(cors.mark)
     app.add_routes(
         [
             web.post("/v1/chat/completions", chat_completions),
@@ -172,7 +180,7 @@ async def tokenize(request: web.Request) -> web.Response:
         text, special = body.prompt, body.add_special_tokens is not False
     else:
         text, special = (await render_messages(state, model, body, len(raw)))[0], bool(body.add_special_tokens)
-    token_ids = unpack_ids(await model.tokenizer.encode(text, add_special_tokens=special))
+    token_ids = unpack_ids(await model.tokenizer.encode(text, add_special_tokens=special, salt=salt_of(request)))
     reply: dict[str, object] = {
         "count": len(token_ids),
         "max_model_len": model.context_tokens,
@@ -220,6 +228,8 @@ async def metrics_page(request: web.Request) -> web.Response:
     model = state.pool.model
     cache = model.tokenizer.cache if model is not None else None
     text = state.metrics.render(workers, (cache.hit_chars, cache.miss_chars) if cache is not None else (0, 0))
+    if state.gate is not None:
+        text += metrics.gate_page(state.gate)
     return web.Response(body=text.encode(), headers={"Content-Type": metrics.CONTENT_TYPE})
 
 

@@ -19,24 +19,25 @@ from tokenrelay.services.router.conversation import (
     template_variables,
     tools_in_force,
 )
+from tokenrelay.services.router.gate import caller_of
 from tokenrelay.services.router.model import ServedModel
 from tokenrelay.services.router.openai_types import ChatRequest, TokenizeRequest
 from tokenrelay.services.router.replies import BodyTooLarge
-from tokenrelay.services.router.state import RouterState
+from tokenrelay.services.router.state import STATE, RouterState
 
-BODY_TIMEOUT_S = 60.0
 _REQUEST_ID = re.compile(rf"[\w.:/-]{{1,{limits.REQUEST_ID_CHARS_MAX}}}", re.ASCII)
 
 
 async def read_body(request: web.Request) -> bytes:
     """The whole body. Raises BodyTooLarge, DeadlineExceeded, or InvalidRequest for one that is cut or badly encoded."""
+    timeout_s = request.app[STATE].config.body_timeout_s
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             return await request.read()
     except web.HTTPRequestEntityTooLarge as error:
         raise BodyTooLarge(f"the body is larger than {request.client_max_size} bytes") from error
     except TimeoutError as error:
-        raise DeadlineExceeded(f"the body did not arrive in {BODY_TIMEOUT_S:g} s") from error
+        raise DeadlineExceeded(f"the body did not arrive in {timeout_s:g} s") from error
     except (aiohttp.ClientPayloadError, web.RequestPayloadError, aiohttp.http.HttpProcessingError) as error:
         raise InvalidRequest(f"the body cannot be read: {error}", code="invalid_body") from error
 
@@ -51,10 +52,14 @@ def request_id_of(request: web.Request) -> str:
 
 
 def tenant_of(request: web.Request, salt: bytes) -> bytes:
-    """Whose request it is, for fair shares: 16 bytes from the client's key and the cache salt; empty without a key.
+    """Whose request it is, for fair shares: 16 bytes; empty without a key. The tenant of a key that the gate let in,
+    else made from whatever the client shows and the cache salt.
 
     A digest: a worker needs to tell keys apart, and to know none.
     """
+    caller = caller_of(request)
+    if caller is not None:
+        return caller.tenant
     given = request.headers.get("Authorization", "") or request.headers.get(
         "X-Api-Key", ""
     )  # the latter is Anthropic's

@@ -37,6 +37,21 @@ class RouterConfig:
     )
     model_alias: tuple[str, ...] = setting((), "further names under which the model is served, comma-separated")
     body_bytes_max: int = setting(32 * MIB, "largest HTTP body, bytes; 1 M tokens are about 4 MiB", minimum=1024)
+    keys: str = setting("", "file with API keys, made by `tokenrelay keys`; empty: no key is asked for")
+    keyless: tuple[str, ...] = setting(
+        ("/", "/page/", "/health", "/ready", "/metrics", "/version", "/workers"),
+        "paths that need no key, comma-separated; one that ends in / is meant with all below it",
+    )
+    tls_certificate: str = setting("", "PEM file with the certificate (and its chain); with tls_key: HTTPS")
+    tls_key: str = setting("", "PEM file with the certificate's private key")
+    cors_origins: tuple[str, ...] = setting(
+        (), "origins whose pages may call this server from a browser, comma-separated; *: all; empty: none"
+    )
+    connections_max: int = setting(16_384, "connections at once; one more is closed", minimum=1)
+    head_timeout_s: float = setting(
+        10.0, "how long a connection may take to send its first request's headers, seconds", minimum=0.01
+    )
+    body_timeout_s: float = setting(60.0, "how long a body may take to arrive, seconds", minimum=0.01)
     requests_open_max: int = setting(2048, "requests in work at once; one more is answered 429", minimum=1)
     request_timeout_s: float = setting(3600.0, "longest life of one request, seconds", minimum=1)
     moves_max: int = setting(
@@ -84,6 +99,11 @@ class RouterConfig:
     page: Literal["on", "off"] = setting("on", "the page at / and what it shows, at /mesh")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "how much is logged")
     log_style: Literal["auto", "json", "terminal"] = setting("auto", "how it is logged")
+
+    @property
+    def scheme(self) -> str:
+        """How its URLs begin."""
+        return "https" if self.tls_certificate else "http"
 
     @property
     def targets(self) -> tuple[str, ...]:

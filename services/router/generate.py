@@ -15,6 +15,7 @@ from tokenrelay.base.ids import request_id as new_request_id
 from tokenrelay.base.logging import get_logger
 from tokenrelay.services.router import limits
 from tokenrelay.services.router.body import read_body, render_messages, request_id_of, tenant_of
+from tokenrelay.services.router.gate import as_caller, caller_of
 from tokenrelay.services.router.generation import Choice, Prompt, Run
 from tokenrelay.services.router.model import ServedModel
 from tokenrelay.services.router.openai_types import ChatRequest, CompletionRequest
@@ -75,10 +76,11 @@ async def serve_chat(
     """
     model = state.pool.require_model()
     model.check_name(body.model)
-    wanted = wanted_of(body, model.defaults, model.vocabulary_size)
+    wanted = as_caller(request, wanted_of(body, model.defaults, model.vocabulary_size))
     text, tools = await render_messages(state, model, body, size)
     model.check_text(text, "messages")
-    prompt = Prompt(await encode_prompt(model, text, "messages", add_special_tokens=False), "messages")
+    packed = await encode_prompt(model, text, "messages", add_special_tokens=False, salt=wanted.salt)
+    prompt = Prompt(packed, "messages")
     formats = model.formats
     inside = formats.think is not None and prompt_ends_inside_thinking(text, formats.think[0])
     if constrained(body):
@@ -98,11 +100,11 @@ async def _completion(request: web.Request, state: RouterState, arrived_s: float
     body = decode(await read_body(request), CompletionRequest)
     model = state.pool.require_model()
     model.check_name(body.model)
-    wanted = wanted_of(body, model.defaults, model.vocabulary_size)
+    wanted = as_caller(request, wanted_of(body, model.defaults, model.vocabulary_size))
     if constrained(body):
         make = partial(model.grammars.grammar, body, None, None, inside=False)
         wanted.sampling.grammar = await _grammar(state, make)
-    prompts = await _completion_prompts(model, body)
+    prompts = await _completion_prompts(model, body, wanted.salt)
     if len(prompts) * wanted.n > limits.CHOICES_MAX:
         message = f"{len(prompts)} prompts with n={wanted.n} make more than {limits.CHOICES_MAX} choices"
         raise InvalidRequest(message, param="n")
@@ -118,11 +120,11 @@ async def _grammar(state: RouterState, make: Callable[[], str]) -> str:
     return grammar
 
 
-async def _completion_prompts(model: ServedModel, body: CompletionRequest) -> list[Prompt]:
+async def _completion_prompts(model: ServedModel, body: CompletionRequest, salt: bytes) -> list[Prompt]:
     """Text, texts, token ids, or lists of token ids. Raises InvalidRequest that names the prompt."""
     given = body.prompt
     if isinstance(given, str):
-        return [await _text_prompt(model, given, "prompt", body)]
+        return [await _text_prompt(model, given, "prompt", body, salt)]
     if not given:
         raise InvalidRequest("prompt is empty", param="prompt")
     if all(isinstance(item, int) for item in given):
@@ -135,14 +137,17 @@ async def _completion_prompts(model: ServedModel, body: CompletionRequest) -> li
             raise InvalidRequest("prompt mixes token ids with other prompts", param=f"prompt[{index}]")
         name = f"prompt[{index}]"
         prompts.append(
-            await _text_prompt(model, item, name, body) if isinstance(item, str) else _ids_prompt(model, item, name)
+            await _text_prompt(model, item, name, body, salt)
+            if isinstance(item, str)
+            else _ids_prompt(model, item, name)
         )
     return prompts
 
 
-async def _text_prompt(model: ServedModel, text: str, name: str, body: CompletionRequest) -> Prompt:
+async def _text_prompt(model: ServedModel, text: str, name: str, body: CompletionRequest, salt: bytes) -> Prompt:
     model.check_text(text, name)
-    packed = await encode_prompt(model, text, name, add_special_tokens=body.add_special_tokens is not False)
+    special = body.add_special_tokens is not False
+    packed = await encode_prompt(model, text, name, add_special_tokens=special, salt=salt)
     return _checked(model, Prompt(packed, name))
 
 
@@ -158,10 +163,12 @@ def _checked(model: ServedModel, prompt: Prompt) -> Prompt:
     return prompt
 
 
-async def encode_prompt(model: ServedModel, text: str, name: str, *, add_special_tokens: bool) -> bytes:
+async def encode_prompt(
+    model: ServedModel, text: str, name: str, *, add_special_tokens: bool, salt: bytes = b""
+) -> bytes:
     """Token ids, packed. Raises InvalidRequest that names the parameter."""
     try:
-        return await model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await model.tokenizer.encode(text, add_special_tokens=add_special_tokens, salt=salt)
     except InvalidRequest as error:
         raise InvalidRequest(error.message, param=name) from error
 
@@ -185,9 +192,12 @@ async def _serve(
     tenant = tenant_of(request, wanted.salt)
     run = Run(state.pool, state.metrics, wanted, model, request_id, prompts, make_text, arrived_s, tenant)
     shape = make_shape(run, new_request_id(prefix))
+    caller = caller_of(request)
     state.opened(run)
     try:
         run.start(state.config.request_timeout_s)
+        if caller is not None:
+            caller.begin(run)
         if wanted.stream:
             return await _Streamer(request, state, run, shape).serve()
         await run.done
@@ -195,9 +205,13 @@ async def _serve(
             raise run.error
         return json_response(shape.whole())
     finally:
+        if caller is not None:
+            caller.end(run)
         run.close("disconnect")
         state.closed(run)
-        log.debug("request done", request_id=request_id, prompts=len(prompts), error=run.error and run.error.code)
+        key = caller.record.name if caller is not None else None
+        error = run.error and run.error.code
+        log.debug("request done", request_id=request_id, prompts=len(prompts), error=error, key=key)
 
 
 class _Streamer:

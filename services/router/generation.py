@@ -428,11 +428,18 @@ class Run:
                 future.set_result(None)
 
     # -- usage --------------------------------------------------------------------------------------------------------
+    @property
+    def tokens(self) -> tuple[int, int, int]:
+        """Of its prompts, of those in a cache, and of the output until now."""
+        return (
+            sum(prompt.tokens for prompt in self.prompts),
+            sum(choice.cached_tokens for choice in self.choices if choice.index % self.wanted.n == 0),
+            sum(choice.output_tokens for choice in self.choices),
+        )
+
     def usage(self) -> dict[str, object]:
         """`usage`: a prompt counts once however many choices it has; cached tokens are those of its first choice."""
-        prompt_tokens = sum(prompt.tokens for prompt in self.prompts)
-        output_tokens = sum(choice.output_tokens for choice in self.choices)
-        cached_tokens = sum(choice.cached_tokens for choice in self.choices if choice.index % self.wanted.n == 0)
+        prompt_tokens, cached_tokens, output_tokens = self.tokens
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": output_tokens,

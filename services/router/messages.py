@@ -7,6 +7,7 @@ import datetime
 from aiohttp import web
 
 from tokenrelay.services.router.body import read_body, render_messages
+from tokenrelay.services.router.gate import salt_of
 from tokenrelay.services.router.generate import admitted, encode_prompt, serve_chat
 from tokenrelay.services.router.generation import Run
 from tokenrelay.services.router.messages_request import chat_request, hints_cache
@@ -50,7 +51,7 @@ async def count_tokens(request: web.Request) -> web.Response:
     model.check_name(body.model)
     text, _ = await render_messages(state, model, chat_request(body), len(raw))
     model.check_text(text, "messages")
-    packed = await encode_prompt(model, text, "messages", add_special_tokens=False)
+    packed = await encode_prompt(model, text, "messages", add_special_tokens=False, salt=salt_of(request))
     return json_response({"input_tokens": len(packed) // 4})
 
 

@@ -13,10 +13,12 @@ from aiohttp import web
 
 from tokenrelay.base.errors import (
     DeadlineExceeded,
+    Forbidden,
     InvalidRequest,
     NotFound,
     Overloaded,
     TokenRelayError,
+    Unauthenticated,
     Unavailable,
 )
 from tokenrelay.services.router.replies import BodyTooLarge, encode, error_response, json_response
@@ -27,6 +29,8 @@ _KINDS: tuple[tuple[type[TokenRelayError], int, str], ...] = (
     (BodyTooLarge, 413, "request_too_large"),
     (NotFound, 404, "not_found_error"),
     (InvalidRequest, 400, "invalid_request_error"),
+    (Unauthenticated, 401, "authentication_error"),
+    (Forbidden, 403, "permission_error"),
     (Overloaded, 429, "rate_limit_error"),
     (Unavailable, 503, "overloaded_error"),
     (DeadlineExceeded, 504, "timeout_error"),
@@ -81,5 +85,6 @@ def error_event(error: TokenRelayError, request_id: str) -> bytes:
 
 def error_reply(error: TokenRelayError, request_id: str) -> web.Response:
     """The reply that says this."""
-    headers = {name: value for name, value in error_response(error).headers.items() if name == "Retry-After"}
+    passed = ("Retry-After", "WWW-Authenticate")
+    headers = {name: value for name, value in error_response(error).headers.items() if name in passed}
     return json_response(error_body(error, request_id), status=_kind(error)[0], headers=headers)

@@ -10,12 +10,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from tokenrelay.proto import worker_pb2
+from tokenrelay.services.router.gate import Gate
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 TTFT_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150)
 INTER_TOKEN_BOUNDS_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 5)
 REQUEST_BOUNDS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 150, 300, 900)
+
+
+TOKEN_KINDS = ("prompt", "cached", "output")
 
 
 class Histogram:
@@ -165,6 +169,22 @@ class Metrics:
         ):
             values = {f'worker="{_escape(target)}"': getattr(floor, name) for target, floor in floors.items()}
             page.add(f"tps_floor_{name}{'_total' if kind == 'counter' else ''}", kind, help_text, values)
+
+
+def gate_page(gate: Gate) -> str:
+    """What each key did, by its name: keys that were used, as many as the keys file has at most."""
+    page = _Page()
+    refused = {f'reason="{reason}"': count for reason, count in gate.refused.items()}
+    page.add("gate_refused_total", "counter", "requests without a key that may do this, by reason", refused)
+    callers = [(f'key="{one.record.name}"', one) for one in gate.callers.values() if one.counts or one.refused]
+    requests = {label: one.counts["requests"] for label, one in callers}
+    page.add("key_requests_total", "counter", "requests let in, by key", requests)
+    page.add("key_requests_open", "gauge", "of those, in work", {label: one.open for label, one in callers})
+    limited = {f'{label},limit="{limit}"': n for label, one in callers for limit, n in one.refused.items()}
+    page.add("key_limited_total", "counter", "requests over a limit, by key and limit", limited)
+    tokens = {f'{label},kind="{kind}"': one.counts[kind] for label, one in callers for kind in TOKEN_KINDS}
+    page.add("key_tokens_total", "counter", "tokens of requests that ended, by key; cached ones are prompt", tokens)
+    return page.text()
 
 
 class _Page:

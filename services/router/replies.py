@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -9,10 +10,12 @@ from aiohttp import web
 
 from tokenrelay.base.errors import (
     DeadlineExceeded,
+    Forbidden,
     InvalidRequest,
     NotFound,
     Overloaded,
     TokenRelayError,
+    Unauthenticated,
     Unavailable,
 )
 
@@ -22,6 +25,8 @@ encode = msgspec.json.encode
 _STATUS: tuple[tuple[type[TokenRelayError], int, str], ...] = (
     (NotFound, 404, "invalid_request_error"),
     (InvalidRequest, 400, "invalid_request_error"),
+    (Unauthenticated, 401, "invalid_request_error"),
+    (Forbidden, 403, "invalid_request_error"),
     (Overloaded, 429, "rate_limit_error"),
     (Unavailable, 503, "service_unavailable_error"),
     (DeadlineExceeded, 504, "timeout_error"),
@@ -54,9 +59,11 @@ def error_response(error: TokenRelayError) -> web.Response:
     """The reply that says this, with Retry-After where trying again may help."""
     headers = {}
     if isinstance(error, Overloaded):
-        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     elif isinstance(error, Unavailable):
         headers["Retry-After"] = str(RETRY_UNAVAILABLE_S)
+    elif isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"  # RFC 6750
     return json_response(error_object(error), status=status_of(error), headers=headers)
 
 

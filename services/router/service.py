@@ -28,6 +28,7 @@ from tokenrelay.services.chassis.lifecycle import Lifecycle
 from tokenrelay.services.chassis.security import Security
 from tokenrelay.services.router.app import create_app
 from tokenrelay.services.router.config import RouterConfig
+from tokenrelay.services.router.door import DoorRunner, tls_context
 from tokenrelay.services.router.members import Members
 from tokenrelay.services.router.state import RouterState
 from tokenrelay.services.router.workers import WorkerPool
@@ -54,8 +55,11 @@ class RouterService:
         self.members = Members(self.pool, config, security) if config.kvstore else None
         self.state = RouterState(config, self.pool, self._executor)
         self._site: web.BaseSite | None = None
-        self._runner = web.AppRunner(
+        self._tls = tls_context(config)
+        self._runner = DoorRunner(
             create_app(self.state),
+            connections_max=config.connections_max,
+            head_timeout_s=config.head_timeout_s,
             handler_cancellation=True,
             access_log=None,
             keepalive_timeout=KEEPALIVE_TIMEOUT_S,
@@ -74,9 +78,9 @@ class RouterService:
             if listening is not None:
                 await self._find_workers()
                 await self.pool.wait_usable(FIRST_WORKER_S)
-                self._site = web.SockSite(self._runner, listening, backlog=BACKLOG)
+                self._site = web.SockSite(self._runner, listening, backlog=BACKLOG, ssl_context=self._tls)
             else:
-                self._site = web.TCPSite(self._runner, config.host, config.port, backlog=BACKLOG)
+                self._site = web.TCPSite(self._runner, config.host, config.port, backlog=BACKLOG, ssl_context=self._tls)
             await self._site.start()
         except OSError as error:
             await self._runner.cleanup()
@@ -100,8 +104,7 @@ class RouterService:
         await self._site.stop()
         self.state.handing_over = True
         deadline = Deadline.after(self._config.drain_s)
-        assert self._runner.server is not None
-        while self._runner.server.connections and not deadline.passed:  # noqa: ASYNC110 - aiohttp has no event for it
+        while self._runner.connections_open and not deadline.passed:  # noqa: ASYNC110 - aiohttp has no event for it
             await asyncio.sleep(CONNECTIONS_LOOK_S)
         await self.state.quiet(deadline)
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Collection
 from concurrent.futures import Executor
+from pathlib import Path
 from typing import Final
 
 from aiohttp import web
@@ -13,6 +14,7 @@ from aiohttp import web
 from tokenrelay.base.deadlines import Deadline
 from tokenrelay.base.errors import Overloaded, Unavailable
 from tokenrelay.services.router.config import RouterConfig
+from tokenrelay.services.router.gate import Gate
 from tokenrelay.services.router.generation import Run
 from tokenrelay.services.router.metrics import Metrics
 from tokenrelay.services.router.responses_store import ResponseStore
@@ -23,7 +25,9 @@ class RouterState:
     """One router. Event loop only."""
 
     def __init__(self, config: RouterConfig, pool: WorkerPool, executor: Executor) -> None:
+        """Raises ConfigError for a keys file that cannot be used."""
         self.config = config
+        self.gate = Gate(Path(config.keys), keyless=config.keyless) if config.keys else None
         self.pool = pool
         self.executor = executor
         self.metrics = Metrics()

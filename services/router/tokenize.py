@@ -76,11 +76,15 @@ def _position_free(pre_tokenizer: dict[str, Any] | None) -> bool:
 
 
 class PieceCache:
-    """Text -> packed ids, least recently used first out. Bounded in bytes; one thread."""
+    """Text -> packed ids, least recently used first out. Bounded in bytes; one thread.
+
+    A piece is found under the cache salt that it was put there with only: how fast a prompt is tokenized tells nobody
+    what others asked.
+    """
 
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
-        self._entries: OrderedDict[str, bytes] = OrderedDict()
+        self._entries: OrderedDict[tuple[bytes, str], bytes] = OrderedDict()
         self.bytes = 0
         self.hit_chars = 0
         self.miss_chars = 0
@@ -88,29 +92,29 @@ class PieceCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, text: str) -> bytes | None:
+    def get(self, text: str, salt: bytes = b"") -> bytes | None:
         """The ids of this piece, if known."""
-        packed = self._entries.get(text)
+        packed = self._entries.get((salt, text))
         if packed is None:
             self.miss_chars += len(text)
         else:
             self.hit_chars += len(text)
-            self._entries.move_to_end(text)
+            self._entries.move_to_end((salt, text))
         return packed
 
-    def put(self, text: str, packed: bytes) -> None:
+    def put(self, text: str, packed: bytes, salt: bytes = b"") -> None:
         """Remember a piece; one larger than a quarter of the cache is not worth the others."""
-        size = self._size(text, packed)
-        if text in self._entries or size * 4 > self._bytes_max:
+        size = self._size((salt, text), packed)
+        if (salt, text) in self._entries or size * 4 > self._bytes_max:
             return
-        self._entries[text] = packed
+        self._entries[salt, text] = packed
         self.bytes += size
         while self.bytes > self._bytes_max:
             self.bytes -= self._size(*self._entries.popitem(last=False))
 
     @staticmethod
-    def _size(text: str, packed: bytes) -> int:
-        return sys.getsizeof(text) + len(packed) + _ENTRY_BYTES
+    def _size(piece: tuple[bytes, str], packed: bytes) -> int:
+        return sys.getsizeof(piece[1]) + len(packed) + _ENTRY_BYTES
 
 
 class PromptTokenizer:
@@ -139,13 +143,16 @@ class PromptTokenizer:
         """Whether next turns profit."""
         return self._cut is not None
 
-    async def encode(self, text: str, *, add_special_tokens: bool = False) -> bytes:
-        """Packed ids of `text`. Long texts are encoded in a thread. Raises InvalidRequest for a lone surrogate."""
+    async def encode(self, text: str, *, add_special_tokens: bool = False, salt: bytes = b"") -> bytes:
+        """Packed ids of `text`. Long texts are encoded in a thread. Raises InvalidRequest for a lone surrogate.
+
+        `salt`: the cache salt of whose text it is.
+        """
         if add_special_tokens and self._around is None:
             return pack_ids((await self._encode_all([text], add_special_tokens=True))[0])
-        pieces, missing = self._split(text)
+        pieces, missing = self._split(text, salt)
         if missing:
-            self._fill(pieces, missing, await self._encode_all(list(missing)))
+            self._fill(pieces, missing, await self._encode_all(list(missing)), salt)
         if add_special_tokens and self._around is not None:
             pieces = [self._around[0], *pieces, self._around[1]]
         return b"".join(pieces)
@@ -154,7 +161,7 @@ class PromptTokenizer:
         """The plain tokenizer, for comparison."""
         return pack_ids(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def _split(self, text: str) -> tuple[list[bytes], dict[str, list[int]]]:
+    def _split(self, text: str, salt: bytes) -> tuple[list[bytes], dict[str, list[int]]]:
         """(packed ids piece by piece, the pieces that are not known -> where they belong in that list)."""
         pieces: list[bytes] = []
         missing: dict[str, list[int]] = {}
@@ -165,24 +172,24 @@ class PromptTokenizer:
                 token_id = cuts.get(found.group())
                 if token_id is not None:
                     if found.start() > start:
-                        self._look_up(text[start : found.start()], pieces, missing)
+                        self._look_up(text[start : found.start()], pieces, missing, salt)
                     pieces.append(token_id.to_bytes(4, "little"))
                     start = found.end()
         if start < len(text):
-            self._look_up(text[start:], pieces, missing)
+            self._look_up(text[start:], pieces, missing, salt)
         return pieces, missing
 
-    def _look_up(self, piece: str, pieces: list[bytes], missing: dict[str, list[int]]) -> None:
-        known = self.cache.get(piece) if self._cut is not None else None
+    def _look_up(self, piece: str, pieces: list[bytes], missing: dict[str, list[int]], salt: bytes) -> None:
+        known = self.cache.get(piece, salt) if self._cut is not None else None
         if known is None:
             missing.setdefault(piece, []).append(len(pieces))
         pieces.append(known or b"")
 
-    def _fill(self, pieces: list[bytes], missing: dict[str, list[int]], encoded: list[list[int]]) -> None:
+    def _fill(self, pieces: list[bytes], missing: dict[str, list[int]], encoded: list[list[int]], salt: bytes) -> None:
         for (piece, places), token_ids in zip(missing.items(), encoded, strict=True):
             packed = pack_ids(token_ids)
             if self._cut is not None:
-                self.cache.put(piece, packed)
+                self.cache.put(piece, packed, salt)
             for place in places:
                 pieces[place] = packed
 
