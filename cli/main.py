@@ -10,7 +10,8 @@ import typer
 
 from tokenrelay.base.errors import TokenRelayError
 from tokenrelay.base.parent import die_with_parent
-from tokenrelay.cli import bench, services
+from tokenrelay.cli import bench, gate_options, keys, services
+from tokenrelay.cli.gate_options import ApiKeyOption, CertificateOption, CorsOption, KeyOption, KeysOption
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 kernels_app = typer.Typer(no_args_is_help=True, help="Which kernels there are, and which one would run and why.")
 fsm_app = typer.Typer(no_args_is_help=True, help="The state machines of requests and of KV ownership.")
+app.add_typer(keys.app, name="keys", rich_help_panel="Serving")
 app.add_typer(kernels_app, name="kernels", rich_help_panel="Looking inside")
 app.add_typer(fsm_app, name="fsm", rich_help_panel="Looking inside")
 
@@ -108,6 +110,10 @@ def serve(
     port: Annotated[
         int | None, _option("--port", "-p", panel=NETWORK, metavar="PORT", help="Default: 8000. 0 finds a free one.")
     ] = None,
+    api_keys: KeysOption = None,
+    tls_certificate: CertificateOption = None,
+    tls_key: KeyOption = None,
+    cors_origins: CorsOption = None,
     dtype: Annotated[
         Dtype | None,
         _option("--dtype", panel=MODEL, help="Default: auto, bfloat16 where the machine computes in it, else float32."),
@@ -295,7 +301,8 @@ def serve(
 
     options = ServeOptions(
         file=config,
-        router={"host": host, "port": port, "debug_endpoints": debug_endpoints, "log_level": log_level},
+        router=gate_options.settings(api_keys, tls_certificate, tls_key, cors_origins)
+        | {"host": host, "port": port, "debug_endpoints": debug_endpoints, "log_level": log_level},
         worker={
             "model": None if model is None else str(model),
             "dtype": dtype,
@@ -412,7 +419,7 @@ def chat(
             "here: a calculator, and list_files and read_file in this folder. Default: demo for the bundled model.",
         ),
     ] = None,
-    api_key: Annotated[str, _option("--api-key", metavar="KEY", help="Sent as a bearer token.")] = "",
+    api_key: ApiKeyOption = "",
 ) -> None:
     """Chat in the terminal with a running server, or with one started for the occasion.
 
@@ -500,7 +507,7 @@ def explain(
         str | None, _option("--url", metavar="URL", help="The server. Default: http://127.0.0.1:8000.")
     ] = None,
     json: Annotated[bool, _option("--json", help="All numbers, as JSON.")] = False,
-    api_key: Annotated[str, _option("--api-key", metavar="KEY", help="Sent as a bearer token.")] = "",
+    api_key: ApiKeyOption = "",
 ) -> None:
     """Say why open requests wait, were preempted, or got chunks of the size they got.
 
