@@ -212,7 +212,7 @@ async def ready(request: web.Request) -> web.Response:
     state = request.app[STATE]
     if state.draining:
         raise Unavailable("the server is shutting down")
-    state.pool.choose()
+    state.pool.require_usable()
     return json_response({"status": "ready", "workers": len(state.pool.usable)})
 
 
@@ -225,7 +225,9 @@ async def metrics_page(request: web.Request) -> web.Response:
     stats = await asyncio.gather(*(_fresh_stats(client) for client in clients))
     workers = {client.target: (client.ready, one) for client, one in zip(clients, stats, strict=True)}
     state.metrics.integrity_failures = {client.target: client.integrity_failures for client in clients}
-    model = state.pool.model
+    pool = state.pool
+    state.metrics.breakers_opened, state.metrics.retries_refused = pool.breakers.opened, pool.retries.refused
+    model = pool.model
     cache = model.tokenizer.cache if model is not None else None
     text = state.metrics.render(workers, (cache.hit_chars, cache.miss_chars) if cache is not None else (0, 0))
     if state.gate is not None:

@@ -54,6 +54,10 @@ class RouterConfig:
     body_timeout_s: float = setting(60.0, "how long a body may take to arrive, seconds", minimum=0.01)
     requests_open_max: int = setting(2048, "requests in work at once; one more is answered 429", minimum=1)
     request_timeout_s: float = setting(3600.0, "longest life of one request, seconds", minimum=1)
+    policy: Literal["cache-aware", "power-of-two", "least-load", "round-robin", "consistent-hash"] = setting(
+        "cache-aware",
+        "how a worker is chosen; cache-aware: the one with the prompt's beginning, if it is not far busier",
+    )
     moves_max: int = setting(
         2, "times a sequence goes on elsewhere when its worker dies or drains (with several workers)", minimum=0
     )

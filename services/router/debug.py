@@ -64,7 +64,7 @@ async def one_request(request: web.Request) -> web.Response:
 
 async def _ask_all(request: web.Request, request_id: str) -> dict[str, Any]:
     clients = request.app[STATE].pool.clients
-    placements = request.app[STATE].placements
+    placements, routes = request.app[STATE].placements, request.app[STATE].routes
     replies = await asyncio.gather(*(_ask(client, request_id) for client in clients))
     found: dict[str, Any] = {"requests": [], "left_out": 0, "problems": {}}
     for client, reply in zip(clients, replies, strict=True):
@@ -75,6 +75,8 @@ async def _ask_all(request: web.Request, request_id: str) -> dict[str, Any]:
         for one in reply.sequences:
             text = f"{one.text}; {placement}" if (placement := placements.get(one.request_id)) else one.text
             said = {"request_id": one.request_id, "choice": one.choice, "worker": client.target, "text": text}
+            if route := routes.get(one.request_id):
+                said["route"] = route
             if placement:
                 said["placement"] = placement
             found["requests"].append({**msgspec.json.decode(one.json), **said})

@@ -23,11 +23,12 @@ from typing import Protocol
 
 from aiohttp import web
 
-from tokenrelay.base.errors import ConfigError, Forbidden, RateLimited, TokenRelayError, Unauthenticated
+from tokenrelay.base.errors import ConfigError, Forbidden, InvalidRequest, RateLimited, TokenRelayError, Unauthenticated
 from tokenrelay.base.logging import get_logger
+from tokenrelay.services.router import limits
 from tokenrelay.services.router.keys import KEY_CHARS_MAX, KeyBook, KeyRecord, read_keys
 from tokenrelay.services.router.rates import Bucket
-from tokenrelay.services.router.validate import Wanted
+from tokenrelay.services.router.validate import Wanted, check_range
 
 log = get_logger("router")
 
@@ -36,6 +37,8 @@ LOOK_S = 1.0
 COMPLAIN_S = 10.0  # between two lines about keys that nobody has
 CONCURRENCY_RETRY_S = 1.0
 CALLER = "caller"
+SESSION_HEADER = "X-Session-Id"
+PRIORITY_HEADER = "X-Priority"
 # What a key is for. Everything else that has no place in `keyless` shows more than one tenant's: for admins.
 API_PATHS = ("/v1/", "/tokenize", "/detokenize", "/openapi.json")
 
@@ -225,12 +228,27 @@ def caller_of(request: web.Request) -> Caller | None:
 
 
 def as_caller(request: web.Request, wanted: Wanted) -> Wanted:
-    """What is wanted, within what its key may have: the tenant's salt, no better class than the key's."""
-    caller = caller_of(request)
+    """What is wanted, headers included, within what its key may have: the tenant's salt, no better class than the
+    key's. Raises InvalidRequest for a header that says nothing.
+    """
+    headers, caller = request.headers, caller_of(request)
+    if SESSION_HEADER in headers:
+        wanted = replace(wanted, session=headers[SESSION_HEADER].encode("utf-8", "surrogateescape"))
+    if PRIORITY_HEADER in headers:
+        wanted = replace(wanted, priority=_priority(headers[PRIORITY_HEADER]))
     if caller is None:
         return wanted
     salt = caller.salt_of(wanted.salt) if wanted.salt else caller.salt
     return replace(wanted, salt=salt, priority=max(wanted.priority, caller.record.priority))
+
+
+def _priority(text: str) -> int:
+    try:
+        priority = int(text)
+    except ValueError:
+        raise InvalidRequest(f"{PRIORITY_HEADER} is not a whole number", param=PRIORITY_HEADER) from None
+    check_range(PRIORITY_HEADER, priority, limits.PRIORITY)
+    return priority
 
 
 def salt_of(request: web.Request) -> bytes:

@@ -15,6 +15,7 @@ from tokenrelay.base.ids import request_id as new_request_id
 from tokenrelay.base.logging import get_logger
 from tokenrelay.services.router import limits
 from tokenrelay.services.router.body import read_body, render_messages, request_id_of, tenant_of
+from tokenrelay.services.router.debug import serves_debug
 from tokenrelay.services.router.gate import as_caller, caller_of
 from tokenrelay.services.router.generation import Choice, Prompt, Run
 from tokenrelay.services.router.model import ServedModel
@@ -31,6 +32,8 @@ from tokenrelay.services.router.validate import Wanted, check_token_ids, decode,
 
 log = get_logger("router")
 
+EXPLAIN_HEADER = "X-Explain"
+DECISION_HEADER = "X-Decision"
 MakeShape = Callable[[Run, str], Shape]
 Serve = Callable[[web.Request, RouterState, float], Awaitable[web.StreamResponse]]
 
@@ -199,11 +202,11 @@ async def _serve(
         if caller is not None:
             caller.begin(run)
         if wanted.stream:
-            return await _Streamer(request, state, run, shape).serve()
+            return await _Streamer(request, state, run, shape, _explanation(request, state, run)).serve()
         await run.done
         if run.error is not None:
             raise run.error
-        return json_response(shape.whole())
+        return json_response(shape.whole(), headers=_explanation(request, state, run))
     finally:
         if caller is not None:
             caller.end(run)
@@ -214,14 +217,26 @@ async def _serve(
         log.debug("request done", request_id=request_id, prompts=len(prompts), error=error, key=key)
 
 
+def _explanation(request: web.Request, state: RouterState, run: Run) -> dict[str, str] | None:
+    """Why the request went where it went, in a header, for who asks by `X-Explain` and may know of others' load."""
+    if EXPLAIN_HEADER not in request.headers:
+        return None
+    caller = caller_of(request)
+    if caller.record.admin if caller is not None else serves_debug(state.config):
+        return {DECISION_HEADER: run.route}
+    return None
+
+
 class _Streamer:
     """Writes a run as server-sent events: a chunk per choice and step while the reader keeps up, merged ones else."""
 
-    def __init__(self, request: web.Request, state: RouterState, run: Run, shape: Shape) -> None:
+    def __init__(
+        self, request: web.Request, state: RouterState, run: Run, shape: Shape, headers: dict[str, str] | None
+    ) -> None:
         self._state = state
         self._run = run
         self._shape = shape
-        headers = {"X-Request-Id": run.request_id}
+        headers = {**(headers or {}), "X-Request-Id": run.request_id}
         self._stream = EventStream(request, headers, send_buffer_bytes=state.config.send_buffer_bytes)
 
     async def serve(self) -> web.StreamResponse:

@@ -26,13 +26,15 @@ from tokenrelay.services.chassis.client import WorkerClient
 from tokenrelay.services.router.legs import TwoLegs
 from tokenrelay.services.router.metrics import Metrics
 from tokenrelay.services.router.model import ServedModel, context_exceeded
-from tokenrelay.services.router.relocate import HANDOVERS_MAX, Relocation
+from tokenrelay.services.router.policies import HASH_BYTES, Wish
+from tokenrelay.services.router.relocate import HANDOVERS_MAX, NEAREST, Relocation
+from tokenrelay.services.router.sessions import session_key
 from tokenrelay.services.router.stops import StopMatcher
 from tokenrelay.services.router.text import Delta, TextSink
 from tokenrelay.services.router.tokenize import unpack_ids
 from tokenrelay.services.router.turns import Inherited, Turn
 from tokenrelay.services.router.validate import Wanted
-from tokenrelay.services.router.workers import Handle, WorkerPool
+from tokenrelay.services.router.workers import NO_WISH, Handle, WorkerPool
 
 log = get_logger("router")
 
@@ -294,14 +296,28 @@ class Run:
         self._deadline = asyncio.get_running_loop().call_later(timeout_s, self._expire, timeout_s)
         self._ends_s = time.monotonic() + timeout_s
         self._inherited = [self._turns.find(prompt.packed, self.wanted.salt) for prompt in self.prompts]
-        turn = next((one.turn for one in self._inherited if one is not None), None)
-        if turn is not None and turn.at(turn.client):
-            self._places.preferred = turn.client
-        elif len(workers := pool.decoders) > 1:  # not a turn of this router, but some worker may have its beginning
-            self._places.preferred = pool.prefixes.nearest(self.prompts[0].packed, self.wanted.salt, workers)
+        pool.retries.earn()
+        if len(workers := pool.decoders) > 1:
+            self._places.wish = self._wish(pool, workers)
         for choice in self.choices:
             self._places.begin(self, choice)
             self._open += 1
+
+    def _wish(self, pool: WorkerPool, workers: list[WorkerClient]) -> Wish[WorkerClient]:
+        """What a policy may know of this request."""
+        wanted, packed = self.wanted, self.prompts[0].packed
+        session = self._places.session = session_key(wanted.session, wanted.salt) if wanted.session else b""
+        if pool.config.policy == "consistent-hash":
+            return Wish(key=session or session_key(packed[:HASH_BYTES], wanted.salt))
+        if pool.config.policy != "cache-aware":
+            return NO_WISH
+        found = next((one for one in self._inherited if one is not None), None)
+        if found is not None and found.turn.at(found.turn.client):
+            return Wish(found.turn.client, f"computed its first {found.tokens} tokens in a turn before")
+        if session and (client := pool.preferred(session)) is not None:
+            return Wish(client, "had its session's last request")
+        client = pool.prefixes.nearest(packed, wanted.salt, workers)  # some worker may have its beginning
+        return Wish(client, NEAREST) if client is not None else NO_WISH
 
     def submission(self, choice: Choice, client: WorkerClient) -> worker_pb2.Submit:
         """What this worker must know to go on with a choice from where it stands."""
@@ -347,6 +363,11 @@ class Run:
         return prompt.tokens + len(choice.emitted) // 4, cached
 
     @property
+    def route(self) -> str:
+        """Which worker it went to, and why, for people."""
+        return f"{self._places.pick}{'; ' if self.placement else ''}{self.placement}"
+
+    @property
     def placement(self) -> str:
         """Why its prompt is computed where it is, for people; empty where there was no choice."""
         decision = self._places.decision
@@ -372,6 +393,8 @@ class Run:
     def stepped(self, choice: Choice) -> None:
         """A choice got something new, or ended. What the last end leaves is for who waits for `done`."""
         if choice.finish_reason is not None:
+            if choice.handle is not None:
+                self._places.pool.breakers.succeeded(choice.handle.client.target)
             self._remember(choice)
             self._open -= 1
             if self._open == 0:

@@ -64,6 +64,8 @@ class Metrics:
         self.handovers: Counter[str] = Counter()  # how they ended; of Handovers
         self.turns: Counter[str] = Counter()  # sequences that named a parent: "sent", and of those "unknown"
         self.integrity_failures: dict[str, int] = {}  # by worker; its own counters ended with it
+        self.breakers_opened = 0  # of Breakers
+        self.retries_refused = 0  # of RetryBudget
         self.requests_open = 0
         self.streams_open = 0
         self.prompt_tokens = 0
@@ -97,6 +99,8 @@ class Metrics:
         page.add("output_tokens_total", "counter", "tokens that reached this router", {"": self.output_tokens})
         chars = {'from="cache"': tokenizer_chars[0], 'from="tokenizer"': tokenizer_chars[1]}
         page.add("tokenizer_chars_total", "counter", "prompt characters, by where their tokens came from", chars)
+        page.add("breakers_opened_total", "counter", "pauses of failing workers", {"": self.breakers_opened})
+        page.add("retries_refused_total", "counter", "retries over their budget", {"": self.retries_refused})
         page.histogram("ttft_seconds", "from the request's arrival to its first token", self.ttft_s)
         page.histogram("inter_token_seconds", "between two tokens of a sequence", self.inter_token_s)
         page.histogram("request_seconds", "from a request's arrival to its end", self.request_s)

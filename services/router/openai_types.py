@@ -79,6 +79,7 @@ class Generation(msgspec.Struct, kw_only=True):
     # scheduling
     priority: int | None = None
     cache_salt: str | None = None
+    prompt_cache_key: str | None = None  # names the session
     # what the answer must be
     response_format: Any = None
     structured_outputs: Any = None

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
@@ -24,11 +25,13 @@ from tokenrelay.services.chassis.client import WorkerClient
 from tokenrelay.services.router.legs import TwoLegs
 from tokenrelay.services.router.metrics import Metrics
 from tokenrelay.services.router.placement import Decision, decide
+from tokenrelay.services.router.policies import Pick, Wish
 from tokenrelay.services.router.trails import ChoiceTrail, Trail
-from tokenrelay.services.router.workers import Handle, WorkerPool
+from tokenrelay.services.router.workers import NO_WISH, Handle, WorkerPool
 
 log = get_logger("router")
 
+NEAREST = "has most of its beginning, by the prefix directory"
 HANDOVERS_MAX = 2  # of one sequence that may fail; then one worker does all of it
 
 
@@ -77,7 +80,9 @@ class Relocation(Generic[SequenceT]):
         self.pool = pool
         self._metrics = metrics
         self.decision: Decision | None = None  # of the last sequence that was placed, where there was a choice
-        self.preferred: WorkerClient | None = None  # it has the beginning of the prompt in its cache
+        self.wish: Wish[WorkerClient] = NO_WISH  # who has the beginning of the prompt in its cache
+        self.session = b""  # the session that its request is of
+        self.pick: Pick[WorkerClient] | None = None  # the last one
         self._client: WorkerClient | None = None  # where this request's sequences go: they share their prompt's KV
         self._parked: list[tuple[Owner[SequenceT], SequenceT]] = []  # no worker is usable, but one may come back
         self._timer: asyncio.TimerHandle | None = None
@@ -99,8 +104,11 @@ class Relocation(Generic[SequenceT]):
         client = self._client
         if client is None or client.target in refused or client not in self.pool.usable:
             if client is not None:  # it goes on elsewhere: with what others have of it by now
-                self.preferred = owner.nearest(sequence)
-            client = self._client = self.pool.choose(without=refused, preferred=self.preferred)
+                self.wish = replace(self.wish, preferred=owner.nearest(sequence), because=NEAREST)
+            self.pick = self.pool.choose(without=refused, wish=self.wish)
+            client = self._client = self.pick.worker
+            if self.session:
+                self.pool.sessions.put(self.session, client.target)
         source = self._source_for(owner, sequence, client)
         if source is not None:
             assert self.decision is not None
@@ -143,7 +151,11 @@ class Relocation(Generic[SequenceT]):
             if not handle.decoding:
                 sequence.handovers_left = 0 if cause == "handover" else max(0, sequence.handovers_left - 1)
         target = handle.client.target if handle is not None else ""
+        if output.finish == worker_pb2.FINISH_ERROR and cause != "drain":
+            self.pool.breakers.failed(target)
         if cause is None or not self.pool.several:
+            return False
+        if (cause == "full" or sequence.moves) and cause != "drain" and not self.pool.retries.spend():
             return False
         if cause == "full":
             if len(sequence.refused_by) + 1 >= len(self.pool.clients):

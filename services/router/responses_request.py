@@ -104,6 +104,7 @@ def chat_request(body: ResponsesRequest, items: Items) -> ChatRequest:
         seed=body.seed,
         priority=body.priority,
         cache_salt=body.cache_salt,
+        prompt_cache_key=body.prompt_cache_key,
         stream=body.stream,
         parallel_tool_calls=body.parallel_tool_calls,
         chat_template_kwargs=body.chat_template_kwargs,

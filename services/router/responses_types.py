@@ -50,6 +50,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     top_k: int | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    prompt_cache_key: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     # refused where they would change the answer
     background: bool | None = None

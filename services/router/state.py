@@ -67,6 +67,11 @@ class RouterState:
         """Why prompts of open requests are computed where they are, by request."""
         return {run.request_id: run.placement for run in self._runs if run.placement}
 
+    @property
+    def routes(self) -> dict[str, str]:
+        """Which worker open requests went to, and why, by request."""
+        return {run.request_id: run.route for run in self._runs}
+
     def opened(self, run: Run) -> None:
         """A run has begun; `closed` must follow."""
         self._runs.add(run)

@@ -61,6 +61,7 @@ class Wanted:
     priority: int
     salt: bytes
     end_token_ids: frozenset[int] = frozenset()
+    session: bytes = b""  # whose next request finds this one's cache; empty: nobody says
     tools: bool = False  # it may end with a tool call, and then comes back with the results
 
 
@@ -167,6 +168,7 @@ def wanted_of(body: ChatRequest | CompletionRequest, defaults: Defaults, vocabul
         include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
         priority=body.priority or 0,
         salt=salt,
+        session=(body.prompt_cache_key or "").encode("utf-8", "replace"),
         end_token_ids=frozenset(defaults.end_token_ids),
     )
 

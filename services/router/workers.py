@@ -19,18 +19,19 @@ from tokenrelay.base.logging import get_logger
 from tokenrelay.proto import worker_pb2
 from tokenrelay.services.chassis.client import OnOutput, WorkerClient
 from tokenrelay.services.chassis.security import Security
+from tokenrelay.services.router.breakers import Breakers, RetryBudget
 from tokenrelay.services.router.config import RouterConfig
 from tokenrelay.services.router.model import ServedModel, load_model
 from tokenrelay.services.router.placement import Handovers, is_source
+from tokenrelay.services.router.policies import Chooser, Pick, Wish
 from tokenrelay.services.router.prefixes import Prefixes
+from tokenrelay.services.router.sessions import Sessions
 from tokenrelay.services.router.trails import Trails
 from tokenrelay.services.router.turns import TurnMemory
 
 log = get_logger("router")
 
-# A worker that has the prompt's beginning may have so many times the open sequences of the least busy one, and so many
-# more: a prompt that is computed again costs more than a place in a batch.
-AFFINITY_FACTOR, AFFINITY_SLACK = 2, 4
+NO_WISH: Wish[WorkerClient] = Wish()
 LOAD_RETRY_S = 2.0  # a folder that cannot be used may be repaired
 
 
@@ -60,8 +61,10 @@ class WorkerPool:
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._problems: dict[str, str] = {}  # target -> why it is not used although it is connected
         self._usable: set[str] = set()
-        self._choices = 0
-        self._chosen: dict[str, int] = {}
+        self._chooser: Chooser[WorkerClient] = Chooser(config.policy)
+        self.breakers = Breakers()
+        self.retries = RetryBudget()
+        self.sessions = Sessions()
         self._avoided: set[str] = set()  # they drain: used again when they come back
         self._last_usable_s = -math.inf  # when there was one, if there is none
         self._waiting: dict[Callable[[], None], None] = {}  # called when a worker becomes usable, in order
@@ -99,7 +102,8 @@ class WorkerPool:
     @property
     def sources(self) -> list[WorkerClient]:
         """Usable workers for prompts."""
-        return [client for client in self.usable if is_source(client)]
+        sources = [client for client in self.usable if is_source(client)]
+        return [client for client in sources if not self.breakers.open(client.target)] if sources else sources
 
     async def start(self) -> None:
         """Begin to connect, in the background."""
@@ -135,7 +139,8 @@ class WorkerPool:
 
     def _drop(self, client: WorkerClient) -> None:
         self._retired.discard(client.target)
-        self._chosen.pop(client.target, None)
+        self._chooser.forget(client.target)
+        self.breakers.forget(client.target)
         self._clients.remove(client)
         log.info("worker gone", target=client.target)
         self._later(client.close())
@@ -162,25 +167,28 @@ class WorkerPool:
             raise Unavailable(f"no worker is ready: {self.why_not()}")
         return self.model
 
-    def choose(self, without: Collection[str] = (), preferred: WorkerClient | None = None) -> WorkerClient:
-        """The usable worker with the fewest open sequences, none of `without` (targets). Raises Unavailable.
+    def choose(self, without: Collection[str] = (), wish: Wish[WorkerClient] = NO_WISH) -> Pick[WorkerClient]:
+        """The usable worker that the policy names, none of `without` (targets). Raises Unavailable.
 
-        Workers for prompts alone are chosen when there is no other. `preferred` has the beginning of the prompt in its
-        cache: it is chosen unless it has far more to do than others.
+        Workers for prompts alone are chosen when there is no other, those that fail again and again, too.
         """
         usable = [client for client in self.usable if client.target not in without]
         usable = [client for client in usable if not is_source(client)] or usable
         if not usable:
             raise Unavailable(f"no worker is ready: {self.why_not()}")
-        if len(usable) == 1:
-            return usable[0]
-        least = min(usable, key=lambda client: (client.open_count, self._chosen.get(client.target, 0)))
-        bound = AFFINITY_FACTOR * least.open_count + AFFINITY_SLACK
-        if preferred is not None and preferred in usable and preferred.open_count <= bound:
-            return preferred
-        self._choices += 1
-        self._chosen[least.target] = self._choices  # among equals, the one that was not chosen for the longest time
-        return least
+        pick = self._chooser.choose(self.breakers.allowed(usable), wish)
+        self.breakers.sent(pick.worker.target)
+        return pick
+
+    def preferred(self, session: bytes) -> WorkerClient | None:
+        """The usable worker that a session's last request went to."""
+        target = self.sessions.get(session)
+        return next((client for client in self.decoders if client.target == target), None)
+
+    def require_usable(self) -> None:
+        """Raises Unavailable where no worker is usable."""
+        if not self.usable:
+            raise Unavailable(f"no worker is ready: {self.why_not()}")
 
     def submit(self, client: WorkerClient, submit: worker_pb2.Submit, on_output: OnOutput) -> Handle:
         """Send one sequence to a worker. Raises Unavailable or Overloaded."""

@@ -16,6 +16,7 @@ from router_stack import Stack, until
 
 from tokenrelay.proto import worker_pb2
 from tokenrelay.services.router.config import RouterConfig
+from tokenrelay.services.router.policies import Wish
 from tokenrelay.services.router.service import RouterService
 
 CHAT = "/v1/chat/completions"
@@ -306,10 +307,13 @@ async def test_affinity_gives_way_to_load(start_fleet: StartFleet) -> None:
     fleet = await start_fleet(2)
     pool = fleet.service.pool
     first, second = pool.clients
-    assert pool.choose(preferred=second) is second
+    wish = Wish(second, "has it")
+    assert pool.choose(wish=wish).worker is second
     for worker in fleet.workers:
         worker.host.answer = lambda submit: Script([], finish=worker_pb2.FINISH_NONE)
     for _ in range(5):
         second.submit(worker_pb2.Submit(token_ids=b"\0" * 4, output_start=1, tokens_max=2), lambda output: None)
-    assert pool.choose(preferred=second) is first
-    assert pool.choose(without={first.target}, preferred=second) is second
+    pick = pool.choose(wish=wish)
+    assert pick.worker is first
+    assert f"{second.target} has it, but is far busier" in str(pick)
+    assert pool.choose(without={first.target}, wish=wish).worker is second
