@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from tokenrelay.runtime.engine import Engine
     from tokenrelay.runtime.models.decoder import Model
     from tokenrelay.runtime.requests import EngineRequest
+    from tokenrelay.runtime.spmd.ranks import LeadingModel
 
 log = get_logger("fleet")
 
@@ -215,7 +216,7 @@ class FleetWorker:
     def _take_notices(self, notices: list[HandoverNotice]) -> None:
         self.host.notices(notices)
 
-    async def join(self, model: Model, handshake: worker_pb2.HandshakeReply) -> bytes:
+    async def join(self, model: Model | LeadingModel, handshake: worker_pb2.HandshakeReply) -> bytes:
         """Become a member; the fleet's key of block hashes. Raises HandshakeRefused, Unavailable."""
         self.member = Member(
             name=self._config.name or f"{self._config.role}@{self._address}",

@@ -18,9 +18,10 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from tokenrelay.base.config import Resolved, resolve
 from tokenrelay.base.deadlines import Deadline
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from tokenrelay.proto import worker_pb2
     from tokenrelay.runtime.build import EngineSizes
     from tokenrelay.runtime.executor.memory import Pool
+    from tokenrelay.runtime.handover import AllocatePool, PoolMemory
     from tokenrelay.runtime.models.decoder import Model
     from tokenrelay.runtime.spmd.ranks import LeadingModel, Ranks
     from tokenrelay.services.chassis.lifecycle import Lifecycle
@@ -206,14 +208,13 @@ async def run_fleet(
     from tokenrelay.services.chassis.session import WorkerServicer
 
     config, fleet = options.worker, options.fleet
-    if config.ranks > 1:
-        raise ConfigError(f"a member of a fleet is one rank: KV of {config.ranks} ranks is not handed over")
     security = Security.of(options.security)
-    model = await _load_unless_ended(config, status, lifecycle)
+    ranks = start_ranks(config)
+    model = await _load_unless_ended(config, status, lifecycle, ranks, shared=True)
     if model is None:
         return 0, True
     worker = FleetWorker(fleet, security, lifecycle, address)
-    hash_key = await worker.join(cast("Model", model), handshake_of(model, options, None))
+    hash_key = await worker.join(model, handshake_of(model, options, None))
     link = worker.link
     built = build_engine(
         model,
@@ -223,7 +224,7 @@ async def run_fleet(
         on_cache_events=link.on_cache_events,
         on_handover=worker.on_handover,
         hash_key=hash_key,
-        allocate=worker.memory.allocate,
+        allocate=worker.memory.allocate if ranks is None else lead(model, ranks, worker.memory.allocate, link.on_fatal),
         tokenizer_file=tokenizer_file_of(options),
     )
     handshake = handshake_of(model, options, built.pool)
@@ -255,8 +256,25 @@ async def run_fleet(
     if admin is not None:
         await admin.stop()
     await asyncio.to_thread(built.engine.close)
+    if ranks is not None:
+        await asyncio.to_thread(ranks.close)
     link.close()
     return 0, False
+
+
+def lead(model: Model | LeadingModel, ranks: Ranks, allocate: AllocatePool, on_death: Any) -> AllocatePool:
+    """`allocate`, and the ranks' caches with it; from then on their death is the engine's."""
+    from tokenrelay.runtime.spmd.ranks import LeadingModel
+
+    assert isinstance(model, LeadingModel)
+    ranks.on_death = on_death
+
+    def both(block_bytes: Sequence[int], blocks: int) -> PoolMemory:
+        memory = allocate(block_bytes, blocks)
+        model.allocate(blocks, memory.generations)
+        return memory
+
+    return both
 
 
 def start_ranks(config: WorkerConfig) -> Ranks | None:
@@ -270,7 +288,12 @@ def start_ranks(config: WorkerConfig) -> Ranks | None:
 
 
 async def _load_unless_ended(
-    config: WorkerConfig, status: StatusPipe, lifecycle: Lifecycle, ranks: Ranks | None = None
+    config: WorkerConfig,
+    status: StatusPipe,
+    lifecycle: Lifecycle,
+    ranks: Ranks | None = None,
+    *,
+    shared: bool = False,
 ) -> Model | LeadingModel | None:
     """The model; None when asked to end meanwhile. The thread is a daemon: a load that nobody needs keeps nobody."""
     loop = asyncio.get_running_loop()
@@ -288,7 +311,7 @@ async def _load_unless_ended(
         model: Model | LeadingModel | None = None
         failure: Exception | None = None
         try:
-            model = load(config, status, ranks)
+            model = load(config, status, ranks, shared=shared)
         except Exception as error:
             failure = error
         loop.call_soon_threadsafe(answer, model, failure)
@@ -297,8 +320,13 @@ async def _load_unless_ended(
     return loaded.result() if await lifecycle.unless_ended(loaded) else None
 
 
-def load(config: WorkerConfig, status: StatusPipe, ranks: Ranks | None = None) -> Model | LeadingModel:
-    """Load the model, telling `status` how far it is. Raises CheckpointError, ConfigError."""
+def load(
+    config: WorkerConfig, status: StatusPipe, ranks: Ranks | None = None, *, shared: bool = False
+) -> Model | LeadingModel:
+    """Load the model, telling `status` how far it is. `shared`: of several ranks, with a pool for peers (`Ranks.load`).
+
+    Raises CheckpointError, ConfigError, PlacementError.
+    """
     import torch
 
     from tokenrelay.runtime.weights.loader import load_model
@@ -328,7 +356,7 @@ def load(config: WorkerConfig, status: StatusPipe, ranks: Ranks | None = None) -
         sizes = {"block_tokens": config.block_tokens, "context_tokens": config.context_tokens}
         mesh = Mesh(pp=config.pp, dp=config.dp, cp=config.cp, ep=config.ep, tp=config.tp)
         experts = ExpertSplit.parse(config.experts)
-        return ranks.load(folder, mesh, dtype=dtype, progress=progress, experts=experts, **sizes)
+        return ranks.load(folder, mesh, dtype=dtype, progress=progress, experts=experts, shared=shared, **sizes)
     model = load_model(
         folder,
         dtype=_dtype(config.dtype, device),

@@ -74,11 +74,19 @@ class Comm:
 
     def send(self, axis: str, target: int, x: Tensor) -> None:
         """`x` to the rank at place `target` along `axis`, which receives it."""
-        self._groups[(axis,)][0].send([x.contiguous()], target, 0).wait(self._timeout)
+        self.send_in((axis,), target, x)
 
     def receive(self, axis: str, source: int, like: Tensor) -> Tensor:
         """What the rank at place `source` along `axis` sends; written to `like`, which has its shape and type."""
-        self._groups[(axis,)][0].recv([like], source, 0).wait(self._timeout)
+        return self.receive_in((axis,), source, like)
+
+    def send_in(self, axes: tuple[str, ...], target: int, x: Tensor) -> None:
+        """`x` to the rank numbered `target` in the group along `axes`."""
+        self._groups[axes][0].send([x.contiguous()], target, 0).wait(self._timeout)
+
+    def receive_in(self, axes: tuple[str, ...], source: int, like: Tensor) -> Tensor:
+        """What the rank numbered `source` in the group along `axes` sends, written to `like`."""
+        self._groups[axes][0].recv([like], source, 0).wait(self._timeout)
         return like
 
     def exchange(

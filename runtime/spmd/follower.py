@@ -36,8 +36,14 @@ def follow(rank: int, store: Any, timeout_s: float, orders: int, answers: int) -
                 assert model is not None, "a step before a load"
                 token_ids, batch, sample_rows, homes, copies = frames.unpack_step(payload)
                 model(token_ids, batch, caches, sample_rows, homes, copies)
+                if model.mirror is not None:
+                    model.mirror.collect(batch.cache_slots, caches, [])
                 continue
             order = json.loads(payload)
+            if kind == frames.SPREAD:
+                assert model is not None and model.mirror is not None, "a pool that is not shared is not spread"
+                model.mirror.spread(order["blocks"], caches, [])
+                continue
             if kind == frames.CACHES:
                 assert model is not None, "caches before a load"
                 config = model.config

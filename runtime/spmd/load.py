@@ -31,4 +31,6 @@ def load_shard(order: dict[str, Any], rank: int, **more: Any) -> tuple[Model, Pr
 def meet(store: Any, order: dict[str, Any], rank: int, timeout_s: float, shard: tuple[Model, Programs]) -> RankModel:
     """Connect with the others, once every rank has its shard. Raises RuntimeError when one does not come."""
     model, programs = shard
-    return RankModel(model, programs, Comm(store, order["name"], programs.mesh, rank, timeout_s), rank)
+    return RankModel(
+        model, programs, Comm(store, order["name"], programs.mesh, rank, timeout_s), rank, shared=order["shared"]
+    )

@@ -39,6 +39,7 @@ from tokenrelay.runtime.spmd.comm import Comm
 from tokenrelay.runtime.spmd.deal import deal
 from tokenrelay.runtime.spmd.homes import Copy
 from tokenrelay.runtime.spmd.line import Bound, Line
+from tokenrelay.runtime.spmd.mirror import Mirror
 from tokenrelay.runtime.spmd.shard import cuts_of
 
 
@@ -90,7 +91,8 @@ def compile_programs(architecture: Architecture, mesh: Mesh, experts: ExpertSpli
 class RankModel:
     """A model that was loaded for one rank, with the programs of its mesh. Call it on all ranks at once."""
 
-    def __init__(self, model: Model, programs: Programs, comm: Comm, rank: int) -> None:
+    def __init__(self, model: Model, programs: Programs, comm: Comm, rank: int, *, shared: bool = False) -> None:
+        """`shared`: the leader keeps the pool as one rank would have it, see `mirror.py`."""
         self.config = model.config
         self.cos_sin = model.cos_sin
         self.mesh = programs.mesh
@@ -108,6 +110,7 @@ class RankModel:
         for axis in ("dp", STAGES):  # blocks are copied along dp, values passed on along pp
             if self.mesh.size(axis) > 1:
                 comm.connect((axis,))
+        self.mirror = Mirror(comm, self.mesh, rank, model.config.kv_layout) if shared else None
         self._few = Line(few, self.bind, fused=not self.dealt)
         self._many = Line(many, self.bind, fused=not self.dealt)
 

@@ -22,10 +22,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -36,11 +38,12 @@ from tokenrelay.base.parent import announce
 from tokenrelay.kernels.batch import AttentionBatch
 from tokenrelay.runtime.layers.moe import ExpertSplit
 from tokenrelay.runtime.models.decoder import Model
-from tokenrelay.runtime.placement import Mesh
+from tokenrelay.runtime.placement import STAGES, Mesh
 from tokenrelay.runtime.spmd import frames
 from tokenrelay.runtime.spmd.comm import HOST, LOAD_MAX_S
 from tokenrelay.runtime.spmd.homes import Homes
 from tokenrelay.runtime.spmd.load import load_shard, meet
+from tokenrelay.runtime.spmd.mirror import Unseen
 from tokenrelay.runtime.spmd.rank_model import RankModel
 
 STEP_MAX_S = 60.0  # a collective that takes longer means that a rank hangs
@@ -107,15 +110,32 @@ class Ranks:
         dtype: torch.dtype | None = None,
         progress: Any = None,
         experts: ExpertSplit | None = None,
+        shared: bool = False,
         **options: Any,
     ) -> LeadingModel:
-        """Load `folder` on the first `mesh.ranks` ranks. Raises CheckpointError, PlacementError, Unavailable."""
+        """Load `folder` on the first `mesh.ranks` ranks. Raises CheckpointError, PlacementError, Unavailable.
+
+        `shared`: the pool that the leader is given is as one rank would have it, for peers of any width (`mirror.py`).
+        """
+        if shared and mesh.size("dp") * mesh.size(STAGES) > 1:
+            raise PlacementError(
+                f"KV of {mesh!r} is not handed over: along dp and pp no rank has all of it; use tp, ep, cp"
+            )
         if mesh.ranks > self.count:
             raise PlacementError(f"{mesh!r} has {mesh.ranks} ranks, and {self.count} were started")
         self._check()
         self._loads += 1
-        order = {"folder": str(folder), "mesh": mesh.sizes, "dtype": str(dtype or "").removeprefix("torch.")}
-        order |= {"name": f"load{self._loads}", "options": options, "experts": asdict(experts or ExpertSplit())}
+        order: dict[str, Any] = {
+            "folder": str(folder),
+            "mesh": mesh.sizes,
+            "dtype": str(dtype or "").removeprefix("torch."),
+        }
+        order |= {
+            "name": f"load{self._loads}",
+            "shared": shared,
+            "options": options,
+            "experts": asdict(experts or ExpertSplit()),
+        }
         followers = self._followers[: mesh.ranks - 1]
         try:
             self._send(followers, frames.LOAD, frames.pack_json(order))
@@ -235,14 +255,29 @@ class LeadingModel:
         self._block_tokens = model.config.kv_layout.block_tokens
         places = model.mesh.size("dp")
         self._homes = Homes(places, self._block_tokens) if places > 1 else None
+        self._unseen: Unseen | None = None
+        self._caches: list[Tensor] | None = None  # rank 0's own, where the pool that it is given is laid out otherwise
+        if model.mirror is not None:
+            layout = model.shard.architecture.kv_layout(self._block_tokens)
+            self.config = replace(self.config, kv_layout=layout)
 
     @property
     def shard(self) -> Model:
         """Rank 0's part of the model. It computes nothing alone."""
         return self._model.shard
 
-    def allocate(self, blocks: int) -> None:
-        """Followers make their caches, as many blocks as the leader has; before the first step."""
+    def allocate(self, blocks: int, generations: npt.NDArray[np.uint64] | None = None) -> None:
+        """Followers make their caches, as many blocks as the leader has; before the first step.
+
+        `generations` [blocks]: the scheduler's words, for a pool that others write to.
+        """
+        if self._model.mirror is not None:
+            assert generations is not None, "a shared pool has generations"
+            self._unseen = Unseen(generations, self._block_tokens)
+            own = self._model.config
+            if own.kv_layout != self.config.kv_layout:
+                shape = own.kv_layout.shape(blocks)
+                self._caches = [torch.zeros(shape, dtype=own.dtype) for _ in range(own.layers)]
         if self._homes is not None:
             self._homes.allocate(blocks)
         payload = frames.pack_json({"blocks": blocks})
@@ -252,10 +287,16 @@ class LeadingModel:
         """As `Model.forward`. Raises Unavailable once a rank is dead or hangs."""
         homes, copies = self._homes.choose(batch) if self._homes is not None else ([], [])
         payload = frames.pack_step(token_ids, batch, sample_rows, self._block_tokens, homes, copies)
-        logits: Tensor = self._ranks.run(
-            self._followers,
-            frames.STEP,
-            payload,
-            lambda: self._model(token_ids, batch, caches, sample_rows, homes, copies),
-        )
+        own, mirror = self._caches or caches, self._model.mirror
+
+        def step() -> Tensor:
+            made = self._model(token_ids, batch, own, sample_rows, homes, copies)
+            if mirror is not None:
+                mirror.collect(batch.cache_slots, own, caches)
+            return made
+
+        if self._unseen is not None and mirror is not None and (blocks := self._unseen.choose(batch)):
+            order = frames.pack_json({"blocks": blocks})
+            self._ranks.run(self._followers, frames.SPREAD, order, lambda: mirror.spread(blocks, own, caches))
+        logits: Tensor = self._ranks.run(self._followers, frames.STEP, payload, step)
         return logits

@@ -52,12 +52,14 @@ class Fleet:
         chunk_tokens: int = 32,
         prefill_blocks: int = 120,
         decode_blocks: int = 120,
+        more: dict[str, tuple[str, ...]] | None = None,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="trf-")  # short: a socket's path has at most 107 bytes
         self.model = model
         self.flags = ["--slots", "8", "--chunk-tokens", str(chunk_tokens), *TIMES]
         if transport:
             self.flags += ["--transports", transport]
+        self._more = more or {}  # flags of one role's worker
         self._blocks = {"prefill": prefill_blocks, "decode": decode_blocks}
         self.workers: dict[str, WorkerProcess] = {}
         self.clients: dict[str, WorkerClient] = {}
@@ -72,6 +74,7 @@ class Fleet:
     async def start_worker(self, role: str) -> None:
         """A life of this role's worker."""
         flags = ["--role", role, "--name", role, "--kvstore", self.kvstore.address, *self.flags]
+        flags += self._more.get(role, ())
         worker = WorkerProcess(*flags, "--blocks", str(self._blocks[role]), "--admin-port", "0", model=self.model)
         self.workers[role] = worker
         settled = await asyncio.to_thread(worker.wait_settled)
