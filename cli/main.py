@@ -11,7 +11,7 @@ import typer
 from tokenrelay.base.errors import TokenRelayError
 from tokenrelay.base.parent import die_with_parent
 from tokenrelay.cli import bench, gate_options, keys, services
-from tokenrelay.cli.gate_options import ApiKeyOption, CertificateOption, CorsOption, KeyOption, KeysOption
+from tokenrelay.cli.gate_options import ApiKeyOption, CertificateOption, CorsOption, KeyOption, KeysOption, PolicyOption
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -114,6 +114,7 @@ def serve(
     tls_certificate: CertificateOption = None,
     tls_key: KeyOption = None,
     cors_origins: CorsOption = None,
+    policy: PolicyOption = None,
     dtype: Annotated[
         Dtype | None,
         _option("--dtype", panel=MODEL, help="Default: auto, bfloat16 where the machine computes in it, else float32."),
@@ -302,7 +303,7 @@ def serve(
     options = ServeOptions(
         file=config,
         router=gate_options.settings(api_keys, tls_certificate, tls_key, cors_origins)
-        | {"host": host, "port": port, "debug_endpoints": debug_endpoints, "log_level": log_level},
+        | {"host": host, "port": port, "policy": policy, "debug_endpoints": debug_endpoints, "log_level": log_level},
         worker={
             "model": None if model is None else str(model),
             "dtype": dtype,

@@ -32,7 +32,8 @@ async def start_stack(model_folder: Path) -> AsyncIterator[StartStack]:
         async def start(*, folder: Path = model_folder, worker_runs: bool = True, **settings: Any) -> Stack:
             address = f"unix:{sockets}/{len(stacks)}"
             worker = MockWorker(address, folder)
-            config = dataclasses.replace(RouterConfig(), port=0, worker=(address,), **settings)
+            its = {"worker": (address,), **settings}
+            config = dataclasses.replace(RouterConfig(), port=0, **its)
             service = RouterService(config)
             if worker_runs:
                 await worker.start()
