@@ -58,6 +58,7 @@ class Forward:
         count = len(rows)
         plan: Any = SimpleNamespace(
             decodes=int((lengths == 1).sum()),
+            drafted=0,
             slots=np.arange(count, dtype=np.int32),
             starts=starts.copy(),
             lengths=lengths.copy(),

@@ -260,4 +260,7 @@ def stats_message(stats: EngineStats) -> worker_pb2.Stats:
             copies_expired=stats.host.copies_expired,
             block_bytes=stats.host.block_bytes,
         ),
+        drafts=worker_pb2.Drafts(
+            drafts=stats.drafts.drafts, tokens=stats.drafts.tokens, accepted=stats.drafts.accepted
+        ),
     )

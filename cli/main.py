@@ -262,6 +262,10 @@ def serve(
             help="A request waits for the floor's sake so long, at most. Default: 10.",
         ),
     ] = None,
+    draft_tokens: Annotated[
+        int | None,
+        _option("--draft-tokens", panel=STEPS, metavar="N", help="Tokens guessed ahead, at most; 0: none. Default: 0."),
+    ] = None,
     threads: Annotated[
         int | None,
         _option("--threads", panel=STEPS, metavar="N", help="CPU threads of a step. Default: one per usable CPU."),
@@ -328,6 +332,7 @@ def serve(
             "waiting_max": waiting_max,
             "tps_floor": tps_floor,
             "floor_wait_s": floor_wait_s,
+            "draft_tokens": draft_tokens,
             "threads": threads,
             "log_level": log_level,
         },

@@ -264,7 +264,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("blocks_free", "blocks_cached", "blocks_active", "sequences_waiting", "sequences_running", "steps", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "aborts", "step_time_us", "integrity_checks", "integrity_failures", "integrity_check_us", "tps_floor", "host_tier")
+    __slots__ = ("blocks_free", "blocks_cached", "blocks_active", "sequences_waiting", "sequences_running", "steps", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "aborts", "step_time_us", "integrity_checks", "integrity_failures", "integrity_check_us", "tps_floor", "host_tier", "drafts")
     BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_ACTIVE_FIELD_NUMBER: _ClassVar[int]
@@ -282,6 +282,7 @@ class Stats(_message.Message):
     INTEGRITY_CHECK_US_FIELD_NUMBER: _ClassVar[int]
     TPS_FLOOR_FIELD_NUMBER: _ClassVar[int]
     HOST_TIER_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_FIELD_NUMBER: _ClassVar[int]
     blocks_free: int
     blocks_cached: int
     blocks_active: int
@@ -299,7 +300,18 @@ class Stats(_message.Message):
     integrity_check_us: int
     tps_floor: TpsFloor
     host_tier: HostTier
-    def __init__(self, blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_active: _Optional[int] = ..., sequences_waiting: _Optional[int] = ..., sequences_running: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., aborts: _Optional[int] = ..., step_time_us: _Optional[int] = ..., integrity_checks: _Optional[int] = ..., integrity_failures: _Optional[int] = ..., integrity_check_us: _Optional[int] = ..., tps_floor: _Optional[_Union[TpsFloor, _Mapping]] = ..., host_tier: _Optional[_Union[HostTier, _Mapping]] = ...) -> None: ...
+    drafts: Drafts
+    def __init__(self, blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_active: _Optional[int] = ..., sequences_waiting: _Optional[int] = ..., sequences_running: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., aborts: _Optional[int] = ..., step_time_us: _Optional[int] = ..., integrity_checks: _Optional[int] = ..., integrity_failures: _Optional[int] = ..., integrity_check_us: _Optional[int] = ..., tps_floor: _Optional[_Union[TpsFloor, _Mapping]] = ..., host_tier: _Optional[_Union[HostTier, _Mapping]] = ..., drafts: _Optional[_Union[Drafts, _Mapping]] = ...) -> None: ...
+
+class Drafts(_message.Message):
+    __slots__ = ("drafts", "tokens", "accepted")
+    DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    drafts: int
+    tokens: int
+    accepted: int
+    def __init__(self, drafts: _Optional[int] = ..., tokens: _Optional[int] = ..., accepted: _Optional[int] = ...) -> None: ...
 
 class HostTier(_message.Message):
     __slots__ = ("blocks", "blocks_used", "copies_late", "blocks_stored", "blocks_loaded", "loads", "tokens_loaded", "copies_failed", "copies_expired", "block_bytes")

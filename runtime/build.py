@@ -50,6 +50,7 @@ class EngineSizes:
     tps_fraction: float = 0.5  # of batch 1's rate on this device: the floor in force is no higher
     eviction: str = "reuse"  # or "lru": which cached block goes when room is needed (docs/eviction.md)
     host_memory_bytes: int = 0  # of the host tier of the KV pool; 0: none
+    draft_tokens: int = 0  # of one draft, guessed from the sequence's own text (runtime/drafts.py); 0: nobody drafts
     floor_wait_s: float = 10.0  # a request that waited longer is admitted though the floor breaks; 0: never
 
 
@@ -109,6 +110,7 @@ def build_engine(
             tps_fraction=sizes.tps_fraction,
             floor_wait_us=round(sizes.floor_wait_s * 1e6),
             eviction=sizes.eviction,
+            draft_tokens=sizes.draft_tokens,
             host_blocks=plan_host(
                 config.kv_layout, config.layers, config.dtype, sizes.host_memory_bytes, pool.blocks, device
             ),
@@ -144,7 +146,9 @@ def build_engine(
         on_fatal=on_fatal,
         on_cache_events=on_cache_events,
         on_handover=on_handover,
-        options=EngineOptions(steps_in_flight=sizes.steps_in_flight, tps_floor=sizes.tps_floor),
+        options=EngineOptions(
+            steps_in_flight=sizes.steps_in_flight, tps_floor=sizes.tps_floor, draft_tokens=sizes.draft_tokens
+        ),
     )
     if scheduler_config.host_blocks > 0:
         engine.tier.attach(Copier(HostMemory(caches, scheduler_config.host_blocks), engine.tier.ended))

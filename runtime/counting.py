@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tokenrelay.libscheduler import FloorCounts, HostCounts, Scheduler
 from tokenrelay.runtime.integrity import Books
-from tokenrelay.runtime.requests import EngineStats, FloorStats, HostStats
+from tokenrelay.runtime.requests import DraftStats, EngineStats, FloorStats, HostStats
 
 
 def count(
@@ -33,6 +33,7 @@ def count(
         integrity_check_us=books.check_us,
         floor=_floor(counts.floor, tps_floor),
         host=_host(counts.host, block_bytes),
+        drafts=DraftStats(counts.drafts.drafts, counts.drafts.tokens, counts.drafts.accepted),
     )
 
 

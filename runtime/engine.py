@@ -27,14 +27,16 @@ import numpy.typing as npt
 from tokenrelay.base.deadlines import Deadline
 from tokenrelay.base.errors import DeadlineExceeded, InvalidRequest, Overloaded, TokenRelayError, Unavailable
 from tokenrelay.base.logging import get_logger
-from tokenrelay.libscheduler import Plan, RejectReason, Scheduler
+from tokenrelay.libscheduler import Outcome, Plan, Scheduler
 from tokenrelay.runtime.counting import count
+from tokenrelay.runtime.drafts import Drafter
 from tokenrelay.runtime.executor.executor import Step, StepResult
 from tokenrelay.runtime.explain import Answer, Questions
 from tokenrelay.runtime.floor_watch import FloorWatch
 from tokenrelay.runtime.handover import HandoverPort, OnHandover
 from tokenrelay.runtime.host_tier import TierPort
 from tokenrelay.runtime.integrity import Books
+from tokenrelay.runtime.refusals import refused
 from tokenrelay.runtime.requests import (
     EngineOutput,
     EngineRequest,
@@ -75,6 +77,7 @@ class EngineOptions:
     commands_max: int = 2048  # submitted and not yet seen by the loop
     steps_in_flight: int = 2  # as the scheduler's
     tps_floor: float = 0.0  # as the scheduler's
+    draft_tokens: int = 0  # as the scheduler's
 
 
 @dataclass(slots=True)
@@ -83,7 +86,6 @@ class _Launched:
 
     step: Step
     plan: Plan
-    samples: int  # rows that sample
     at_s: float = field(default_factory=time.monotonic)
 
 
@@ -134,6 +136,7 @@ class Engine:
         self._step_time_us = 0
         self._steps = 0
         self._books = Books(scheduler.check)
+        self._drafter = Drafter(scheduler, tokens_max=self._options.draft_tokens)
         self._stats = EngineStats()
         self._floor_watch = FloorWatch()
 
@@ -314,9 +317,10 @@ class Engine:
             now_us=_now_us(),
         )
         if answer is not None:
-            return self._refusal(request.sequence_id, *_refused(answer))
+            return self._refusal(request.sequence_id, *refused(answer))
         self._open[request.sequence_id] = request
         self._params[request.sequence_id] = request.sampling
+        self._drafter.opened(request)
         self.handover.submitted(request.sequence_id, request.handover)
         if request.deadline.at_s != float("inf"):
             self._remember_deadline(request)
@@ -347,6 +351,12 @@ class Engine:
         self._steps += 1
         self._step_time_us += result.run_us
         self.handover.touch(launched.plan.sequence_ids.tolist())
+        self._drafter.committed(launched.plan, outcome)
+        self._collect(outcome, result, outputs)
+
+    def _collect(self, outcome: Outcome, result: StepResult, outputs: list[EngineOutput]) -> None:
+        """What a step brought, as one output for each sequence: tokens of a draft follow each other."""
+        last = EngineOutput(0)
         logprobs = result.logprobs
         for sequence_id, token_id, finish, row, first, cached_tokens in zip(
             outcome.sequence_ids.tolist(),
@@ -360,10 +370,16 @@ class Engine:
             if row in result.failures:
                 outputs.append(self._failed_row(sequence_id, result.failures[row], ended=bool(finish)))
                 continue
-            output = EngineOutput(sequence_id, (token_id,), _FINISHES[finish], bool(first), cached_tokens)
+            output = last
+            if output.sequence_id != sequence_id:
+                output = last = EngineOutput(sequence_id, (), Finish.NONE, bool(first), cached_tokens)
+                outputs.append(output)
+            output.token_ids = (*output.token_ids, token_id)
             if logprobs is not None and row in logprobs:
-                output.logprobs = (logprobs[row],)
-            outputs.append(self._ended(output) if finish else output)
+                output.logprobs = (*(output.logprobs or ()), logprobs[row])
+            if finish:
+                output.finish = _FINISHES[finish]
+                self._ended(output)
 
     def _commit_failed(self, launched: _Launched, error: Exception, outputs: list[EngineOutput]) -> None:
         """A step raised: its sequences end with an error, and nothing it may have written is ever read.
@@ -375,10 +391,11 @@ class Engine:
         for sequence_id in launched.plan.sequence_ids.tolist():
             if sequence_id in self._open:
                 outputs.append(self._abort_with(sequence_id, failure))
-        self._scheduler.commit(launched.plan.step, np.zeros(launched.samples, np.uint32), _now_us(), 0)
+        self._scheduler.commit(launched.plan.step, np.zeros(launched.plan.sampled, np.uint32), _now_us(), 0)
         self._steps += 1
 
     def _launch_next(self) -> None:
+        self._drafter.propose()
         while len(self._launched) < self._options.steps_in_flight:
             plan = self._scheduler.plan(_now_us())
             self.tier.turn()
@@ -386,7 +403,7 @@ class Engine:
                 return
             self.handover.touch(plan.admitted_ids.tolist())
             step = self._executor.launch(plan, self._params, self._token_ids_of, self._wake_up)
-            self._launched.append(_Launched(step, plan, int(np.count_nonzero(plan.samples))))
+            self._launched.append(_Launched(step, plan))
 
     def _publish(self, outputs: list[EngineOutput]) -> None:
         self._stats = self._count()
@@ -405,6 +422,7 @@ class Engine:
         sequence_id = output.sequence_id
         self._open.pop(sequence_id, None)
         self._params.pop(sequence_id, None)
+        self._drafter.ended(sequence_id)
         with self._lock:
             assert sequence_id in self._accepted, f"a second terminal output for sequence {sequence_id}"
             self._accepted.discard(sequence_id)
@@ -446,7 +464,7 @@ class Engine:
         self._end_open(Unavailable("the engine was closed"))
         self._executor.close()
         for launched in self._launched:
-            self._scheduler.commit(launched.plan.step, np.zeros(launched.samples, np.uint32), _now_us())
+            self._scheduler.commit(launched.plan.step, np.zeros(launched.plan.sampled, np.uint32), _now_us())
         self._launched.clear()
         self.tier.close()
         self._stats = self._count()
@@ -478,18 +496,3 @@ _FINISHES = tuple(Finish)  # by number: calling the enumeration costs more than 
 
 def _now_us() -> int:
     return time.monotonic_ns() // 1000
-
-
-_REFUSALS: dict[RejectReason, tuple[Reject, type[TokenRelayError], str]] = {
-    RejectReason.QUEUE_FULL: (Reject.QUEUE_FULL, Overloaded, "the worker's queue is full"),
-    RejectReason.PROMPT_TOO_LONG: (Reject.PROMPT_TOO_LONG, InvalidRequest, "the prompt does not fit in the context"),
-    RejectReason.DUPLICATE_ID: (Reject.DUPLICATE_ID, InvalidRequest, "the sequence id is open"),
-    RejectReason.INVALID: (Reject.INVALID, InvalidRequest, "the scheduler refused the request as invalid"),
-    RejectReason.PARENT_UNKNOWN: (Reject.PARENT_UNKNOWN, Unavailable, "the parent's text is gone; submit all tokens"),
-}
-
-
-def _refused(answer: RejectReason) -> tuple[Reject, TokenRelayError]:
-    """The scheduler's typed refusal in this package's words."""
-    reject, cls, message = _REFUSALS[answer]
-    return reject, cls(message)

@@ -189,6 +189,15 @@ class HostStats:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftStats:
+    """Drafts that steps computed. All 0: nobody drafts."""
+
+    drafts: int = 0
+    tokens: int = 0  # of those
+    accepted: int = 0  # of those tokens, that came true
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters as of the last step. blocks_free + blocks_cached + blocks_active is the pool."""
 
@@ -209,3 +218,4 @@ class EngineStats:
     integrity_check_us: int = 0  # time they took, in all
     floor: FloorStats = field(default_factory=FloorStats)
     host: HostStats = field(default_factory=HostStats)
+    drafts: DraftStats = field(default_factory=DraftStats)

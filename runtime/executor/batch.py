@@ -19,7 +19,10 @@ from tokenrelay.libscheduler import Plan
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """t tokens of n rows, s of them sampled; the tensors are on the model's device."""
+    """t tokens of n rows, s of them sampled; the tensors are on the model's device.
+
+    Rows with a draft are cut into rows of one token (`_rows`), so several decode rows may have the same slot.
+    """
 
     token_ids: Tensor  # int64 [t]
     feedback_at: Tensor | None  # int64 [f] positions in token_ids that the device fills from what it sampled last
@@ -43,12 +46,13 @@ class BatchBuilder:
 
     def build(self, plan: Plan) -> Batch:
         """The tensors of `plan`. Reads the block table as it is now, so call it before the next plan is made."""
-        slots, starts, lengths = plan.slots, plan.starts, plan.lengths
+        row = _rows(plan)
+        slots, starts, lengths = row.slots, row.starts, row.lengths
         rows = len(slots)
         ends = starts + lengths
         offsets = np.zeros(rows + 1, dtype=np.int32)
         np.cumsum(lengths, out=offsets[1:])
-        if plan.decodes == rows:
+        if row.decodes == rows:
             positions = starts.astype(np.int64)
             blocks = self._table[slots, starts >> self._shift]
         else:
@@ -57,9 +61,9 @@ class BatchBuilder:
             blocks = self._table[slots[row_of], positions >> self._shift]
         cache_slots = (blocks.astype(np.int64) << self._shift) | (positions & self._mask)
         context_max = int(ends.max())
-        sampled = np.flatnonzero(plan.samples)
+        sampled = np.flatnonzero(row.samples)
         sample_slots = slots[sampled].astype(np.int64)
-        feedback = np.flatnonzero(plan.feedback)
+        feedback = np.flatnonzero(row.feedback)
         table, table_slots = self._table_of(slots, context_max)
         return Batch(
             token_ids=self._to_device(plan.token_ids.astype(np.int64)),
@@ -73,7 +77,7 @@ class BatchBuilder:
                 offsets=self._to_device(offsets),
                 positions=self._to_device(positions),
                 cache_slots=self._to_device(cache_slots),
-                decodes=int(plan.decodes),
+                decodes=row.decodes,
                 context_max=context_max,
             ),
             sample_rows=self._to_device(offsets[1:][sampled].astype(np.int64) - 1),
@@ -93,6 +97,39 @@ class BatchBuilder:
     def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The rows of a step as kernels see them: [n] each."""
+
+    slots: npt.NDArray[np.int32]
+    starts: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int32]
+    samples: npt.NDArray[np.uint8]
+    feedback: npt.NDArray[np.uint8]
+    decodes: int
+
+
+def _rows(plan: Plan) -> _Rows:
+    """The plan's rows; each token of one with a draft becomes a row of its own, of the same slot.
+
+    A layer writes the KV of all tokens before any of them attends, and a row attends to what is before it, so a drafted
+    token is computed by the same kernels in the same way as the row that the next step would have had for it: where the
+    matrix products do not depend on the number of rows, its logits have the same bits.
+    """
+    decodes = int(plan.decodes)
+    if not plan.drafted:
+        return _Rows(plan.slots, plan.starts, plan.lengths, plan.samples, plan.feedback, decodes)
+    counts = np.ones(len(plan.slots), np.int32)
+    counts[:decodes] = plan.lengths[:decodes]
+    row_of = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(len(row_of), dtype=np.int32) - (np.cumsum(counts, dtype=np.int32) - counts)[row_of]
+    tokens = int(counts[:decodes].sum())
+    lengths = plan.lengths[row_of]
+    lengths[:tokens] = 1
+    starts = plan.starts[row_of] + within
+    return _Rows(plan.slots[row_of], starts, lengths, plan.samples[row_of], plan.feedback[row_of], tokens)
 
 
 def _shared(array: npt.NDArray[np.int32]) -> Tensor:

@@ -73,6 +73,12 @@ class WorkerConfig:
     floor_wait_s: float = setting(
         10.0, "seconds a request waits for the floor's sake, at most; 0: as long as it takes", minimum=0, maximum=86_400
     )
+    draft_tokens: int = setting(
+        0,
+        "tokens guessed ahead from an answer's own text and checked in one step, at most, where that pays; 0: none",
+        minimum=0,
+        maximum=15,
+    )
     threads: int | None = setting(
         None, "CPU threads of a step; default: one per core, or one alone for a small model", minimum=1
     )

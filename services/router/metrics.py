@@ -136,6 +136,7 @@ class Metrics:
         page.add("worker_integrity_failures_total", "counter", help_text, failures)
         self._add_floor(page, {target: state[1].tps_floor for target, state in workers.items()})
         self._add_host_tier(page, [one.host_tier for one in stats])
+        self._add_drafts(page, [one.drafts for one in stats])
 
     def _add_host_tier(self, page: _Page, tiers: Sequence[worker_pb2.HostTier]) -> None:
         """Of all workers together; a worker without one adds nothing."""
@@ -160,6 +161,18 @@ class Metrics:
             'direction="to_device"': sum(tier.blocks_loaded * tier.block_bytes for tier in tiers),
         }
         page.add("host_tier_bytes_total", "counter", "bytes of KV copied to and from host memory", moved)
+
+    def _add_drafts(self, page: _Page, drafts: Sequence[worker_pb2.Drafts]) -> None:
+        """Speculative decoding of all workers together, under the names that vLLM gives it."""
+        tokens, accepted = sum(one.tokens for one in drafts), sum(one.accepted for one in drafts)
+        for name, help_text, value in (
+            ("drafts", "drafts that steps computed", sum(one.drafts for one in drafts)),
+            ("draft_tokens", "tokens of those drafts", tokens),
+            ("accepted_tokens", "of those tokens, that came true and were kept", accepted),
+        ):
+            page.add(f"spec_decode_num_{name}_total", "counter", help_text, {"": value})
+        rate = accepted / tokens if tokens else 0.0
+        page.add("spec_decode_draft_acceptance_rate", "gauge", "share of drafted tokens that came true", {"": rate})
 
     def _add_floor(self, page: _Page, floors: Mapping[str, worker_pb2.TpsFloor]) -> None:
         for name, kind, help_text in (

@@ -113,6 +113,18 @@ def test_the_tps_floor_of_each_worker_is_on_the_page() -> None:
         assert page[f'tokenrelay_tps_floor_{name}{{worker="unix:a"}}'] == value
 
 
+def test_drafts_of_all_workers_are_on_the_page() -> None:
+    drafts = worker_pb2.Drafts(drafts=3, tokens=20, accepted=13)
+    workers = {name: (True, worker_pb2.Stats(drafts=drafts)) for name in ("unix:a", "unix:b")}
+    page = samples(Metrics().render({**workers, "unix:c": (True, worker_pb2.Stats())}))
+    assert page["tokenrelay_spec_decode_num_drafts_total"] == 6
+    assert page["tokenrelay_spec_decode_num_draft_tokens_total"] == 40
+    assert page["tokenrelay_spec_decode_num_accepted_tokens_total"] == 26
+    assert page["tokenrelay_spec_decode_draft_acceptance_rate"] == 0.65
+    nobody = samples(Metrics().render({"unix:c": (True, worker_pb2.Stats())}))
+    assert nobody["tokenrelay_spec_decode_draft_acceptance_rate"] == 0
+
+
 def test_the_host_tiers_of_all_workers_are_on_the_page() -> None:
     tier = worker_pb2.HostTier(blocks=10, blocks_used=4, copies_late=1, blocks_stored=7, blocks_loaded=5, loads=2)
     tier.tokens_loaded, tier.copies_failed, tier.copies_expired, tier.block_bytes = 320, 3, 1, 1000

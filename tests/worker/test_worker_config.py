@@ -28,11 +28,12 @@ def test_flags_win_and_origins_are_printed(capsys: pytest.CaptureFixture[str], m
     monkeypatch.setenv("TOKENRELAY_WORKER_BLOCKS", "77")
     monkeypatch.setenv("TOKENRELAY_WORKER_TPS_FLOOR", "120")
     monkeypatch.setenv("TOKENRELAY_PREFILL_HANDLE_DEADLINE_S", "5")
-    assert worker.main(["--slots", "3", "--host-cache-gib", "1.5", "--print-config"]) == 0
+    assert worker.main(["--slots", "3", "--host-cache-gib", "1.5", "--draft-tokens", "5", "--print-config"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert lines["worker.slots"].split()[1] == "3" and "flag --slots" in lines["worker.slots"]
     assert lines["worker.blocks"].split()[1] == "77" and "TOKENRELAY_WORKER_BLOCKS" in lines["worker.blocks"]
     assert lines["worker.tps_floor"].split()[1] == "120.0"
     assert lines["worker.floor_wait_s"].split()[1] == "10.0"
     assert lines["worker.host_cache_gib"].split()[1] == "1.5"
+    assert lines["worker.draft_tokens"].split()[1] == "5"
     assert lines["prefill.handle_deadline_s"].split()[1] == "5.0"
