@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import tokenrelay.runtime
+from tokenrelay.base.errors import PlacementError
 from tokenrelay.runtime.layers.moe import ExpertSplit
 from tokenrelay.runtime.models.decoder import Model
 from tokenrelay.runtime.placement import Mesh
@@ -15,11 +19,26 @@ from tokenrelay.runtime.spmd.rank_model import Programs, RankModel, compile_prog
 from tokenrelay.runtime.weights.loader import load_model
 
 
+@functools.cache
+def code_identity() -> str:
+    """What computes here: torch's version, and the text of all that a rank runs. Equal on all ranks of a group."""
+    digest = hashlib.blake2b(torch.__version__.encode(), digest_size=16)
+    root = Path(tokenrelay.runtime.__file__).parent
+    for package in (root, root.parent / "kernels"):
+        for path in sorted(package.rglob("*.py")):
+            digest.update(f"{path.relative_to(package)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def load_shard(order: dict[str, Any], rank: int, **more: Any) -> tuple[Model, Programs]:
     """This rank's shard and the programs. `order` is the leader's word to all; `more` goes to `load_model`.
 
-    Raises CheckpointError and PlacementError.
+    Raises CheckpointError and PlacementError, also for a leader that runs other code.
     """
+    if order["code"] != code_identity():
+        raise PlacementError(
+            f"it runs other code than the leader (here {code_identity()[:12]}, torch {torch.__version__})"
+        )
     mesh = Mesh(**order["mesh"])
     dtype = getattr(torch, order["dtype"]) if order["dtype"] else None
     experts = ExpertSplit(tuple(order["experts"]["whole"]), order["experts"]["send"])

@@ -42,7 +42,7 @@ from tokenrelay.runtime.placement import STAGES, Mesh
 from tokenrelay.runtime.spmd import frames
 from tokenrelay.runtime.spmd.comm import HOST, LOAD_MAX_S
 from tokenrelay.runtime.spmd.homes import Homes
-from tokenrelay.runtime.spmd.load import load_shard, meet
+from tokenrelay.runtime.spmd.load import code_identity, load_shard, meet
 from tokenrelay.runtime.spmd.mirror import Unseen
 from tokenrelay.runtime.spmd.rank_model import RankModel
 
@@ -132,6 +132,7 @@ class Ranks:
         }
         order |= {
             "name": f"load{self._loads}",
+            "code": code_identity(),
             "shared": shared,
             "options": options,
             "experts": asdict(experts or ExpertSplit()),
