@@ -153,12 +153,7 @@ class Colocated:
 
     async def explain(self, request_id: str) -> worker_pb2.ExplainReply:
         """What the scheduler says about the open sequences of a request, or about all. Raises TokenRelayError."""
-        future = asyncio.wrap_future(self._engine.explain(request_id))
-        try:
-            answer = await asyncio.wait_for(future, EXPLAIN_TIMEOUT_S)
-        except TimeoutError:
-            raise DeadlineExceeded(f"the engine did not answer in {EXPLAIN_TIMEOUT_S:.0f} s") from None
-        return explain_reply(answer)
+        return await explain(self._engine, request_id)
 
     # -- from the engine ----------------------------------------------------------------------------------------------
     def take(self, posts: Posts) -> None:
@@ -203,6 +198,15 @@ class Colocated:
         self._timer = None
         if self.ledger.open_count:  # what was aborted just now stays listed until the engine has answered
             self._timer = asyncio.get_running_loop().call_later(1.0, self._set_timer)
+
+
+async def explain(engine: Engine, request_id: str) -> worker_pb2.ExplainReply:
+    """What an engine's scheduler says about a request's open sequences, or about all. Raises TokenRelayError."""
+    future = asyncio.wrap_future(engine.explain(request_id))
+    try:
+        return explain_reply(await asyncio.wait_for(future, EXPLAIN_TIMEOUT_S))
+    except TimeoutError:
+        raise DeadlineExceeded(f"the engine did not answer in {EXPLAIN_TIMEOUT_S:.0f} s") from None
 
 
 def explain_reply(answer: Answer) -> worker_pb2.ExplainReply:

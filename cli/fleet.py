@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from tokenrelay.base.deadlines import Deadline
 from tokenrelay.base.errors import InvalidRequest, TokenRelayError, Unavailable
 from tokenrelay.base.logging import get_logger
-from tokenrelay.cli.colocated import EngineLink, Posts, stats_message
+from tokenrelay.cli.colocated import EngineLink, Posts, explain, stats_message
 from tokenrelay.cli.fleet_config import FleetConfig
 from tokenrelay.cli.fleet_tier import FleetTier
 from tokenrelay.cli.fleet_transports import open_transports
@@ -107,6 +107,10 @@ class FleetHost:
     def stats(self) -> worker_pb2.Stats:
         """Counters as of the last step."""
         return stats_message(self._engine.stats)
+
+    async def explain(self, request_id: str) -> worker_pb2.ExplainReply:
+        """What the scheduler says about the open sequences of a request, or about all. Raises TokenRelayError."""
+        return await explain(self._engine, request_id)
 
     def submit(self, sequence_id: int, submit: worker_pb2.Submit) -> worker_pb2.SequenceOutput | None:
         """Begin a sequence as what its message says it is here."""

@@ -229,7 +229,7 @@ async def run_fleet(
     )
     handshake = handshake_of(model, options, built.pool)
     host = await worker.mount(built.engine, handshake)
-    servicer = WorkerServicer(host)
+    servicer = WorkerServicer(host, explain=host.explain)
     host.bind(servicer)
     server = worker.server(servicer)
     built.engine.start()

@@ -42,6 +42,7 @@ class Export:
     first_token: int | None = None  # with it all blocks are there and sealed in the ledger
     gone: str | None = None  # why there will be nothing to adopt
     ended: bool = False  # the engine has answered: nothing of it is computed any more
+    unwanted: bool = False  # the client gave up; the engine may have ended it just before it heard so
     state: State = State.RESERVED  # as the ledger last said
     claimant: Actor | None = None  # as the ledger named it; a handle is claimed once
     readers: set[Actor] = field(default_factory=set)  # who claimed it or was told of its blocks, and has not answered

@@ -107,6 +107,8 @@ class Source:
         if sequence_id in self._starting:
             self._aborted.add(sequence_id)
         else:
+            if sequence_id in self._exports:
+                self._exports[sequence_id].unwanted = True
             self._engine.abort(sequence_id)
 
     def withdraw(self, sequence_id: int) -> None:
@@ -132,6 +134,9 @@ class Source:
         handle: Handle | Rejection
         try:
             handle = await self._ledger.reserve(self._actor, extents=1, deadline_s=self._handle_deadline_s)
+        except Exception as failure:
+            log.exception("no handle, in an unforeseen way", sequence=sequence_id)
+            handle = Rejection(Code.UNAVAILABLE, f"the ledger failed: {failure!r}")
         finally:
             self._starting.discard(sequence_id)
         error: TokenRelayError | None = None
@@ -214,7 +219,7 @@ class Source:
         export = self._exports.get(output.sequence_id)
         if export is not None and output.finish:
             export.ended = True
-            if output.finish == Finish.HANDOVER:
+            if output.finish == Finish.HANDOVER and not export.unwanted:
                 self._spawn(self._complete(export, output.token_ids[-1]))
             else:
                 over = output.finish in (Finish.STOP, Finish.LENGTH)

@@ -178,6 +178,20 @@ async def test_a_killed_prefill_worker_costs_nobody_a_token(fleet: Server, kill:
     assert sum(moves.values()) > 0, "nothing moved"
 
 
+async def test_the_decode_worker_explains_what_it_was_handed(fleet: Server) -> None:
+    async with aiohttp.ClientSession() as session:
+        wanted = body(fleet, 0, max_tokens=2000, stream=True)
+        async with session.post(fleet.url + PATH, json=wanted, headers={"X-Request-Id": "explained"}) as response:
+            for _ in range(20):  # some tokens: it decodes
+                await response.content.readline()
+            async with session.get(f"{fleet.url}/debug/requests/explained") as answer:
+                found = await answer.json()
+    assert found["problems"] == {}
+    (one,) = found["requests"]
+    assert "decode-" in one["worker"], one
+    assert "prefill at" in one["placement"], one
+
+
 async def test_an_abort_leaves_nothing_behind(fleet: Server) -> None:
     async with aiohttp.ClientSession() as session:
         for number in range(4):

@@ -325,6 +325,15 @@ async def test_an_offer_that_is_withdrawn(scene: Scene, claimed: bool) -> None:
     scene.source.withdraw(7)
 
 
+async def test_an_abort_that_the_end_has_overtaken(scene: Scene) -> None:
+    """The engine ended the sequence before it heard of the abort: its offer is taken back all the same."""
+    await scene.offer()
+    scene.source.abort(7)
+    scene.source.emit(EngineOutput(7, token_ids=[5], finish=Finish.HANDOVER))
+    await until(lambda: scene.source.handles_open == 0, scene.story)
+    assert "free" in scene.story
+
+
 async def test_a_handle_that_nothing_belongs_to_is_ended(scene: Scene) -> None:
     """The answer to a reservation was lost with its connection, and a snapshot names the handle."""
     handle = await scene.ledger.reserve(scene.actor, extents=1, deadline_s=30)
