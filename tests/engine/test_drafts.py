@@ -204,9 +204,13 @@ def test_rejected_tokens_are_never_in_the_cache(model: Any) -> None:
 
 
 def test_preemption_and_a_full_pool(model: Any) -> None:
-    prompts, texts = greedy_texts(model, 40)
-    with guessing(model, oracle(texts, 4, 2), blocks=16, context_tokens=160) as harness:
-        assert harness.run(*prompts, tokens_max=40) == [texts[i + 1][len(p) :] for i, p in enumerate(prompts)]
+    """Each is admitted with three blocks and needs seven of sixteen."""
+    prompts = [repeating(seed, model.config.vocab_size, 40) for seed in range(6)]
+    with Harness(model) as harness:
+        plain = harness.run(*prompts, tokens_max=60)
+    texts = {i + 1: prompt + output for i, (prompt, output) in enumerate(zip(prompts, plain, strict=True))}
+    with guessing(model, oracle(texts, 4, 2), blocks=16, context_tokens=112) as harness:
+        assert harness.run(*prompts, tokens_max=60) == plain
         assert harness.engine.stats.preemptions > 0 and accepted(harness).accepted > 0
         harness.assert_quiet()
 
