@@ -352,3 +352,18 @@ class Program:
         logits: int,
         /,
     ) -> None: ...
+
+def finite_rows(rows: int, vocab: int, logits: int, stride: int, finite: int, /) -> None: ...
+def head_product(
+    isa: int,
+    dtype: int,
+    absorbs: bool,
+    tokens: int,
+    heads: int,
+    depth: int,
+    width: int,
+    x: tuple[int, int, int],
+    w: int,
+    out: tuple[int, int, int],
+    /,
+) -> None: ...

@@ -23,12 +23,15 @@ __all__ = [
     "SamplingBatch",
     "add_rms_norm",
     "apply_penalties",
+    "finite_rows",
     "gqa_cache_write",
     "gqa_decode",
     "gqa_prefill",
     "linear",
+    "mla_absorb",
     "mla_cache_write",
     "mla_decode",
+    "mla_expand",
     "mla_prefill",
     "moe",
     "moe_route",
@@ -100,6 +103,20 @@ def gqa_cache_write(k: Tensor, v: Tensor, cache: Tensor, cache_slots: Tensor) ->
     k, v [t, hk, hd], cache [blocks, 2, hk, block_tokens, hd] of one type, cache_slots as in `mla_cache_write`.
     """
     pick("gqa_cache_write", cache.device.type, cache.dtype, k.shape[1], k.shape[2])(k, v, cache, cache_slots)
+
+
+def mla_absorb(q_nope: Tensor, w_uk: Tensor) -> Tensor:
+    """Queries in the space of latents: q_nope [t, h, nope], w_uk [h, nope, rank] of one type -> [t, h, rank]."""
+    heads, nope, rank = w_uk.shape
+    result: Tensor = pick("mla_absorb", q_nope.device.type, q_nope.dtype, heads, nope, rank)(q_nope, w_uk)
+    return result
+
+
+def mla_expand(latent: Tensor, w_uv: Tensor) -> Tensor:
+    """Attended latents as values: latent [t, h, rank], w_uv [h, v, rank] of one type -> [t, h, v]."""
+    heads, value, rank = w_uv.shape
+    result: Tensor = pick("mla_expand", latent.device.type, latent.dtype, heads, value, rank)(latent, w_uv)
+    return result
 
 
 def mla_decode(q_latent: Tensor, q_rope: Tensor, cache: Tensor, batch: AttentionBatch, scale: float) -> Tensor:
@@ -295,3 +312,9 @@ def apply_penalties(logits: Tensor, penalties: PenaltyBatch) -> None:
     only (OpenAI API reference); then add the biases.
     """
     pick("apply_penalties", logits.device.type, logits.dtype, logits.shape[-1])(logits, penalties)
+
+
+def finite_rows(logits: Tensor) -> Tensor:
+    """Which rows of the logits f32 [s, V] are finite throughout -> bool [s]."""
+    result: Tensor = pick("finite_rows", logits.device.type, logits.dtype, logits.shape[-1])(logits)
+    return result

@@ -41,6 +41,8 @@ OPS: dict[str, tuple[str, ...]] = {
     "silu_mul": ("width",),
     "mla_cache_write": ("rank", "rope"),
     "gqa_cache_write": ("kv_heads", "head_dim"),
+    "mla_absorb": ("heads", "nope", "rank"),
+    "mla_expand": ("heads", "value", "rank"),
     "mla_decode": ("heads", "rank", "rope", "block_tokens"),
     "mla_prefill": ("heads", "rank", "rope", "block_tokens", "nope", "value"),
     "gqa_decode": ("heads", "kv_heads", "head_dim", "block_tokens"),
@@ -55,6 +57,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "sample": ("vocab",),
     "token_logprobs": ("vocab",),
     "apply_penalties": ("vocab",),
+    "finite_rows": ("vocab",),
 }
 
 log = get_logger("kernels")

@@ -40,6 +40,13 @@ def register_variant(variant: Variant) -> None:
             **common,  # type: ignore[arg-type]
         )
         add(functools.partial(call, variant.code))
+    for op, head_call in (("mla_absorb", mla_absorb), ("mla_expand", mla_expand)):
+        register(
+            op=op,
+            path=variant.path,
+            priority=variant.priority,
+            **common,  # type: ignore[arg-type]
+        )(functools.partial(head_call, variant.code))
     # One algorithm for decode and prefill, whose bits do not depend on how a prompt is cut: for deterministic serving.
     add = register(
         op="mla_prefill",
@@ -129,6 +136,34 @@ def _mla_attend(
     )
 
 
+def mla_absorb(isa: int, q_nope: Tensor, w_uk: Tensor) -> Tensor:
+    """See `ops.mla_absorb`."""
+    check_axes("q_nope", q_nope, 3)
+    check_axes("w_uk", w_uk, 3)
+    out = torch.empty(*q_nope.shape[:2], w_uk.shape[2], dtype=q_nope.dtype)
+    return _head_product(isa, q_nope, w_uk, out, absorbs=True)
+
+
+def mla_expand(isa: int, latent: Tensor, w_uv: Tensor) -> Tensor:
+    """See `ops.mla_expand`."""
+    check_axes("latent", latent, 3)
+    check_axes("w_uv", w_uv, 3)
+    out = torch.empty(*latent.shape[:2], w_uv.shape[1], dtype=latent.dtype)
+    return _head_product(isa, latent, w_uv, out, absorbs=False)
+
+
+def _head_product(isa: int, x: Tensor, weight: Tensor, out: Tensor, *, absorbs: bool) -> Tensor:
+    """x [t, h, depth] -> out [t, h, width], any strides but the last; weight [h, depth, width] or [h, width, depth]."""
+    code = code_of("x", x)
+    tokens, heads, depth = x.shape
+    width = out.shape[2]
+    check("x", x, x.dtype, (tokens, heads, depth))
+    shape = (heads, depth, width) if absorbs else (heads, width, depth)
+    check_dense("w_uk" if absorbs else "w_uv", weight, x.dtype, shape)
+    _native.head_product(isa, code, absorbs, tokens, heads, depth, width, part(x), weight.data_ptr(), part(out))
+    return out
+
+
 def absorbed_tokens_max(rank: int, rope: int, nope: int, value: int) -> int:
     """Up to this many tokens of a row, attending over latents costs less than projecting them up first.
 
@@ -199,10 +234,10 @@ def _absorbed(
     scale: float,
     out: Tensor,
 ) -> None:
-    q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk)  # [h, t, rank]
+    q_latent = mla_absorb(isa, q_nope, w_uk)
     latent = torch.empty_like(q_latent)
-    _mla_attend(isa, q_latent.transpose(0, 1), q_rope, cache, native, rows, latent.transpose(0, 1), scale)
-    out.copy_(torch.bmm(latent, w_uv.transpose(1, 2)).transpose(0, 1))
+    _mla_attend(isa, q_latent, q_rope, cache, native, rows, latent, scale)
+    _head_product(isa, latent, w_uv, out, absorbs=False)
 
 
 def _projected(

@@ -31,6 +31,7 @@ def register_variant(variant: Variant) -> None:
         add(functools.partial(call, variant.code))
     if variant.code == 0:  # few elements: one for all
         register(op="apply_penalties", path=variant.path, dtypes=("float32",))(apply_penalties)
+        register(op="finite_rows", path=variant.path, dtypes=("float32",))(finite_rows)
 
 
 def _check_logits(logits: Tensor) -> tuple[int, int]:
@@ -128,3 +129,13 @@ def apply_penalties(logits: Tensor, penalties: PenaltyBatch) -> None:
         biases,
         penalties.bias.data_ptr(),
     )
+
+
+def finite_rows(logits: Tensor) -> Tensor:
+    """See `ops.finite_rows`."""
+    check_axes("logits", logits, 2)
+    rows, vocab = logits.shape
+    check("logits", logits, torch.float32, (rows, vocab))
+    finite = torch.empty(rows, dtype=torch.bool)
+    _native.finite_rows(rows, vocab, logits.data_ptr(), logits.stride(0), finite.data_ptr())
+    return finite

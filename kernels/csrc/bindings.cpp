@@ -12,6 +12,7 @@
 #include "bindings_parts.hpp"
 #include "cpu.hpp"
 #include "elementwise.hpp"
+#include "heads.hpp"
 #include "integer.hpp"
 #include "linear.hpp"
 #include "moe.hpp"
@@ -102,6 +103,17 @@ void bind_attention(py::module_& m) {
             std::get<1>(v),          std::get<2>(v), k2_token};
         dense_attention(table_of(isa), stretch, make_queries(q_tokens, heads, q_nope, dk, q_rope, dk2), scale,
                         pointer<float>(state_m), pointer<float>(state_l), pointer<float>(state_o));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "head_product",
+      [](int isa, int dtype, bool absorbs, int64_t tokens, int64_t heads, int64_t depth, int64_t width, const Part& x,
+         Address w, const Part& out) {
+        const HeadProduct job{
+            dtype_of(dtype),         tokens,          heads,          depth,      width,
+            pointer(std::get<0>(x)), std::get<1>(x),  std::get<2>(x), pointer(w), pointer(std::get<0>(out)),
+            std::get<1>(out),        std::get<2>(out)};
+        (absorbs ? absorb : expand)(table_of(isa), job);
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
@@ -275,6 +287,12 @@ void bind_sampling(py::module_& m) {
          Address chosen, Address top, Address top_tokens) {
         token_logprobs(table_of(isa), {rows, vocab, top_k, pointer<float>(logits), stride, pointer<int64_t>(tokens),
                                        pointer<float>(chosen), pointer<float>(top), pointer<int64_t>(top_tokens)});
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "finite_rows",
+      [](int64_t rows, int64_t vocab, Address logits, int64_t stride, Address finite) {
+        finite_rows(rows, vocab, pointer<float>(logits), stride, pointer<uint8_t>(finite));
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(

@@ -248,6 +248,19 @@ void attend_typed(const AttendJob& job) {
   }
 }
 
+void weigh_rows(DType dtype, const float* p, int64_t rows, const void* const* v, int64_t count, int64_t dv, float* o) {
+  TOKENRELAY_BY_TYPE(dtype, T, {
+    const auto values = reinterpret_cast<const T* const*>(v);
+#ifdef TOKENRELAY_PAIRS
+    if constexpr (sizeof(T) == 2) {
+      weigh_pairs(p, rows, values, count, dv, o);
+      return;
+    }
+#endif
+    weigh(p, rows, values, count, dv, o);
+  });
+}
+
 void attend(const AttendJob& job) { TOKENRELAY_BY_TYPE(job.dtype, T, attend_typed<T>(job)); }
 
 void merge(int64_t rows, int64_t dv, float* m, float* l, float* o, const float* m2, const float* l2, const float* o2) {

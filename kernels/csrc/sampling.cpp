@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -287,6 +288,20 @@ void apply_penalties(const Penalties& p) {
       logits[p.tokens[j]] = value;
     }
     for (int64_t j = p.bias_offsets[i]; j < p.bias_offsets[i + 1]; ++j) logits[p.bias_tokens[j]] += p.bias[j];
+  });
+}
+
+void finite_rows(int64_t rows, int64_t vocab, const float* logits, int64_t stride, uint8_t* finite) {
+  parallel_for(rows, [&](int64_t row) {
+    constexpr uint32_t kExponent = 0x7f800000u;  // all of its bits are set in infinities and in what is no number
+    const float* x = logits + row * stride;
+    uint32_t found = 0;
+    for (int64_t i = 0; i < vocab; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, x + i, sizeof bits);
+      found |= (bits & kExponent) == kExponent ? 1u : 0u;
+    }
+    finite[row] = found == 0 ? 1 : 0;
   });
 }
 

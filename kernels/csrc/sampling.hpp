@@ -41,4 +41,7 @@ struct Penalties {
 };
 void apply_penalties(const Penalties& penalties);
 
+// finite[r] = 1 where all of logits[r] [vocab] are finite, else 0.
+void finite_rows(int64_t rows, int64_t vocab, const float* logits, int64_t stride, uint8_t* finite);
+
 }  // namespace tokenrelay

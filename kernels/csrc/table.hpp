@@ -45,6 +45,8 @@ struct Table {
   void (*convert)(DType from, const void* in, DType to, void* out, int64_t count);
 
   void (*attend)(const AttendJob& job);
+  // o[r] += sum of p[r, i] * v[i] over `count` <= kTileTokens rows v [dv] of dtype; p [rows, kTileTokens] is 0 beyond.
+  void (*weigh)(DType dtype, const float* p, int64_t rows, const void* const* v, int64_t count, int64_t dv, float* o);
   // (m, l, o) of an earlier run of tokens takes in those of the next run.
   void (*merge)(int64_t rows, int64_t dv, float* m, float* l, float* o, const float* m2, const float* l2,
                 const float* o2);

@@ -10,6 +10,18 @@ from tokenrelay.kernels.ref.elementwise import accumulate
 from tokenrelay.kernels.registry import register
 
 
+@register(op="mla_absorb", path="ref/torch", device="any", priority=0)
+def mla_absorb(q_nope: Tensor, w_uk: Tensor) -> Tensor:
+    """See `ops.mla_absorb`."""
+    return torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
+
+
+@register(op="mla_expand", path="ref/torch", device="any", priority=0)
+def mla_expand(latent: Tensor, w_uv: Tensor) -> Tensor:
+    """See `ops.mla_expand`."""
+    return torch.bmm(latent.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+
+
 @register(op="mla_decode", path="ref/torch", device="any", priority=0, layout="mla")
 def mla_decode(q_latent: Tensor, q_rope: Tensor, cache: Tensor, batch: AttentionBatch, scale: float) -> Tensor:
     """See `ops.mla_decode`."""

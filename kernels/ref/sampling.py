@@ -124,3 +124,9 @@ def apply_penalties(logits: Tensor, penalties: PenaltyBatch) -> None:
         biased = slice(bias_offsets[index], bias_offsets[index + 1])
         ids = penalties.bias_token_ids[biased]
         logits[row, ids] = logits[row, ids] + penalties.bias[biased].to(logits.dtype)
+
+
+@register(op="finite_rows", path="ref/torch", device="any", priority=0)
+def finite_rows(logits: Tensor) -> Tensor:
+    """See `ops.finite_rows`."""
+    return torch.isfinite(logits).all(dim=-1)

@@ -22,6 +22,8 @@ from tokenrelay.runtime.executor.grammars import GrammarAdmission, GrammarSource
 from tokenrelay.runtime.executor.penalties import PenaltyAdmission, PenaltyState
 from tokenrelay.runtime.requests import SamplingParams, TokenIds, TokenLogprobs
 
+NOT_FINITE = "the model's logits are not finite: its weights or its numerics are broken for this input"
+
 Int64s = npt.NDArray[np.int64]
 
 
@@ -181,6 +183,7 @@ class Sampler:
 
     def run(self, work: SampleWork, logits: Tensor) -> tuple[Tensor, dict[int, TokenLogprobs] | None]:
         """Sample from `logits` f32 [s, V] (which it may change). Tokens int64 [s], and log-probabilities by row."""
+        work.failures = self._broken(logits)
         raw = None
         if work.logprob_rows is not None:
             raw = logits[self._to_device(work.logprob_rows)]  # indexing copies: what follows does not change it
@@ -194,12 +197,20 @@ class Sampler:
             self._penalties.count(work.penalty_slots, token_ids[self._to_device(work.penalty_rows)])
         return token_ids, None if raw is None else self._logprobs(work, raw, token_ids)
 
+    def _broken(self, logits: Tensor) -> dict[int, str]:
+        """Rows whose logits are no numbers: what is sampled from them means nothing, so zeros take their place."""
+        finite = ops.finite_rows(logits)
+        if bool(finite.all()):
+            return {}
+        logits[~finite] = 0.0
+        return dict.fromkeys(torch.nonzero(~finite).flatten().tolist(), NOT_FINITE)
+
     def _choose(self, work: SampleWork, logits: Tensor) -> Tensor:
         """Sample, rows with a grammar only what it allows."""
         rows, slots = work.grammar_rows, work.grammar_slots
         if self._grammars is None or rows is None or slots is None:
             return ops.sample(logits, work.batch)
-        work.failures = self._grammars.apply(logits, rows, slots)
+        work.failures |= self._grammars.apply(logits, rows, slots)
         token_ids = ops.sample(logits, work.batch)
         self._grammars.advance(rows, slots, token_ids)
         return token_ids

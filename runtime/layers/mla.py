@@ -138,9 +138,9 @@ class MlaCore(Module):
 
     def _decode(self, q_nope: Tensor, q_rope: Tensor, batch: ops.AttentionBatch, cache: Tensor) -> Tensor:
         """Absorbed: [n, h, nope], [n, h, rope] -> [n, h, v]."""
-        q_latent = torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)  # [n, h, rank]
+        q_latent = ops.mla_absorb(q_nope, self.w_uk)  # [n, h, rank]
         attended = ops.mla_decode(q_latent, q_rope, cache, batch, self.scale)  # [n, h, rank]
-        return torch.bmm(attended.transpose(0, 1), self.w_uv.transpose(1, 2)).transpose(0, 1)
+        return ops.mla_expand(attended, self.w_uv)
 
 
 class MlaAttention(Module):

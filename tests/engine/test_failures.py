@@ -217,3 +217,28 @@ def test_a_step_that_hangs_is_given_up(qwen: Any, monkeypatch: pytest.MonkeyPatc
         assert harness.transcripts[sequence].finish is Finish.ERROR
         assert "did not end" in str(harness.fatal[0])
         flaky.gate.set()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_end_their_request_alone(model: Any, value: float) -> None:
+    """The other one of the same step goes on, and so does the engine."""
+
+    class Broken(Flaky):
+        def __call__(self, token_ids: torch.Tensor, batch: Any, caches: list[torch.Tensor], rows: torch.Tensor) -> Any:
+            logits = super().__call__(token_ids, batch, caches, rows)
+            long = batch.starts[-len(rows) :] + batch.lengths[-len(rows) :] > 40  # the longer one's fourth token
+            logits[long, 5] = value
+            return logits
+
+    short, long = prompt_of(1, 12), prompt_of(2, 37)
+    expected = plain_greedy(model, short, 8)
+    with Harness(Broken(model), slots=2) as harness:
+        ids = [harness.submit(prompt, 8) for prompt in (short, long)]
+        harness.wait(*ids)
+        assert harness.transcripts[ids[0]].token_ids == expected
+        broken = harness.transcripts[ids[1]]
+        assert broken.finish is Finish.ERROR and len(broken.token_ids) == 4
+        assert "logits are not finite" in str(broken.terminals[0].error)
+        again = harness.submit(short, 8)
+        harness.wait(again)
+        assert harness.transcripts[again].token_ids == expected

@@ -337,3 +337,13 @@ def test_bad_sampling_input() -> None:
         )
         with pytest.raises(ValueError, match=message):
             ops.apply_penalties(torch.zeros(2, 8), batch)
+
+
+@pytest.mark.parametrize("path", ["ref/torch", *paths("finite_rows")])
+def test_rows_that_are_not_finite_are_found(path: str) -> None:
+    logits = torch.randn(6, 77)[:, 2:75]
+    logits[1, 0], logits[2, 72], logits[4, 35] = float("nan"), float("inf"), float("-inf")
+    logits[3], logits[5, 3] = torch.finfo(torch.float32).max, 1e-45
+    with registry.force("finite_rows", path):
+        assert ops.finite_rows(logits).tolist() == [True, False, False, True, False, True]
+        assert ops.finite_rows(logits[:0]).shape == (0,)
