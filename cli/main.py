@@ -128,6 +128,15 @@ def serve(
             "Default: auto, as they are.",
         ),
     ] = None,
+    deterministic: Annotated[
+        bool,
+        _option(
+            "--deterministic",
+            panel=MODEL,
+            help="Equal bits whatever the batch, the chunks of a prompt, cached prefixes or the worker. "
+            "Models without latent attention keep to that anyway, at no cost.",
+        ),
+    ] = False,
     tp: Annotated[
         int | None,
         _option(
@@ -312,6 +321,7 @@ def serve(
             "model": None if model is None else str(model),
             "dtype": dtype,
             "weight_dtype": weight_dtype,
+            "deterministic": deterministic or None,
             "tp": tp,
             "ep": ep,
             "dp": dp,

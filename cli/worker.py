@@ -340,6 +340,10 @@ def load(
             told_s = time.monotonic()
             status.progress(what, done=done, total=total)
 
+    if config.deterministic:
+        from tokenrelay.kernels import registry
+
+        registry.deterministic()
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -481,9 +485,11 @@ def _numerics(dtype: str, weight_dtype: str) -> str:
     """The numerics fingerprint: what two workers must share for their sums to be comparable."""
     import torch
 
+    from tokenrelay.kernels import registry
     from tokenrelay.kernels.isa import features, machine
 
-    return f"{machine()};{','.join(sorted(features()))};{dtype};{weight_dtype};torch-{torch.__version__}"
+    mode = ";deterministic" if registry.is_deterministic() else ""
+    return f"{machine()};{','.join(sorted(features()))};{dtype};{weight_dtype};torch-{torch.__version__}{mode}"
 
 
 def _facts(handshake: worker_pb2.HandshakeReply, pool: Pool, load_s: float) -> dict[str, Any]:

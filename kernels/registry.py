@@ -96,6 +96,7 @@ class Kernel:
     layout: str  # of the KV cache or weights it reads; "" where there is none
     priority: int
     source: str  # "tokenrelay" or the plugin's distribution
+    invariant: bool = True  # a row's bits depend on nothing but its own input
 
     def unmet(self, device: str, dtype: str, dims: Mapping[str, int]) -> tuple[Unmet, ...]:
         """What keeps this kernel from running there; empty: it can."""
@@ -107,6 +108,8 @@ class Kernel:
             found.append(Unmet("isa", f"this machine lacks {', '.join(sorted(missing))}", ", ".join(sorted(self.isa))))
         if self.dtypes and dtype not in self.dtypes:
             found.append(Unmet("dtype", dtype, ", ".join(sorted(self.dtypes))))
+        if _deterministic and not self.invariant:
+            found.append(Unmet("deterministic", "rows that do not depend on others", "rows that may"))
         for name, limit in self.limits.items():
             if name in dims and not limit.allows(dims[name]):
                 found.append(Unmet(name, str(dims[name]), str(limit)))
@@ -159,6 +162,7 @@ _forced: dict[str, str] = {}
 _cache: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _plugin_errors: dict[str, str] = {}
 _lock = threading.RLock()
+_deterministic = False
 _generation = 0  # raised whenever another kernel may be chosen than before
 _loaded = False
 _registering = "tokenrelay"  # who registers now; a plugin's name while its entry point runs
@@ -174,9 +178,12 @@ def register(
     limits: Mapping[str, Limit] | None = None,
     layout: str = "",
     priority: int = 10,
+    invariant: bool = True,
 ) -> Callable[[_F], _F]:
     """A decorator: the function is an implementation of `op` with the signature of the public one in `ops`.
 
+    `invariant`: whether a row's bits depend on its own input alone, whatever stands beside it and however a prompt is
+    cut; deterministic mode takes no other.
     Built-in priorities: 0 references, 10 baseline, 20 AVX2, 30 AVX-512, 40 AVX-512 with BF16. ValueError for an
     unknown op or dimension, or a path that is taken for this op.
     """
@@ -201,6 +208,7 @@ def register(
                 layout,
                 priority,
                 _registering,
+                invariant,
             )
             _forget()
         return call
@@ -294,6 +302,19 @@ def _set_forced(op: str, path: str | None) -> None:
         else:
             _forced[op] = path
         _forget()
+
+
+def deterministic(on: bool = True) -> None:
+    """From now on, in the whole process, choose only kernels whose rows depend on nothing but their own input."""
+    global _deterministic
+    with _lock:
+        _deterministic = on
+        _forget()
+
+
+def is_deterministic() -> bool:
+    """Whether `deterministic` is on."""
+    return _deterministic
 
 
 def _forget() -> None:

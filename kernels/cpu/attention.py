@@ -37,6 +37,7 @@ def register_variant(variant: Variant) -> None:
             layout=layout,
             priority=variant.priority,
             limits=limits,
+            invariant=op != "mla_prefill",  # its algorithm follows the chunk's length
             **common,  # type: ignore[arg-type]
         )
         add(functools.partial(call, variant.code))

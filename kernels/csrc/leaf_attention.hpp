@@ -149,6 +149,17 @@ void weigh_pairs(const float* p, int64_t rows, const bf16* const* v, int64_t tok
 }
 #endif
 
+template <class T>
+void weigh_typed(const float* p, int64_t rows, const T* const* v, int64_t count, int64_t dv, float* o) {
+#ifdef TOKENRELAY_PAIRS
+  if constexpr (sizeof(T) == 2) {
+    weigh_pairs(p, rows, v, count, dv, o);
+    return;
+  }
+#endif
+  weigh(p, rows, v, count, dv, o);
+}
+
 // Turns a row's scores into weights e^(score - maximum) and updates maximum, sum and what was weighed before.
 // Tokens from `visible` on get the weight 0.
 inline void soften(float* s, int64_t visible, float scale, float& m, float& l, float* o, int64_t dv) {
@@ -238,27 +249,12 @@ void attend_typed(const AttendJob& job) {
       const int64_t visible = max_of(0, min_of(n, job.visible[r] - job.first - t));
       soften(job.scores + r * kTileTokens, visible, job.scale, job.m[r], job.l[r], job.o + r * job.dv, job.dv);
     }
-#ifdef TOKENRELAY_PAIRS
-    if constexpr (sizeof(T) == 2) {
-      weigh_pairs(job.scores, job.rows, v + t, n, job.dv, job.o);
-      continue;
-    }
-#endif
-    weigh(job.scores, job.rows, v + t, n, job.dv, job.o);
+    weigh_typed(job.scores, job.rows, v + t, n, job.dv, job.o);
   }
 }
 
 void weigh_rows(DType dtype, const float* p, int64_t rows, const void* const* v, int64_t count, int64_t dv, float* o) {
-  TOKENRELAY_BY_TYPE(dtype, T, {
-    const auto values = reinterpret_cast<const T* const*>(v);
-#ifdef TOKENRELAY_PAIRS
-    if constexpr (sizeof(T) == 2) {
-      weigh_pairs(p, rows, values, count, dv, o);
-      return;
-    }
-#endif
-    weigh(p, rows, values, count, dv, o);
-  });
+  TOKENRELAY_BY_TYPE(dtype, T, weigh_typed(p, rows, reinterpret_cast<const T* const*>(v), count, dv, o));
 }
 
 void attend(const AttendJob& job) { TOKENRELAY_BY_TYPE(job.dtype, T, attend_typed<T>(job)); }

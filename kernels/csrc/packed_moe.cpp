@@ -14,9 +14,6 @@ constexpr int64_t kColumns = kBlocks * kBlockColumns;
 
 enum Use { kSums };
 
-const char* at(const void* base, int64_t elements, DType dtype) {
-  return static_cast<const char*>(base) + elements * size_of(dtype);
-}
 char* at(void* base, int64_t elements, DType dtype) { return static_cast<char*>(base) + elements * size_of(dtype); }
 
 class PackedMoe {

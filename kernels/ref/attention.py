@@ -10,19 +10,19 @@ from tokenrelay.kernels.ref.elementwise import accumulate
 from tokenrelay.kernels.registry import register
 
 
-@register(op="mla_absorb", path="ref/torch", device="any", priority=0)
+@register(op="mla_absorb", path="ref/torch", device="any", priority=0, invariant=False)
 def mla_absorb(q_nope: Tensor, w_uk: Tensor) -> Tensor:
     """See `ops.mla_absorb`."""
     return torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
 
 
-@register(op="mla_expand", path="ref/torch", device="any", priority=0)
+@register(op="mla_expand", path="ref/torch", device="any", priority=0, invariant=False)
 def mla_expand(latent: Tensor, w_uv: Tensor) -> Tensor:
     """See `ops.mla_expand`."""
     return torch.bmm(latent.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
 
 
-@register(op="mla_decode", path="ref/torch", device="any", priority=0, layout="mla")
+@register(op="mla_decode", path="ref/torch", device="any", priority=0, invariant=False, layout="mla")
 def mla_decode(q_latent: Tensor, q_rope: Tensor, cache: Tensor, batch: AttentionBatch, scale: float) -> Tensor:
     """See `ops.mla_decode`."""
     out = torch.empty_like(q_latent)  # [n, h, rank]
@@ -35,7 +35,7 @@ def mla_decode(q_latent: Tensor, q_rope: Tensor, cache: Tensor, batch: Attention
     return out
 
 
-@register(op="mla_prefill", path="ref/torch", device="any", priority=0, layout="mla")
+@register(op="mla_prefill", path="ref/torch", device="any", priority=0, invariant=False, layout="mla")
 def mla_prefill(
     q_nope: Tensor,
     q_rope: Tensor,
@@ -61,7 +61,7 @@ def mla_prefill(
     return out
 
 
-@register(op="gqa_decode", path="ref/torch", device="any", priority=0, layout="gqa")
+@register(op="gqa_decode", path="ref/torch", device="any", priority=0, invariant=False, layout="gqa")
 def gqa_decode(q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float) -> Tensor:
     """See `ops.gqa_decode`."""
     out = torch.empty_like(q)
@@ -70,7 +70,7 @@ def gqa_decode(q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float) ->
     return out
 
 
-@register(op="gqa_prefill", path="ref/torch", device="any", priority=0, layout="gqa")
+@register(op="gqa_prefill", path="ref/torch", device="any", priority=0, invariant=False, layout="gqa")
 def gqa_prefill(q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float) -> Tensor:
     """See `ops.gqa_prefill`."""
     out = torch.empty_like(q)

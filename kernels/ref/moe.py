@@ -15,7 +15,7 @@ from tokenrelay.kernels.registry import register
 NO_EXPERT = -1  # in `experts`: the choice lives on another rank
 
 
-@register(op="moe", path="ref/torch", device="any", priority=0)
+@register(op="moe", path="ref/torch", device="any", priority=0, invariant=False)
 def moe(x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
     """See `ops.moe`."""
     wide = accumulate(x)  # [t, d]
@@ -28,7 +28,7 @@ def moe(x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: 
     return out.to(x.dtype)
 
 
-@register(op="quantized_moe", path="ref/torch", device="any", priority=0)
+@register(op="quantized_moe", path="ref/torch", device="any", priority=0, invariant=False)
 def quantized_moe(
     x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: QuantizedWeight, w_down: QuantizedWeight
 ) -> Tensor:
@@ -36,7 +36,7 @@ def quantized_moe(
     return moe(x.float(), experts, weights, w_gate_up.dequantize(), w_down.dequantize()).to(x.dtype)
 
 
-@register(op="packed_moe", path="ref/torch", device="any", priority=0)
+@register(op="packed_moe", path="ref/torch", device="any", priority=0, invariant=False)
 def packed_moe(x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: PackedWeight, w_down: PackedWeight) -> Tensor:
     """See `ops.packed_moe`; activations stay as they are."""
     return moe(x.float(), experts, weights, w_gate_up.unpack().float(), w_down.unpack().float()).to(x.dtype)

@@ -29,6 +29,10 @@ class WorkerConfig:
     weight_dtype: Literal["auto", "int8", "int4", "int4-32", "int4-128"] = setting(
         "auto", "int8, or int4 in groups of 64 (32, 128): matrices are quantized at load; auto: they stay as dtype says"
     )
+    deterministic: bool = setting(
+        False,
+        "equal bits whatever the batch, chunks, cached prefix or worker; models without latent attention are anyway",
+    )
     tp: int = setting(1, "rank processes that heads and features are cut over (CPU)", minimum=1, maximum=64)
     ep: int = setting(1, "rank processes that whole experts are dealt out to (CPU)", minimum=1, maximum=64)
     dp: int = setting(1, "rank processes that sequences are dealt out to, and experts (CPU)", minimum=1, maximum=64)
@@ -99,6 +103,8 @@ class WorkerConfig:
             )
         if self.ranks > 1 and self.weight_dtype != "auto":
             raise ConfigError(f"worker.weight_dtype {self.weight_dtype} is for one rank; this worker has {self.ranks}")
+        if self.ranks > 1 and self.deterministic:
+            raise ConfigError(f"worker.deterministic is for one rank; this worker has {self.ranks}")
         if self.ranks > 1 and self.host_cache_gib:
             raise ConfigError(f"worker.host_cache_gib is for one rank; this worker has {self.ranks}")
 
