@@ -129,13 +129,7 @@ def serve(
         ),
     ] = None,
     deterministic: Annotated[
-        bool,
-        _option(
-            "--deterministic",
-            panel=MODEL,
-            help="Equal bits whatever the batch, the chunks of a prompt, cached prefixes or the worker. "
-            "Models without latent attention keep to that anyway, at no cost.",
-        ),
+        bool, _option("--deterministic", panel=MODEL, help="Equal bits whatever the batch, chunks, prefix or worker.")
     ] = False,
     tp: Annotated[
         int | None,
