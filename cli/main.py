@@ -124,8 +124,7 @@ def serve(
         _option(
             "--weight-dtype",
             panel=MODEL,
-            help="int8 or int4: matrices are quantized at load (CPU): smaller, faster, a little less exact. "
-            "Default: auto, as they are.",
+            help="int8 or int4: matrices are quantized at load (CPU): smaller, faster. Default: auto, as they are.",
         ),
     ] = None,
     deterministic: Annotated[
