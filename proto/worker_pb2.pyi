@@ -204,7 +204,7 @@ class StepOutput(_message.Message):
     def __init__(self, step: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[SequenceOutput, _Mapping]]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ...) -> None: ...
 
 class SequenceOutput(_message.Message):
-    __slots__ = ("id", "token_ids", "finish", "cached_tokens", "logprobs", "reject_reason", "error", "offer")
+    __slots__ = ("id", "token_ids", "finish", "cached_tokens", "logprobs", "reject_reason", "error", "offer", "waited_us")
     ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
@@ -213,6 +213,7 @@ class SequenceOutput(_message.Message):
     REJECT_REASON_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     OFFER_FIELD_NUMBER: _ClassVar[int]
+    WAITED_US_FIELD_NUMBER: _ClassVar[int]
     id: int
     token_ids: bytes
     finish: FinishReason
@@ -221,7 +222,8 @@ class SequenceOutput(_message.Message):
     reject_reason: RejectReason
     error: str
     offer: bytes
-    def __init__(self, id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., cached_tokens: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., reject_reason: _Optional[_Union[RejectReason, str]] = ..., error: _Optional[str] = ..., offer: _Optional[bytes] = ...) -> None: ...
+    waited_us: int
+    def __init__(self, id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., cached_tokens: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., reject_reason: _Optional[_Union[RejectReason, str]] = ..., error: _Optional[str] = ..., offer: _Optional[bytes] = ..., waited_us: _Optional[int] = ...) -> None: ...
 
 class TokenLogprobs(_message.Message):
     __slots__ = ("logprob", "top_token_ids", "top_logprobs")
@@ -264,7 +266,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("blocks_free", "blocks_cached", "blocks_active", "sequences_waiting", "sequences_running", "steps", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "aborts", "step_time_us", "integrity_checks", "integrity_failures", "integrity_check_us", "tps_floor", "host_tier", "drafts")
+    __slots__ = ("blocks_free", "blocks_cached", "blocks_active", "sequences_waiting", "sequences_running", "steps", "prompt_tokens", "cached_tokens", "output_tokens", "preemptions", "aborts", "step_time_us", "integrity_checks", "integrity_failures", "integrity_check_us", "tps_floor", "host_tier", "drafts", "blocks_writable", "blocks_in_flight", "blocks_quarantined", "blocks_sealed")
     BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_ACTIVE_FIELD_NUMBER: _ClassVar[int]
@@ -283,6 +285,10 @@ class Stats(_message.Message):
     TPS_FLOOR_FIELD_NUMBER: _ClassVar[int]
     HOST_TIER_FIELD_NUMBER: _ClassVar[int]
     DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_WRITABLE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_QUARANTINED_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_SEALED_FIELD_NUMBER: _ClassVar[int]
     blocks_free: int
     blocks_cached: int
     blocks_active: int
@@ -301,7 +307,11 @@ class Stats(_message.Message):
     tps_floor: TpsFloor
     host_tier: HostTier
     drafts: Drafts
-    def __init__(self, blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_active: _Optional[int] = ..., sequences_waiting: _Optional[int] = ..., sequences_running: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., aborts: _Optional[int] = ..., step_time_us: _Optional[int] = ..., integrity_checks: _Optional[int] = ..., integrity_failures: _Optional[int] = ..., integrity_check_us: _Optional[int] = ..., tps_floor: _Optional[_Union[TpsFloor, _Mapping]] = ..., host_tier: _Optional[_Union[HostTier, _Mapping]] = ..., drafts: _Optional[_Union[Drafts, _Mapping]] = ...) -> None: ...
+    blocks_writable: int
+    blocks_in_flight: int
+    blocks_quarantined: int
+    blocks_sealed: int
+    def __init__(self, blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_active: _Optional[int] = ..., sequences_waiting: _Optional[int] = ..., sequences_running: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., aborts: _Optional[int] = ..., step_time_us: _Optional[int] = ..., integrity_checks: _Optional[int] = ..., integrity_failures: _Optional[int] = ..., integrity_check_us: _Optional[int] = ..., tps_floor: _Optional[_Union[TpsFloor, _Mapping]] = ..., host_tier: _Optional[_Union[HostTier, _Mapping]] = ..., drafts: _Optional[_Union[Drafts, _Mapping]] = ..., blocks_writable: _Optional[int] = ..., blocks_in_flight: _Optional[int] = ..., blocks_quarantined: _Optional[int] = ..., blocks_sealed: _Optional[int] = ...) -> None: ...
 
 class Drafts(_message.Message):
     __slots__ = ("drafts", "tokens", "accepted")

@@ -46,6 +46,7 @@ from tokenrelay.runtime.requests import (
     SamplingParams,
     TokenIds,
 )
+from tokenrelay.runtime.waits import Waits
 
 log = get_logger("engine")
 
@@ -131,6 +132,7 @@ class Engine:
         # The loop's own.
         self._open: dict[int, EngineRequest] = {}  # in the scheduler
         self._params: dict[int, SamplingParams] = {}  # of `_open`, as the executor asks for it
+        self._waits = Waits()
         self._deadlines: list[tuple[float, int]] = []  # heap of (instant, sequence); entries of ended ones are skipped
         self._launched: deque[_Launched] = deque()
         self._step_time_us = 0
@@ -321,6 +323,7 @@ class Engine:
         self._open[request.sequence_id] = request
         self._params[request.sequence_id] = request.sampling
         self._drafter.opened(request)
+        self._waits.submitted(request.sequence_id)
         self.handover.submitted(request.sequence_id, request.handover)
         if request.deadline.at_s != float("inf"):
             self._remember_deadline(request)
@@ -373,6 +376,7 @@ class Engine:
             output = last
             if output.sequence_id != sequence_id:
                 output = last = EngineOutput(sequence_id, (), Finish.NONE, bool(first), cached_tokens)
+                output.waited_us = self._waits.take(sequence_id) if first else 0
                 outputs.append(output)
             output.token_ids = (*output.token_ids, token_id)
             if logprobs is not None and row in logprobs:
@@ -401,7 +405,9 @@ class Engine:
             self.tier.turn()
             if plan is None:
                 return
-            self.handover.touch(plan.admitted_ids.tolist())
+            admitted = plan.admitted_ids.tolist()
+            self.handover.touch(admitted)
+            self._waits.admitted(admitted)
             step = self._executor.launch(plan, self._params, self._token_ids_of, self._wake_up)
             self._launched.append(_Launched(step, plan))
 
@@ -423,6 +429,7 @@ class Engine:
         self._open.pop(sequence_id, None)
         self._params.pop(sequence_id, None)
         self._drafter.ended(sequence_id)
+        self._waits.forget(sequence_id)
         with self._lock:
             assert sequence_id in self._accepted, f"a second terminal output for sequence {sequence_id}"
             self._accepted.discard(sequence_id)

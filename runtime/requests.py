@@ -154,6 +154,7 @@ class EngineOutput:
     finish: Finish = Finish.NONE
     first: bool = False  # holds the sequence's first new token
     cached_tokens: int = 0  # prompt tokens that were not computed; with `first`
+    waited_us: int = 0  # from its submission to the step that admitted it; with `first`
     logprobs: Sequence[TokenLogprobs] | None = None  # one per token, when asked for
     reject: Reject = Reject.NONE
     error: TokenRelayError | None = None
@@ -203,7 +204,11 @@ class EngineStats:
 
     blocks_free: int = 0
     blocks_cached: int = 0
-    blocks_active: int = 0
+    blocks_active: int = 0  # of these:
+    blocks_writable: int = 0
+    blocks_in_flight: int = 0
+    blocks_quarantined: int = 0
+    blocks_sealed: int = 0
     sequences_waiting: int = 0
     sequences_running: int = 0
     steps: int = 0

@@ -1,6 +1,7 @@
 #include "tokenrelay/scheduler/pool.hpp"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <utility>
 
@@ -288,8 +289,10 @@ std::optional<std::string> BlockPool::check() const {
   int free = 0;
   int cached = 0;
   int borrowed = 0;
+  std::array<int, 6> kinds{};
   for (BlockId id = 0; id < blocks(); ++id) {
     const Record& record = at(id);
+    ++kinds[static_cast<std::size_t>(record.kind)];
     const std::string which = "block " + std::to_string(id);
     free += record.kind == Kind::free;
     cached += record.kind == Kind::cached;
@@ -305,6 +308,9 @@ std::optional<std::string> BlockPool::check() const {
     if (record.borrowed != block::Borrowed::no && record.kind != Kind::sealed) return which + " is borrowed, unpinned";
   }
   if (free != free_.size || cached != evictor_.size()) return "the counts of free and cached blocks are wrong";
+  for (std::size_t kind = 0; kind < kinds.size(); ++kind) {
+    if (kinds[kind] != records_.count(static_cast<Kind>(kind))) return "the count of blocks in a state is wrong";
+  }
   if (borrowed != borrowed_) return "the count of blocks that only write-backs pin is wrong";
   return std::nullopt;
 }

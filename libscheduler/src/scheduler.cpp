@@ -246,6 +246,11 @@ Counts Scheduler::counts() const noexcept {
   counts.blocks_free = pool_.free();
   counts.blocks_cached = pool_.cached();
   counts.blocks_active = pool_.blocks() - pool_.available();
+  const auto& records = pool_.records();
+  counts.blocks_writable = records.count(block::Kind::writable);
+  counts.blocks_in_flight = records.count(block::Kind::in_flight);
+  counts.blocks_quarantined = records.count(block::Kind::quarantined);
+  counts.blocks_sealed = records.count(block::Kind::sealed);
   counts.sequences_waiting = waiting_.size() + holds_.size();
   counts.sequences_running = config_.slots - slots_.free();
   counts.steps_in_flight = static_cast<int>(flights_size_);

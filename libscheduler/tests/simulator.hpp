@@ -211,6 +211,8 @@ class Simulator {
     if (broken) check::fail(__FILE__, __LINE__, *broken);
     const Counts counts = scheduler.counts();
     CHECK_EQUAL(counts.blocks_free + counts.blocks_cached + counts.blocks_active, config_.blocks);
+    CHECK_EQUAL(counts.blocks_writable + counts.blocks_in_flight + counts.blocks_quarantined + counts.blocks_sealed,
+                counts.blocks_active);
     CHECK_EQUAL(counts.sequences_importing, static_cast<int>(transfers_.size()));
     CHECK_EQUAL(counts.handles_open, static_cast<int>(handles_.size()));
     CHECK_EQUAL(counts.host.loads_in_flight + counts.host.write_backs_in_flight >= static_cast<int>(host.in_flight()),

@@ -47,6 +47,10 @@ class Output(Protocol):
         """With the first token."""
 
     @property
+    def waited_us(self) -> int:
+        """With the first token."""
+
+    @property
     def logprobs(self) -> Sequence[Logprobs] | None:
         """One per token, or None."""
 
@@ -73,6 +77,7 @@ def sequence_output(output: Output) -> worker_pb2.SequenceOutput:
         token_ids=pack(output.token_ids),
         finish=output.finish,  # type: ignore[arg-type]
         cached_tokens=output.cached_tokens,
+        waited_us=output.waited_us,
     )
     if output.logprobs:
         message.logprobs.extend(

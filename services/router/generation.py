@@ -166,7 +166,7 @@ class Choice:
             metrics.inter_token_s.observe((now - self._last_s) / tokens, tokens)
         else:
             self.cached_tokens = output.cached_tokens
-            run.admitted(self, now)
+            run.admitted(self, now, output.waited_us)
         self._last_s = now
         self.output_tokens += tokens
 
@@ -380,12 +380,12 @@ class Run:
     def _expire(self, timeout_s: float) -> None:
         self.fail(DeadlineExceeded(f"the request was not done in {timeout_s:g} s"), "deadline")
 
-    def admitted(self, choice: Choice, now_s: float) -> None:
+    def admitted(self, choice: Choice, now_s: float, waited_us: int = 0) -> None:
         """A choice has its first token."""
         if choice.index % self.wanted.n == 0:
             self.metrics.prompt_tokens += self.prompts[choice.prompt_index].tokens
             self.metrics.cached_tokens += choice.cached_tokens
-        self.trail.first_token(choice.cached_tokens, choice.index)
+        self.trail.first_token(choice.cached_tokens, choice.index, waited_us)
         if not self.first.done():
             self.metrics.ttft_s.observe(now_s - self._arrived_s)
             self.first.set_result(None)

@@ -247,8 +247,11 @@ def handover_object(trail: Trail, choice: int) -> Json:
 
 
 def _blocks(stats: worker_pb2.Stats) -> Json:
-    """Blocks by state; they sum to the pool."""
-    return {"free": stats.blocks_free, "cached": stats.blocks_cached, "active": stats.blocks_active}
+    """Blocks by state; they sum to the pool. `active`: those of a worker that does not tell their states."""
+    states = ("cached", "sealed", "writable", "in_flight", "quarantined", "free")
+    found = {state: getattr(stats, f"blocks_{state}") for state in states}
+    untold = stats.blocks_active - sum(found[state] for state in ("sealed", "writable", "in_flight", "quarantined"))
+    return {**found, "active": max(0, untold)}
 
 
 async def _refresh(client: WorkerClient) -> None:

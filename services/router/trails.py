@@ -20,6 +20,7 @@ from typing import Final, Literal
 
 TRAILS_MAX = 256
 NOTES_MAX = 48  # of one trail; its end is noted in any case
+SENT = ("submitted", "prefill")
 SAMPLES_MAX = 4096  # since somebody looked last
 SPEED_TOKENS_MIN = 4  # a shorter answer has no speed of its own
 
@@ -27,6 +28,7 @@ Samples = deque[tuple[float, float]]
 Kind = Literal[
     "submitted",  # to the worker that computes and decodes it
     "prefill",  # to the worker that computes its prompt; `to` goes on with it
+    "started",  # the step that admitted it
     "offered",  # that worker has made a handle of its KV, which `to` claims
     "first_token",
     "handed_over",  # the first token of the worker that took the KV
@@ -92,14 +94,25 @@ class Trail:
             if kind == "prefill":
                 self._owner.handovers.append((self, choice))
 
-    def first_token(self, cached_tokens: int, choice: int) -> None:
-        """A choice has its first token; the first of them counts."""
+    def first_token(self, cached_tokens: int, choice: int, waited_us: int = 0) -> None:
+        """A choice has its first token; the first of them counts. `waited_us`: at its worker, before its prompt."""
         if self.first_s is None:
             self.first_s = time.monotonic() - self.arrived_s
             self._owner.first_tokens.append((time.monotonic(), self.first_s))
         if choice == 0:
             self.cached_tokens = cached_tokens
+        if waited_us:
+            self._note_start(choice, waited_us / 1e6)
         self.note("first_token", choice=choice)
+
+    def _note_start(self, choice: int, waited_s: float) -> None:
+        """When the prompt was begun with, which is known only now: so long after it was sent there."""
+        sent = next((one for one in reversed(self.notes) if one.choice == choice and one.kind in SENT), None)
+        if sent is None or len(self.notes) >= NOTES_MAX:
+            return
+        at_s = min(sent.at_s + waited_s, time.monotonic() - self.arrived_s)
+        self.notes.append(Note(at_s, "started", choice, sent.worker, "", ""))
+        self.notes.sort(key=lambda note: note.at_s)
 
     def end(self, outcome: str, output_tokens: int = 0) -> None:
         """It is over; the first end counts. `outcome`: a finish reason or an error's code."""

@@ -27,6 +27,7 @@ class Transcript:
     token_ids: list[int] = field(default_factory=list)
     terminals: list[EngineOutput] = field(default_factory=list)
     cached_tokens: int | None = None
+    waited_us: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
@@ -76,6 +77,7 @@ class Harness:
                 if output.first:
                     assert transcript.cached_tokens is None, "first twice"
                     transcript.cached_tokens = output.cached_tokens
+                    transcript.waited_us = output.waited_us
                 if output.finish:
                     transcript.terminals.append(output)
                     self.ended_order.append(output.sequence_id)

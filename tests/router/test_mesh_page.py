@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import aiohttp
@@ -13,7 +14,7 @@ from router_stack import Stack, StartStack, until
 
 from tokenrelay.proto import worker_pb2
 from tokenrelay.services.router import mesh_feed, page
-from tokenrelay.services.router.mesh import HIDDEN, handover_object, percentile, trail_object
+from tokenrelay.services.router.mesh import HIDDEN, _blocks, handover_object, percentile, trail_object
 from tokenrelay.services.router.mesh_feed import FEED, MeshFeed
 from tokenrelay.services.router.trails import NO_TRAIL, NOTES_MAX, Trails
 
@@ -214,6 +215,28 @@ def test_a_trail_is_bounded_and_ends_once() -> None:
     assert [one.request_id for one in trails.recent(9)] == ["c", "b"] and trails.find("a") is None
     NO_TRAIL.note("moved")
     assert not NO_TRAIL.notes
+
+
+def test_where_the_wait_at_a_worker_ended_is_noted_with_the_first_token() -> None:
+    trail = Trails().begin("a", prompt_tokens=5, arrived_s=time.monotonic() - 2.0)
+    trail.note("submitted", worker="w")
+    trail.note("submitted", worker="x", choice=1)
+    time.sleep(0.02)
+    trail.first_token(0, 0, waited_us=5_000)
+    kinds = [(note.kind, note.worker) for note in trail.notes]
+    assert kinds == [("submitted", "w"), ("submitted", "x"), ("started", "w"), ("first_token", "")]
+    assert trail.notes[2].at_s == pytest.approx(trail.notes[0].at_s + 0.005)
+    trail.first_token(0, 1, waited_us=9_000_000)
+    assert trail.notes[-2].kind == "started" and trail.notes[-2].at_s <= trail.notes[-1].at_s, "never in the future"
+
+
+def test_blocks_are_shown_by_their_states() -> None:
+    told = worker_pb2.Stats(blocks_free=5, blocks_cached=4, blocks_active=6, blocks_sealed=3, blocks_in_flight=2)
+    told.blocks_writable = 1
+    states = {"free": 5, "cached": 4, "sealed": 3, "writable": 1, "in_flight": 2, "quarantined": 0, "active": 0}
+    assert _blocks(told) == states
+    untold = _blocks(worker_pb2.Stats(blocks_free=5, blocks_active=6))
+    assert untold["active"] == 6 and sum(untold.values()) == 11
 
 
 def test_a_handover_says_how_far_it_is() -> None:

@@ -217,7 +217,11 @@ struct DraftCounts {
 struct Counts {
   int blocks_free = 0;
   int blocks_cached = 0;
-  int blocks_active = 0;
+  int blocks_active = 0;  // of these:
+  int blocks_writable = 0;
+  int blocks_in_flight = 0;
+  int blocks_quarantined = 0;
+  int blocks_sealed = 0;
   int sequences_waiting = 0;  // held ones included
   int sequences_running = 0;  // in a slot, those that only wait for launched steps included
   int steps_in_flight = 0;
