@@ -41,7 +41,7 @@ app.add_typer(fsm_app, name="fsm", rich_help_panel="Looking inside")
 
 EXPERTS_HELP = (
     "How experts are dealt out, by comma: send (tokens go to their experts' ranks along dp, instead of to all), "
-    "whole (experts stay whole over tp), cut (they are cut over dp)."
+    "whole (experts stay whole over tp), cut (they are cut over dp), spare:N (N places a rank for replicas)."
 )
 MODEL_HELP = "The model: a folder with config.json, *.safetensors and tokenizer files. Default: the bundled one."
 

@@ -360,7 +360,9 @@ def load(
         sizes = {"block_tokens": config.block_tokens, "context_tokens": config.context_tokens}
         mesh = Mesh(pp=config.pp, dp=config.dp, cp=config.cp, ep=config.ep, tp=config.tp)
         experts = ExpertSplit.parse(config.experts)
-        return ranks.load(folder, mesh, dtype=dtype, progress=progress, experts=experts, shared=shared, **sizes)
+        led = ranks.load(folder, mesh, dtype=dtype, progress=progress, experts=experts, shared=shared, **sizes)
+        led.replace_steps = config.replace_steps
+        return led
     model = load_model(
         folder,
         dtype=_dtype(config.dtype, device),

@@ -19,6 +19,7 @@ from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, paramete
 from tokenrelay.runtime.placement import Boundary, Layout, Partial, Port, Replicate, Shard, edges
 
 EXPERT_AXES = ("dp", "ep", "tp")
+SPARE_MAX = 64
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ExpertSplit:
 
     whole: tuple[str, ...] = ("dp", "ep")
     send: bool = False
+    spare: int = 0  # places of a rank beyond its experts, for replicas of busy ones (runtime/spmd/experts.py)
 
     def __post_init__(self) -> None:
         if self.send and "dp" not in self.whole:
@@ -42,13 +44,24 @@ class ExpertSplit:
     def parse(words: str) -> ExpertSplit:
         """From a setting such as "send,whole". Raises PlacementError that lists the words.
 
-        send: see `send`. whole: over tp experts are dealt out whole too. cut: over dp their width is cut too.
+        send: see `send`. whole: over tp experts are dealt out whole too. cut: over dp their width is cut too. spare:N:
+        see `spare`.
         """
         said = {word.strip() for word in words.split(",") if word.strip()}
+        spare = 0
+        for word in [word for word in said if word.startswith("spare:")]:
+            said.remove(word)
+            number = word.removeprefix("spare:")
+            if not number.isdecimal() or (spare := int(number)) > SPARE_MAX:
+                raise PlacementError(
+                    f"spare places of experts are written spare:N, N from 0 to {SPARE_MAX}, not {word!r}"
+                )
         if unknown := said - {"send", "whole", "cut"}:
-            raise PlacementError(f"experts are dealt out by send, whole and cut, not by {', '.join(sorted(unknown))}")
+            raise PlacementError(
+                f"experts are dealt out by send, whole, cut and spare:N, not by {', '.join(sorted(unknown))}"
+            )
         whole = ("ep",) if "cut" in said else ("dp", "ep")
-        return ExpertSplit((*whole, "tp") if "whole" in said else whole, "send" in said)
+        return ExpertSplit((*whole, "tp") if "whole" in said else whole, "send" in said, spare)
 
     @property
     def tokens(self) -> Layout:

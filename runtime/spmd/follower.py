@@ -40,6 +40,10 @@ def follow(rank: int, store: Any, timeout_s: float, orders: int, answers: int) -
                     model.mirror.collect(batch.cache_slots, caches, [])
                 continue
             order = json.loads(payload)
+            if kind == frames.REPLACE:
+                assert model is not None and model.balancer is not None, "experts that have no spare places"
+                model.balancer.replace()
+                continue
             if kind == frames.SPREAD:
                 assert model is not None and model.mirror is not None, "a pool that is not shared is not spread"
                 model.mirror.spread(order["blocks"], caches, [])

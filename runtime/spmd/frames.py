@@ -19,7 +19,7 @@ from tokenrelay.kernels.batch import AttentionBatch
 from tokenrelay.runtime.spmd.homes import Copy
 
 HEAD = struct.Struct("<cQ")
-LOAD, CACHES, STEP, SPREAD = b"L", b"C", b"S", b"P"
+LOAD, CACHES, STEP, SPREAD, REPLACE = b"L", b"C", b"S", b"P", b"E"
 FRAME_BYTES_MAX = 1 << 30
 _COUNTS = 8  # tokens, rows, sampled rows, table columns, decodes, context_max, homes, numbers of copies
 

@@ -13,7 +13,7 @@ import tokenrelay.runtime
 from tokenrelay.base.errors import PlacementError
 from tokenrelay.runtime.layers.moe import ExpertSplit
 from tokenrelay.runtime.models.decoder import Model
-from tokenrelay.runtime.placement import Mesh
+from tokenrelay.runtime.placement import STAGES, Mesh
 from tokenrelay.runtime.spmd.comm import Comm
 from tokenrelay.runtime.spmd.rank_model import Programs, RankModel, compile_programs
 from tokenrelay.runtime.weights.loader import load_model
@@ -41,7 +41,8 @@ def load_shard(order: dict[str, Any], rank: int, **more: Any) -> tuple[Model, Pr
         )
     mesh = Mesh(**order["mesh"])
     dtype = getattr(torch, order["dtype"]) if order["dtype"] else None
-    experts = ExpertSplit(tuple(order["experts"]["whole"]), order["experts"]["send"])
+    said = order["experts"]
+    experts = ExpertSplit(tuple(said["whole"]), said["send"], said["spare"])
     options = {**order["options"], **more}
     model = load_model(Path(order["folder"]), dtype=dtype, mesh=mesh, rank=rank, experts=experts, **options)
     return model, compile_programs(model.architecture, mesh, experts)
@@ -50,6 +51,8 @@ def load_shard(order: dict[str, Any], rank: int, **more: Any) -> tuple[Model, Pr
 def meet(store: Any, order: dict[str, Any], rank: int, timeout_s: float, shard: tuple[Model, Programs]) -> RankModel:
     """Connect with the others, once every rank has its shard. Raises RuntimeError when one does not come."""
     model, programs = shard
-    return RankModel(
-        model, programs, Comm(store, order["name"], programs.mesh, rank, timeout_s), rank, shared=order["shared"]
-    )
+    comm = Comm(store, order["name"], programs.mesh, rank, timeout_s)
+    # Experts of one rank alone have nowhere to go.
+    balanced = order["experts"]["spare"] > 0 and programs.mesh.ranks > programs.mesh.size(STAGES)
+    folder = Path(order["folder"]) if balanced and model.architecture.moe is not None else None
+    return RankModel(model, programs, comm, rank, shared=order["shared"], folder=folder)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from tokenrelay.runtime.placement.cost import CostModel
 from tokenrelay.runtime.placement.ir import Add, Call, Move, Op, Part, Program, ReduceNorm, Start, Value
 from tokenrelay.runtime.placement.passes import SPLIT_TOKENS_MIN
 from tokenrelay.runtime.placement.stages import cut_stages, stage_layers
+from tokenrelay.runtime.spmd.balance import Balancer
 from tokenrelay.runtime.spmd.comm import Comm
 from tokenrelay.runtime.spmd.deal import deal
 from tokenrelay.runtime.spmd.homes import Copy
@@ -91,8 +93,20 @@ def compile_programs(architecture: Architecture, mesh: Mesh, experts: ExpertSpli
 class RankModel:
     """A model that was loaded for one rank, with the programs of its mesh. Call it on all ranks at once."""
 
-    def __init__(self, model: Model, programs: Programs, comm: Comm, rank: int, *, shared: bool = False) -> None:
-        """`shared`: the leader keeps the pool as one rank would have it, see `mirror.py`."""
+    def __init__(
+        self,
+        model: Model,
+        programs: Programs,
+        comm: Comm,
+        rank: int,
+        *,
+        shared: bool = False,
+        folder: Path | None = None,
+    ) -> None:
+        """`shared`: the leader keeps the pool as one rank would have it, see `mirror.py`.
+
+        `folder`: the checkpoint, of a model whose experts have spare places, see `balance.py`.
+        """
         self.config = model.config
         self.cos_sin = model.cos_sin
         self.mesh = programs.mesh
@@ -110,6 +124,7 @@ class RankModel:
         for axis in ("dp", STAGES):  # blocks are copied along dp, values passed on along pp
             if self.mesh.size(axis) > 1:
                 comm.connect((axis,))
+        self.balancer = Balancer(model, comm, self.mesh, rank, folder) if folder is not None else None
         self.mirror = Mirror(comm, self.mesh, rank, model.config.kv_layout) if shared else None
         self._few = Line(few, self.bind, fused=not self.dealt)
         self._many = Line(many, self.bind, fused=not self.dealt)
@@ -229,6 +244,8 @@ class RankModel:
             case Embedding():
                 return Bound(self._embedding(module))
             case Experts():
+                if self.balancer is not None:
+                    return Bound(self._placed(module, int(path.split(".")[1]), sends, self.balancer), ("step",))
                 return Bound(self._sent(module, sends) if sends else self._experts(module))
         raise PlacementError(f"ranks cannot run {path} ({type(module).__name__})")
 
@@ -292,12 +309,34 @@ class RankModel:
 
     def _sent(self, module: Experts, axes: tuple[str, ...]) -> Fn:
         """Tokens go to the ranks along `axes` that hold their experts."""
-        held, layout = module.w_down.shape[0], module.boundary.parameters["w_down"]
-        group = next(g for g in self.mesh.groups(axes) if self.mesh.rank_at(self._at) in g)
-        firsts = [cuts_of(layout, 3, self.mesh, self.mesh.coordinates(rank))[0].index * held for rank in group]
+        held, firsts = module.w_down.shape[0], self._firsts(module, axes)
 
         def feed(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
             return self._comm.exchange(axes, x, experts, weights, firsts=firsts, held=held, work=module)
+
+        return feed
+
+    def _firsts(self, module: Experts, axes: tuple[str, ...]) -> list[int]:
+        """The first expert, or place of one, of each rank along `axes`."""
+        held, layout = module.w_down.shape[0], module.boundary.parameters["w_down"]
+        group = next(g for g in self.mesh.groups(axes) if self.mesh.rank_at(self._at) in g)
+        return [cuts_of(layout, 3, self.mesh, self.mesh.coordinates(rank))[0].index * held for rank in group]
+
+    def _placed(self, module: Experts, layer: int, sends: tuple[str, ...], balancer: Balancer) -> Fn:
+        """Experts that move: choices are counted, and become places."""
+        held = module.w_down.shape[0]
+        first = cuts_of(module.boundary.parameters["w_down"], 3, self.mesh, self._at)[0].index * held
+        firsts = self._firsts(module, sends) if sends else []
+        gathered = not sends and self.mesh.size("dp") > 1
+
+        def feed(x: Tensor, experts: Tensor, weights: Tensor, inputs: Inputs) -> Tensor:
+            balancer.count(layer, experts, inputs.real, gathered=gathered)
+            places = balancer.places(layer, experts)
+            if sends:
+                return self._comm.exchange(sends, x, places, weights, firsts=firsts, held=held, work=module)
+            local = places - first
+            found: Tensor = module(x, local.masked_fill_((local < 0) | (local >= held), -1), weights)
+            return found
 
         return feed
 

@@ -40,6 +40,7 @@ from tokenrelay.runtime.layers.moe import ExpertSplit
 from tokenrelay.runtime.models.decoder import Model
 from tokenrelay.runtime.placement import STAGES, Mesh
 from tokenrelay.runtime.spmd import frames
+from tokenrelay.runtime.spmd.balance import Replaced
 from tokenrelay.runtime.spmd.comm import HOST, LOAD_MAX_S
 from tokenrelay.runtime.spmd.homes import Homes
 from tokenrelay.runtime.spmd.load import code_identity, load_shard, meet
@@ -48,6 +49,7 @@ from tokenrelay.runtime.spmd.rank_model import RankModel
 
 STEP_MAX_S = 60.0  # a collective that takes longer means that a rank hangs
 RANKS_MAX = 64
+REPLACE_STEPS = 3000  # vLLM's default too: some minutes of decoding, and reading a few experts is soon repaid
 REPLY_BYTES_MAX = 1 << 16
 
 log = get_logger("ranks")
@@ -256,11 +258,21 @@ class LeadingModel:
         self._block_tokens = model.config.kv_layout.block_tokens
         places = model.mesh.size("dp")
         self._homes = Homes(places, self._block_tokens) if places > 1 else None
+        self.replace_steps = REPLACE_STEPS  # between two re-placements of experts, where these have spare places
+        self._steps = 0
         self._unseen: Unseen | None = None
         self._caches: list[Tensor] | None = None  # rank 0's own, where the pool that it is given is laid out otherwise
         if model.mirror is not None:
             layout = model.shard.architecture.kv_layout(self._block_tokens)
             self.config = replace(self.config, kv_layout=layout)
+
+    def replace_experts(self) -> Replaced:
+        """Move experts to where their load is even, now, between two steps. Raises Unavailable."""
+        balancer = self._model.balancer
+        assert balancer is not None, "this model's experts have no spare places"
+        replaced: Replaced = self._ranks.run(self._followers, frames.REPLACE, b"{}", balancer.replace)
+        log.info("experts re-placed", moved=replaced.moved, peak_before=replaced.before, peak_after=replaced.after)
+        return replaced
 
     @property
     def shard(self) -> Model:
@@ -288,6 +300,9 @@ class LeadingModel:
         """As `Model.forward`. Raises Unavailable once a rank is dead or hangs."""
         homes, copies = self._homes.choose(batch) if self._homes is not None else ([], [])
         payload = frames.pack_step(token_ids, batch, sample_rows, self._block_tokens, homes, copies)
+        self._steps += 1
+        if self._model.balancer is not None and self._steps % self.replace_steps == 0:
+            self.replace_experts()
         own, mirror = self._caches or caches, self._model.mirror
 
         def step() -> Tensor:

@@ -17,6 +17,7 @@ from torch import nn
 from tokenrelay.base.errors import PlacementError
 from tokenrelay.runtime.layers.attention import GqaCore
 from tokenrelay.runtime.layers.mla import MlaCore
+from tokenrelay.runtime.layers.moe import Experts
 from tokenrelay.runtime.layers.sources import Index, WeightPart, WeightSource, parameter
 from tokenrelay.runtime.models.decoder import Model
 from tokenrelay.runtime.placement import AXES, STAGES, Boundary, Layout, Mesh, Partial, Shard
@@ -43,12 +44,13 @@ def cuts_of(layout: Layout, dims: int, mesh: Mesh, at: Mapping[str, int]) -> lis
 
 
 def shard_model(
-    model: Model, sources: Mapping[str, WeightSource], mesh: Mesh, rank: int
+    model: Model, sources: Mapping[str, WeightSource], mesh: Mesh, rank: int, spare: int = 0
 ) -> tuple[dict[str, WeightSource], list[tuple[nn.Module, str]]]:
     """Shrink the parameters of `model` (on meta) to those of `rank`.
 
     Returns the sources that this rank reads, cut to what it holds, and the parameters that are zeros on this rank
     because another one adds them. Parameters of other pipeline stages have no elements.
+    `spare`: places for experts beyond those dealt out, not filled.
     """
     at = mesh.coordinates(rank)
     cuts: dict[tuple[int, str], list[Cut]] = {}
@@ -70,7 +72,7 @@ def shard_model(
         kept = tuple(p for p in parts if p is not None and (id(p.module), p.parameter) not in absent)
         if kept:
             local[name] = dataclasses.replace(source, parts=kept)
-    _shrink(model, cuts, mesh, elsewhere)
+    _shrink(model, cuts, mesh, elsewhere, spare)
     return local, [(module, name) for module, name in zeros if id(module) not in elsewhere]
 
 
@@ -85,10 +87,14 @@ def _held(path: str, model: Model, mesh: Mesh, at: Mapping[str, int]) -> bool:
     return part not in ("norm", "head") or stage == stages - 1
 
 
-def _shrink(model: nn.Module, cuts: Mapping[tuple[int, str], list[Cut]], mesh: Mesh, elsewhere: Container[int]) -> None:
+def _shrink(
+    model: nn.Module, cuts: Mapping[tuple[int, str], list[Cut]], mesh: Mesh, elsewhere: Container[int], spare: int
+) -> None:
     for module in model.modules():
         for name, held in list(module.named_parameters(recurse=False)):
             shape = [size // cut.count for size, cut in zip(held.shape, cuts[id(module), name], strict=True)]
+            if isinstance(module, Experts) and any(cut.count > 1 for cut in cuts[id(module), name][:1]):
+                shape[0] += spare
             if id(module) in elsewhere:
                 shape[0] = 0
             with torch.device("meta"):
@@ -124,3 +130,24 @@ def _cut_part(part: WeightPart, source: WeightSource, cuts: list[Cut]) -> Weight
 
 def _tuple(items: list[int | slice]) -> Index:
     return tuple(items)
+
+
+def expert_sources(model: Model, layer: int, place: int, expert: int, mesh: Mesh, rank: int) -> dict[str, WeightSource]:
+    """The tensors of `expert`, cut to this rank's part of its width, for its place `place` in `layer`."""
+    module = model.get_submodule(f"layers.{layer}.mlp.experts")
+    assert isinstance(module, Experts)
+    at, f, d = mesh.coordinates(rank), module.moe.width, module.hidden
+    layout = module.boundary.parameters["w_down"]
+    cut = cuts_of(layout, 3, mesh, at)[2]
+    width = f // cut.count
+    mine = slice(cut.index * width, (cut.index + 1) * width)
+    gate = WeightPart(module, "w_gate_up", (place, slice(0, width)), (mine,))
+    up = WeightPart(module, "w_gate_up", (place, slice(width, 2 * width)), (mine,))
+    down = WeightPart(module, "w_down", (place,), (slice(None), mine))
+    prefix = f"model.layers.{layer}.mlp.experts.{expert}."
+    sources = (
+        WeightSource(f"{prefix}gate_proj.weight", (f, d), (gate,)),
+        WeightSource(f"{prefix}up_proj.weight", (f, d), (up,)),
+        WeightSource(f"{prefix}down_proj.weight", (d, f), (down,)),
+    )
+    return {source.name: source for source in sources}

@@ -10,7 +10,7 @@ in its (often fused) parameter. Peak memory is the model plus one tensor.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from tokenrelay.runtime.models.decoder import Model
 from tokenrelay.runtime.models.registry import architecture_of
 from tokenrelay.runtime.placement import STAGES, Mesh, check
 from tokenrelay.runtime.placement.stages import stage_layers
-from tokenrelay.runtime.spmd.shard import shard_model
+from tokenrelay.runtime.spmd.shard import expert_sources, shard_model
 from tokenrelay.runtime.weights.checkpoint import Checkpoint
 from tokenrelay.runtime.weights.fp8 import FP8, SUFFIX, Block, check_factors, dequantize, fp8_block
 from tokenrelay.runtime.weights.identity import model_identity
@@ -83,13 +83,27 @@ def load_model(
         )
         zeros: list[tuple[torch.nn.Module, str]] = []
         if mesh.ranks > 1:
-            sources, zeros = shard_model(model, sources, mesh, rank)
+            sources, zeros = shard_model(model, sources, mesh, rank, experts.spare if experts else 0)
         _allocate(model, device, checkpoint)
         for module, parameter in zeros:
             module.get_parameter(parameter).zero_()
         _fill(checkpoint, sources, block, progress)
         model.finish(config, device)
     return model
+
+
+def read_experts(folder: Path, model: Model, wanted: Mapping[tuple[int, int], int], mesh: Mesh, rank: int) -> None:
+    """Fill places of a loaded rank's experts: (layer, place) -> expert, from the checkpoint in `folder`.
+
+    Raises CheckpointError when the folder changed or cannot be read.
+    """
+    with Checkpoint(folder) as checkpoint:
+        block = fp8_block(checkpoint.config)
+        for (layer, place), expert in wanted.items():
+            sources = expert_sources(model, layer, place, expert, mesh, rank)
+            if absent := [name for name in sources if name not in checkpoint.where]:
+                raise CheckpointError(f"{folder} lacks the tensor {absent[0]}, which was there", file=str(folder))
+            _fill(checkpoint, sources, block, None)
 
 
 def default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

@@ -39,8 +39,11 @@ class WorkerConfig:
     cp: int = setting(1, "rank processes that a prompt's tokens are cut over (CPU)", minimum=1, maximum=64)
     pp: int = setting(1, "rank processes that layers are dealt out to, in stages (CPU)", minimum=1, maximum=64)
     experts: str = setting(
-        "", "send: tokens go to their experts' ranks; whole: uncut over tp too; cut: cut over dp too"
+        "",
+        "by comma, send: tokens go to their experts' ranks; whole: uncut over tp too; cut: cut over dp too; spare:N: N "
+        "places more on each rank, for replicas of busy experts",
     )
+    replace_steps: int = setting(3000, "steps between re-placements of experts by load (experts: spare:N)", minimum=1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs; auto: a GPU if there is one")
     context_tokens: int | None = setting(
         None,

@@ -96,7 +96,7 @@ def test_widths_that_do_not_divide_are_one_sentence() -> None:
         assert "\n" not in caught.value.message
     with pytest.raises(PlacementError, match="62 pipeline stages, and the model has 61 layers"):
         make_plan(CONFIGS / "kimi_k2.json", Mesh(pp=62), CostModel())
-    with pytest.raises(PlacementError, match="by send, whole and cut, not by scatter"):
+    with pytest.raises(PlacementError, match="by send, whole, cut and spare:N, not by scatter"):
         ExpertSplit.parse("send, scatter")
     with pytest.raises(PlacementError, match="leave dp among the axes"):
         ExpertSplit.parse("send, cut")

@@ -74,12 +74,13 @@ async def test_workers_whose_ranks_have_sequences_tokens_and_layers_of_their_own
     second = [prefix + [9] * 30, prefix[:130] + [8] * 9, [*prefix[:64], 7]]
     flags = ("--slots", "8", "--blocks", "100")
     expected = None
-    for mesh in ((), ("--dp", "2", "--experts", "send"), ("--pp", "2", "--cp", "2")):
+    for mesh in ((), ("--dp", "2", "--experts", "send,spare:2", "--replace-steps", "7"), ("--pp", "2", "--cp", "2")):
         worker = WorkerProcess(*flags, *mesh, model=folder)
         try:
             assert worker.wait_settled()["event"] == "ready", worker.log.read_text()
             found = [await generate(worker, first), await generate(worker, second)]
             expected = expected or found
             assert found == expected, mesh
+            assert ("experts re-placed" in worker.log.read_text()) == ("--replace-steps" in mesh)
         finally:
             worker.close()
