@@ -10,7 +10,7 @@ import typer
 
 from tokenrelay.base.errors import TokenRelayError
 from tokenrelay.base.parent import die_with_parent
-from tokenrelay.cli import bench, gate_options, keys, services
+from tokenrelay.cli import bench, gate_options, kernels, keys, services
 from tokenrelay.cli.gate_options import ApiKeyOption, CertificateOption, CorsOption, KeyOption, KeysOption, PolicyOption
 
 app = typer.Typer(
@@ -33,10 +33,9 @@ app = typer.Typer(
 
     Each command explains itself: [cyan]tokenrelay serve --help[/cyan].""",
 )
-kernels_app = typer.Typer(no_args_is_help=True, help="Which kernels there are, and which one would run and why.")
 fsm_app = typer.Typer(no_args_is_help=True, help="The state machines of requests and of KV ownership.")
 app.add_typer(keys.app, name="keys", rich_help_panel="Serving")
-app.add_typer(kernels_app, name="kernels", rich_help_panel="Looking inside")
+app.add_typer(kernels.app, name="kernels", rich_help_panel="Looking inside")
 app.add_typer(fsm_app, name="fsm", rich_help_panel="Looking inside")
 
 EXPERTS_HELP = (
@@ -462,33 +461,6 @@ def chat(
 
 services.register(app)
 bench.register(app)
-
-
-@kernels_app.command("list")
-def kernels_list(
-    op: Annotated[str | None, typer.Argument(metavar="OP", help="Only this operation.", show_default=False)] = None,
-) -> None:
-    """List the registered kernels: operation, path, device, instruction set, dtypes, priority."""
-    from tokenrelay.cli.introspect import print_kernels
-
-    print_kernels(op)
-
-
-@kernels_app.command("explain")
-def kernels_explain(
-    op: Annotated[str, typer.Argument(metavar="OP", help="The operation, such as mla_decode.")],
-    features: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="What is asked for: device=cpu dtype=bfloat16 …"),
-    ] = None,
-) -> None:
-    """Say which kernel would run for these features, and why each other one would not.
-
-    [cyan]tokenrelay kernels explain mla_decode device=cpu dtype=bfloat16[/cyan]
-    """
-    from tokenrelay.cli.introspect import explain_kernel
-
-    explain_kernel(op, features or [])
 
 
 @fsm_app.command("show")

@@ -33,7 +33,7 @@ from tokenrelay.base.status import StatusPipe
 from tokenrelay.base.version import version
 from tokenrelay.cli.fleet_config import FleetConfig
 from tokenrelay.services.chassis.security import Security, SecurityConfig
-from tokenrelay.services.decode.config import WorkerConfig
+from tokenrelay.services.decode.config import KERNELS_FILE, WorkerConfig
 from tokenrelay.services.prefill.config import PrefillConfig
 
 if TYPE_CHECKING:
@@ -340,10 +340,7 @@ def load(
             told_s = time.monotonic()
             status.progress(what, done=done, total=total)
 
-    if config.deterministic:
-        from tokenrelay.kernels import registry
-
-        registry.deterministic()
+    _choose_kernels(config)
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -483,6 +480,17 @@ def handshake_of(model: Model | LeadingModel, options: WorkerSettings, pool: Poo
     )
 
 
+def _choose_kernels(config: WorkerConfig) -> None:
+    """What the configuration says about them. Raises ConfigError for a file that makes no sense."""
+    from tokenrelay.kernels import registry, tune
+
+    registry.deterministic(config.deterministic)
+    file = Path(config.kernels_file) if config.kernels_file else KERNELS_FILE
+    if config.kernels_file == "none" or (not config.kernels_file and not file.exists()):
+        return
+    registry.tuned(tune.load(file))
+
+
 def _numerics(dtype: str, weight_dtype: str) -> str:
     """The numerics fingerprint: what two workers must share for their sums to be comparable."""
     import torch
@@ -491,6 +499,7 @@ def _numerics(dtype: str, weight_dtype: str) -> str:
     from tokenrelay.kernels.isa import features, machine
 
     mode = ";deterministic" if registry.is_deterministic() else ""
+    mode += f";tuned-{digest}" if (digest := registry.tuned_digest()) else ""
     return f"{machine()};{','.join(sorted(features()))};{dtype};{weight_dtype};torch-{torch.__version__}{mode}"
 
 

@@ -317,8 +317,7 @@ class Program:
     def silu_mul(self, isa: int, dtype: int, f: int, x: int, out: int, /) -> None: ...
     def gqa(
         self,
-        rows_isa: int,
-        isa: int,
+        variants: tuple[int, int, int, int],
         dtype: int,
         heads: int,
         kv_heads: int,

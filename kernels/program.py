@@ -98,19 +98,16 @@ class Program:
         """Norms, rotation, cache write and attention of the next layer; `heads`: query heads, KV heads, head_dim."""
         count, kv_heads, head_dim = heads
         sizes = {"heads": count, "kv_heads": kv_heads, "head_dim": head_dim, "block_tokens": block_tokens}
-        isa = self._chosen("gqa_decode", self._dtype, **sizes)
-        rows = self._chosen("rotary", self._dtype, rope=head_dim)
+        decode = self._chosen("gqa_decode", self._dtype, **sizes)
+        prefill = self._chosen("gqa_prefill", self._dtype, **sizes)
+        rotary = self._chosen("rotary", self._dtype, rope=head_dim)
+        norm = rotary if norms is None else self._chosen("rms_norm", self._dtype, width=head_dim)
         self._chosen("gqa_cache_write", self._dtype, kv_heads=kv_heads, head_dim=head_dim)
-        if self._chosen("gqa_prefill", self._dtype, **sizes) != isa:
-            raise NotNative("gqa_decode and gqa_prefill are of two variants")
-        if norms is not None and self._chosen("rms_norm", self._dtype, width=head_dim) != rows:
-            raise NotNative("rms_norm and rotary are of two variants")
         if self._cos_sin.shape[1] != head_dim:
             raise NotNative("a part of each head is rotated")
         q_norm, k_norm = (0, 0) if norms is None else (self._address(norms[0]), self._address(norms[1]))
         self._native.gqa(
-            rows,
-            isa,
+            (norm, rotary, decode, prefill),
             self._code,
             count,
             kv_heads,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -156,6 +157,7 @@ class Explanation:
         return "\n".join(lines)
 
 
+TunedKey = tuple[str, str, str, tuple[tuple[str, int], ...]]  # op, device, dtype, dimensions
 _F = TypeVar("_F", bound=Callable[..., Any])
 _kernels: dict[str, dict[str, Kernel]] = {op: {} for op in OPS}
 _forced: dict[str, str] = {}
@@ -163,6 +165,8 @@ _cache: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _plugin_errors: dict[str, str] = {}
 _lock = threading.RLock()
 _deterministic = False
+_tuned: dict[TunedKey, str] = {}
+_times: dict[TunedKey, list[float]] | None = None  # while `timing`
 _generation = 0  # raised whenever another kernel may be chosen than before
 _loaded = False
 _registering = "tokenrelay"  # who registers now; a plugin's name while its entry point runs
@@ -245,18 +249,26 @@ def explain(op: str, *, device: str = "cpu", dtype: str = "float32", **dims: int
     forced = _forced.get(op)
     able = [k for k in candidates if (forced is None or k.path == forced) and not k.unmet(device, dtype, dims)]
     chosen = able[0] if able else None
-    verdicts = tuple(_verdict(k, chosen, forced, k.unmet(device, dtype, dims)) for k in candidates)
+    tuned = _tuned.get((op, device, dtype, tuple(sorted(dims.items()))))
+    if tuned is not None and forced is None:
+        chosen = next((kernel for kernel in able if kernel.path == tuned), chosen)
+    verdicts = tuple(_verdict(k, chosen, forced, tuned, k.unmet(device, dtype, dims)) for k in candidates)
     return Explanation(op, device, dtype, dict(dims), chosen, verdicts)
 
 
-def _verdict(kernel: Kernel, chosen: Kernel | None, forced: str | None, unmet: tuple[Unmet, ...]) -> Verdict:
+def _verdict(
+    kernel: Kernel, chosen: Kernel | None, forced: str | None, tuned: str | None, unmet: tuple[Unmet, ...]
+) -> Verdict:
     if kernel is chosen:
-        return Verdict(kernel, True, (), "chosen: forced" if forced else f"chosen: priority {kernel.priority}")
+        why = "forced" if forced else "tuned" if tuned == kernel.path else f"priority {kernel.priority}"
+        return Verdict(kernel, True, (), f"chosen: {why}")
     if unmet:
         return Verdict(kernel, False, unmet, "; ".join(map(str, unmet)))
     if forced is not None:
         return Verdict(kernel, False, (), f"{forced} is forced")
     assert chosen is not None
+    if tuned == chosen.path:
+        return Verdict(kernel, False, (), f"{chosen.path} was faster when it was tuned")
     return Verdict(kernel, False, (), f"priority {kernel.priority}, {chosen.path} has {chosen.priority}")
 
 
@@ -274,7 +286,10 @@ def pick(op: str, device: str, dtype: torch.dtype, *dims: int) -> Callable[..., 
     found = _cache.get(key)
     if found is None:
         names = dict(zip(OPS[op], dims, strict=True))
-        found = select(op, device=device, dtype=str(dtype).removeprefix("torch."), **names).call
+        named = str(dtype).removeprefix("torch.")
+        found = select(op, device=device, dtype=named, **names).call
+        if _times is not None:
+            found = _timed(found, (op, device, named, tuple(sorted(names.items()))))
         with _lock:
             if len(_cache) >= _CACHE_ENTRIES_MAX:
                 _cache.clear()
@@ -315,6 +330,50 @@ def deterministic(on: bool = True) -> None:
 def is_deterministic() -> bool:
     """Whether `deterministic` is on."""
     return _deterministic
+
+
+def tuned(choices: Mapping[TunedKey, str]) -> None:
+    """From now on, prefer these kernels for these shapes, where they can run (see kernels/tune.py)."""
+    with _lock:
+        _tuned.clear()
+        _tuned.update(choices)
+        _forget()
+
+
+def tuned_digest() -> str:
+    """Of the choices that are preferred; empty where there are none."""
+    if not _tuned:
+        return ""
+    return hashlib.blake2b(repr(sorted(_tuned.items())).encode(), digest_size=4).hexdigest()
+
+
+@contextlib.contextmanager
+def timing() -> Iterator[dict[TunedKey, list[float]]]:
+    """Inside, the seconds of every call of an operation, by what it was picked for. For `tune`; not reentrant."""
+    global _times
+    found: dict[TunedKey, list[float]] = {}
+    with _lock:
+        _times = found
+        _forget()
+    try:
+        yield found
+    finally:
+        with _lock:
+            _times = None
+            _forget()
+
+
+def _timed(call: Callable[..., Any], key: TunedKey) -> Callable[..., Any]:
+    assert _times is not None
+    times = _times.setdefault(key, [])
+
+    def timed(*arguments: Any, **options: Any) -> Any:
+        began_s = time.perf_counter()
+        result = call(*arguments, **options)
+        times.append(time.perf_counter() - began_s)
+        return result
+
+    return timed
 
 
 def _forget() -> None:

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstring>
 #include <stdexcept>
 
@@ -104,12 +105,15 @@ void add_silu_mul(Program& program, int isa, int dtype, int64_t f, int x, int ou
   });
 }
 
-void add_gqa(Program& program, int rows_isa, int isa, int dtype, int64_t heads, int64_t kv_heads, int64_t head_dim,
-             Address q_norm, Address k_norm, float eps, float scale, Address cos_sin, int64_t layer, int qkv, int q,
-             int out) {
+// variants: of norm, rotation, decode and prefill
+void add_gqa(Program& program, const std::array<int, 4>& variants, int dtype, int64_t heads, int64_t kv_heads,
+             int64_t head_dim, Address q_norm, Address k_norm, float eps, float scale, Address cos_sin, int64_t layer,
+             int qkv, int q, int out) {
   const GqaLayer kept{dtype_of(dtype),
-                      &table_of(rows_isa),
-                      &table_of(isa),
+                      &table_of(variants[0]),
+                      &table_of(variants[1]),
+                      &table_of(variants[2]),
+                      &table_of(variants[3]),
                       heads,
                       kv_heads,
                       head_dim,

@@ -75,10 +75,10 @@ void gqa_layer(const GqaLayer& l, const StepInputs& in, const char* qkv, char* q
   const auto turn = [&](const char* from, const void* norm, const float* cos_sin, char* to) {
     if (norm != nullptr) {
       char* normed = static_cast<char*>(scratch(kHead, head_bytes));
-      l.rows->rms_norm(l.dtype, l.head_dim, from, nullptr, norm, l.eps, normed, nullptr);
+      l.norm->rms_norm(l.dtype, l.head_dim, from, nullptr, norm, l.eps, normed, nullptr);
       from = normed;
     }
-    l.rows->rotary(l.dtype, l.head_dim, from, cos_sin, false, to);
+    l.rotate->rotary(l.dtype, l.head_dim, from, cos_sin, false, to);
   };
   const int64_t step = max_of(1, kTaskElements / (all / size));
   parallel_for(ceil_div(in.tokens, step), [&](int64_t task) {
@@ -102,7 +102,7 @@ void gqa_layer(const GqaLayer& l, const StepInputs& in, const char* qkv, char* q
   const int64_t head = in.block_tokens * l.head_dim;
   const PagedCache paged{l.dtype,    cache, in.blocks,         in.block_tokens, 2 * l.kv_heads * head,
                          l.head_dim, head,  l.kv_heads * head, l.kv_heads};
-  const auto attend = [&](int64_t first, int64_t last, int64_t token, int64_t tokens) {
+  const auto attend = [&](const Table& table, int64_t first, int64_t last, int64_t token, int64_t tokens) {
     if (first == last) return;
     StepRows rows = in.batch;
     rows.first = first;
@@ -110,10 +110,10 @@ void gqa_layer(const GqaLayer& l, const StepInputs& in, const char* qkv, char* q
     rows.token_base = token;
     const int64_t stride = l.heads * l.head_dim, shift = token * stride * size;
     const Queries queries{tokens, l.heads, q + shift, nullptr, l.head_dim, 0, stride, l.head_dim, 0, 0};
-    paged_attention(*l.table, rows, paged, queries, {out + shift, l.head_dim, stride, l.head_dim}, l.scale);
+    paged_attention(table, rows, paged, queries, {out + shift, l.head_dim, stride, l.head_dim}, l.scale);
   };
-  attend(0, in.decodes, 0, in.decodes);
-  attend(in.decodes, in.rows, in.decodes, in.tokens - in.decodes);
+  attend(*l.decode, 0, in.decodes, 0, in.decodes);
+  attend(*l.prefill, in.decodes, in.rows, in.decodes, in.tokens - in.decodes);
 }
 
 }  // namespace tokenrelay

@@ -78,7 +78,7 @@ class Program {
 // entries, attention.
 struct GqaLayer {
   DType dtype;
-  const Table *rows, *table;  // for norms and rotation; for attention
+  const Table *norm, *rotate, *decode, *prefill;  // each as the registry chose it
   int64_t heads, kv_heads, head_dim;
   const void *q_norm, *k_norm;  // [head_dim] or null
   float eps, scale;

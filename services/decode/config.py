@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from tokenrelay.base.config import setting
 from tokenrelay.base.errors import ConfigError
 
+KERNELS_FILE = Path("~/.cache/tokenrelay/kernels.json").expanduser()
 BLOCK_TOKENS = (16, 32, 64, 128)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -32,6 +34,9 @@ class WorkerConfig:
     deterministic: bool = setting(
         False,
         "equal bits whatever the batch, chunks, cached prefix or worker; models without latent attention are anyway",
+    )
+    kernels_file: str = setting(
+        "", "choices of `tokenrelay kernels tune`; empty: ~/.cache/tokenrelay/kernels.json where it is; none: no file"
     )
     tp: int = setting(1, "rank processes that heads and features are cut over (CPU)", minimum=1, maximum=64)
     ep: int = setting(1, "rank processes that whole experts are dealt out to (CPU)", minimum=1, maximum=64)
