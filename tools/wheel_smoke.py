@@ -52,6 +52,9 @@ def main() -> None:
             answer = json.load(reply)
         assert answer["choices"][0]["message"]["content"], answer
         print("answer:", answer["choices"][0]["message"]["content"])
+        for path in ("/", "/page/app.js", "/mesh"):  # files of the package that are no Python
+            with urllib.request.urlopen(f"{url}{path}", timeout=10) as reply:
+                assert reply.status == 200 and reply.read(), path
     finally:
         server.send_signal(signal.SIGTERM)
         code = server.wait(30)
