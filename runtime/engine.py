@@ -359,7 +359,7 @@ class Engine:
 
     def _collect(self, outcome: Outcome, result: StepResult, outputs: list[EngineOutput]) -> None:
         """What a step brought, as one output for each sequence: tokens of a draft follow each other."""
-        last = EngineOutput(0)
+        last: EngineOutput | None = None
         logprobs = result.logprobs
         for sequence_id, token_id, finish, row, first, cached_tokens in zip(
             outcome.sequence_ids.tolist(),
@@ -374,7 +374,7 @@ class Engine:
                 outputs.append(self._failed_row(sequence_id, result.failures[row], ended=bool(finish)))
                 continue
             output = last
-            if output.sequence_id != sequence_id:
+            if output is None or output.sequence_id != sequence_id:
                 output = last = EngineOutput(sequence_id, (), Finish.NONE, bool(first), cached_tokens)
                 output.waited_us = self._waits.take(sequence_id) if first else 0
                 outputs.append(output)

@@ -350,6 +350,15 @@ def test_drafting_stops_where_nothing_comes_true(qwen: Any) -> None:
         assert accepted(harness).tokens < 40
 
 
+def test_a_sequence_numbered_0_is_one_like_others(qwen: Any) -> None:
+    prompt = repeating(0, qwen.config.vocab_size)
+    for width in (0, WIDTH):
+        with Harness(qwen, draft_tokens=width) as harness:
+            harness._next_id = 0
+            texts = harness.run(prompt, prompt, tokens_max=9)
+            assert texts[0] == texts[1] and len(texts[0]) == 9
+
+
 def test_sources_and_off_never_draft(qwen: Any) -> None:
     prompt = repeating(0, qwen.config.vocab_size)
     with Harness(qwen) as harness:
