@@ -33,6 +33,7 @@ from tokenrelay.base.status import StatusPipe
 from tokenrelay.base.version import version
 from tokenrelay.cli.fleet_config import FleetConfig
 from tokenrelay.services.chassis.security import Security, SecurityConfig
+from tokenrelay.services.chassis.tracing import Tracer, TracingConfig
 from tokenrelay.services.decode.config import KERNELS_FILE, WorkerConfig
 from tokenrelay.services.prefill.config import PrefillConfig
 
@@ -65,6 +66,7 @@ class WorkerSettings:
     fleet: FleetConfig
     security: SecurityConfig
     incarnation: str
+    tracing: TracingConfig = dataclasses.field(default_factory=TracingConfig)
 
 
 def main(arguments: list[str] | None = None, *, role: str | None = None) -> int:
@@ -75,15 +77,18 @@ def main(arguments: list[str] | None = None, *, role: str | None = None) -> int:
     incarnation = new_incarnation()
     try:
         worker, prefill, fleet, security = settings(parsed)
+        tracing = resolve(TracingConfig, "tracing", file=parsed.config)
         if parsed.print_config:
-            for name, value, origin in [*worker.rows(), *prefill.rows(), *fleet.rows(), *security.rows()]:
+            rows = [*worker.rows(), *prefill.rows(), *fleet.rows(), *security.rows(), *tracing.rows()]
+            for name, value, origin in rows:
                 shown = "(set)" if name == "security.token" and value != "''" else value
                 print(f"{name:28} {shown:40} {origin}")
             return 0
         setup_logging("worker", level=worker.values.log_level, incarnation=incarnation)
         worker.values.check()
         fleet.values.check()
-        options = WorkerSettings(worker.values, prefill.values, fleet.values, security.values, incarnation)
+        configs = (worker.values, prefill.values, fleet.values, security.values)
+        options = WorkerSettings(*configs, incarnation, tracing.values)
         return asyncio.run(_run_to_its_end(options, status))
     except TokenRelayError as error:
         if parsed.status_fd is None:  # else the supervisor says it, once
@@ -98,7 +103,12 @@ def main(arguments: list[str] | None = None, *, role: str | None = None) -> int:
 
 async def _run_to_its_end(options: WorkerSettings, status: StatusPipe) -> int:
     """The exit code; stopped at once the process ends here, before the loop waits for what is left to end."""
-    code, at_once = await run(options, status)
+    tracer = Tracer.of(options.tracing, options.fleet.role if options.fleet.kvstore else "worker", options.incarnation)
+    try:
+        code, at_once = await run(options, status, tracer)
+    finally:
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
     if at_once:  # a step may still run or hang, or the model load, or a call: nobody waits for it
         logging.shutdown()
         os._exit(code)
@@ -148,7 +158,7 @@ def _parser(role: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-async def run(options: WorkerSettings, status: StatusPipe) -> tuple[int, bool]:
+async def run(options: WorkerSettings, status: StatusPipe, tracer: Tracer | None = None) -> tuple[int, bool]:
     """Load, serve until drained or stopped: the exit code, and whether threads are left that nobody waits for.
 
     Raises TokenRelayError when it cannot start.
@@ -167,13 +177,13 @@ async def run(options: WorkerSettings, status: StatusPipe) -> tuple[int, bool]:
     lifecycle = Lifecycle()
     lifecycle.install_signals()
     if fleet.kvstore:
-        return await run_fleet(options, status, lifecycle, address, began_s)
+        return await run_fleet(options, status, lifecycle, address, began_s, tracer)
     ranks = start_ranks(config)
     model = await _load_unless_ended(config, status, lifecycle, ranks)
     if model is None:
         return 0, True
     host, pool = mount(model, options, lifecycle.fail, ranks)
-    servicer = WorkerServicer(host, explain=host.explain)
+    servicer = WorkerServicer(host, explain=host.explain, tracer=tracer, name=address)
     host.bind(servicer)
     server = WorkerServer(servicer, address)
     host.start()
@@ -199,7 +209,12 @@ async def run(options: WorkerSettings, status: StatusPipe) -> tuple[int, bool]:
 
 
 async def run_fleet(
-    options: WorkerSettings, status: StatusPipe, lifecycle: Lifecycle, address: str, began_s: float
+    options: WorkerSettings,
+    status: StatusPipe,
+    lifecycle: Lifecycle,
+    address: str,
+    began_s: float,
+    tracer: Tracer | None = None,
 ) -> tuple[int, bool]:
     """The same for a worker that is a member of a fleet: it leaves when its offered KV was read."""
     from tokenrelay.cli.fleet import FleetWorker
@@ -229,7 +244,7 @@ async def run_fleet(
     )
     handshake = handshake_of(model, options, built.pool)
     host = await worker.mount(built.engine, handshake)
-    servicer = WorkerServicer(host, explain=host.explain)
+    servicer = WorkerServicer(host, explain=host.explain, tracer=tracer, name=options.fleet.name or address)
     host.bind(servicer)
     server = worker.server(servicer)
     built.engine.start()

@@ -20,6 +20,8 @@ from tokenrelay.base.logging import get_logger
 from tokenrelay.proto import worker_pb2, worker_pb2_grpc
 from tokenrelay.services.chassis.channel import ROUTER_INCARNATION_KEY, WORKER_INCARNATION_KEY, encode_error
 from tokenrelay.services.chassis.outbox import Outbox
+from tokenrelay.services.chassis.spans import Spans
+from tokenrelay.services.chassis.tracing import Tracer
 
 log = get_logger("session")
 
@@ -64,11 +66,18 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
     """Serves `tokenrelay.v1.Worker` for a host."""
 
     def __init__(
-        self, host: WorkerHost, *, outbox_tokens_max: int = OUTBOX_TOKENS_MAX, explain: Explain | None = None
+        self,
+        host: WorkerHost,
+        *,
+        outbox_tokens_max: int = OUTBOX_TOKENS_MAX,
+        explain: Explain | None = None,
+        tracer: Tracer | None = None,
+        name: str = "",
     ) -> None:
-        """`explain` answers the rpc of that name; without it this worker has nothing to say."""
+        """`explain` answers the rpc of that name; without it this worker has nothing to say. `name`: in its traces."""
         self._host = host
         self._explain = explain
+        self.spans = Spans(tracer, name)
         self._outbox_tokens_max = outbox_tokens_max
         self._routes: dict[int, tuple[_Session, int]] = {}  # the host's id -> session, the router's id
         self._sessions: set[_Session] = set()
@@ -93,6 +102,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             if route is None:
                 continue  # its session has gone, the abort is on its way
             session, output.id = route
+            if self.spans.open:
+                self.spans.seen(host_id, output)
             if output.finish:
                 self._forget(host_id)
             if not session.outbox.add(output):
@@ -100,6 +111,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
 
     def _forget(self, host_id: int) -> None:
         session, router_id = self._routes.pop(host_id)
+        if self.spans.open:
+            self.spans.ended(host_id)
         del session.open[router_id]
         if len(session.ended) >= ENDED_MAX:
             del session.ended[next(iter(session.ended))]
@@ -224,8 +237,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             session.open[submit.id] = host_id
             self._routes[host_id] = (session, submit.id)
             self._quiet.clear()
+            self.spans.begin(host_id, submit)
             refusal = self._host.submit(host_id, submit)
             if refusal is not None:
+                self.spans.seen(host_id, refusal)
                 self._forget(host_id)
         if refusal is not None:
             refusal.id = submit.id

@@ -14,6 +14,7 @@ from tokenrelay.base.logging import setup_logging
 from tokenrelay.base.parent import die_with_parent
 from tokenrelay.base.status import StatusPipe
 from tokenrelay.services.chassis.security import Security, SecurityConfig
+from tokenrelay.services.chassis.tracing import Tracer, TracingConfig
 from tokenrelay.services.router.config import parse_arguments, resolve_options
 from tokenrelay.services.router.service import run
 
@@ -26,16 +27,18 @@ def main(arguments: list[str]) -> int:
     try:
         resolved = resolve_options(options)
         fleet = resolve(SecurityConfig, "security", file=options.config)
+        tracing = resolve(TracingConfig, "tracing", file=options.config)
         if options.print_config:
-            for field, value, origin in [*resolved.rows(), *fleet.rows()]:
+            for field, value, origin in [*resolved.rows(), *fleet.rows(), *tracing.rows()]:
                 shown = "(set)" if field == "security.token" and value != "''" else value
                 print(f"{field} = {shown}  # {origin}")
             return 0
         security = Security.of(fleet.values)
-        config = resolved.values
-        setup_logging("router", level=config.log_level, incarnation=incarnation(), style=config.log_style)
+        config, life = resolved.values, incarnation()
+        setup_logging("router", level=config.log_level, incarnation=life, style=config.log_style)
+        tracer = Tracer.of(tracing.values, "router", life)
         listening = None if options.listen_fd is None else socket.socket(fileno=options.listen_fd)
-        uvloop.run(run(config, status, listening, security))
+        uvloop.run(run(config, status, listening, security, tracer))
     except ConfigError as error:
         status.failed(error)
         if options.status_fd is None:  # else the supervisor says it, once

@@ -13,7 +13,7 @@ from aiohttp import web
 from tokenrelay.base.errors import InvalidRequest, Overloaded, Unavailable
 from tokenrelay.base.ids import request_id as new_request_id
 from tokenrelay.base.logging import get_logger
-from tokenrelay.services.router import limits
+from tokenrelay.services.router import limits, traces
 from tokenrelay.services.router.body import read_body, render_messages, request_id_of, tenant_of
 from tokenrelay.services.router.debug import serves_debug
 from tokenrelay.services.router.gate import as_caller, caller_of
@@ -196,6 +196,7 @@ async def _serve(
     run = Run(state.pool, state.metrics, wanted, model, request_id, prompts, make_text, arrived_s, tenant)
     shape = make_shape(run, new_request_id(prefix))
     caller = caller_of(request)
+    trace = traces.begin(state.tracer, request, run, arrived_s)
     state.opened(run)
     try:
         run.start(state.config.request_timeout_s)
@@ -212,6 +213,7 @@ async def _serve(
             caller.end(run)
         run.close("disconnect")
         state.closed(run)
+        traces.finish(trace, run, caller)
         key = caller.record.name if caller is not None else None
         error = run.error and run.error.code
         log.debug("request done", request_id=request_id, prompts=len(prompts), error=error, key=key)

@@ -166,6 +166,7 @@ class Choice:
             metrics.inter_token_s.observe((now - self._last_s) / tokens, tokens)
         else:
             self.cached_tokens = output.cached_tokens
+            metrics.queue_s.observe(output.waited_us / 1e6)
             run.admitted(self, now, output.waited_us)
         self._last_s = now
         self.output_tokens += tokens
@@ -276,6 +277,7 @@ class Run:
         self.first: asyncio.Future[None] = loop.create_future()
         self.done: asyncio.Future[None] = loop.create_future()
         self.on_step: OnStep | None = None
+        self.traceparent = ""  # of its span, for the workers' spans; empty: it is not traced
         prompt_tokens = sum(prompt.tokens for prompt in prompts)
         self.trail = pool.trails.begin(
             request_id, prompt_tokens=prompt_tokens, choices=len(prompts) * wanted.n, arrived_s=arrived_s
@@ -338,6 +340,8 @@ class Run:
             tools=wanted.tools,
             deadline_left_ms=max(1, min(int(left_ms), 0xFFFFFFFF)),
         )
+        if self.traceparent:
+            submit.traceparent = self.traceparent
         inherited = self._inherited[choice.prompt_index]
         if inherited is not None and not choice.whole and inherited.turn.at(client):
             submit.parent, submit.parent_tokens = inherited.turn.sequence, inherited.tokens

@@ -71,6 +71,7 @@ class Metrics:
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.output_tokens = 0
+        self.queue_s = Histogram(TTFT_BOUNDS_S)
         self.ttft_s = Histogram(TTFT_BOUNDS_S)
         self.inter_token_s = Histogram(INTER_TOKEN_BOUNDS_S)
         self.request_s = Histogram(REQUEST_BOUNDS_S)
@@ -102,6 +103,7 @@ class Metrics:
         page.add("breakers_opened_total", "counter", "pauses of failing workers", {"": self.breakers_opened})
         page.add("retries_refused_total", "counter", "retries over their budget", {"": self.retries_refused})
         page.histogram("ttft_seconds", "from the request's arrival to its first token", self.ttft_s)
+        page.histogram("queue_seconds", "from a sequence's submission to its place in a step", self.queue_s)
         page.histogram("inter_token_seconds", "between two tokens of a sequence", self.inter_token_s)
         page.histogram("request_seconds", "from a request's arrival to its end", self.request_s)
         self._add_workers(page, workers)

@@ -26,6 +26,7 @@ from tokenrelay.base.logging import get_logger
 from tokenrelay.base.status import StatusPipe
 from tokenrelay.services.chassis.lifecycle import Lifecycle
 from tokenrelay.services.chassis.security import Security
+from tokenrelay.services.chassis.tracing import Tracer
 from tokenrelay.services.router.app import create_app
 from tokenrelay.services.router.config import RouterConfig
 from tokenrelay.services.router.door import DoorRunner, tls_context
@@ -46,14 +47,14 @@ BACKLOG = 1024
 class RouterService:
     """One router, from start to stop."""
 
-    def __init__(self, config: RouterConfig, security: Security | None = None) -> None:
-        """`security`: towards workers and kvstores."""
+    def __init__(self, config: RouterConfig, security: Security | None = None, tracer: Tracer | None = None) -> None:
+        """`security`: towards workers and kvstores. Raises ConfigError for keys or certificates that are of no use."""
         self._config = config
         security = security or Security()
         self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="router")
         self.pool = WorkerPool(config, self._executor, security)
         self.members = Members(self.pool, config, security) if config.kvstore else None
-        self.state = RouterState(config, self.pool, self._executor)
+        self.state = RouterState(config, self.pool, self._executor, tracer)
         self._site: web.BaseSite | None = None
         self._tls = tls_context(config)
         self._runner = DoorRunner(
@@ -121,18 +122,24 @@ class RouterService:
         if self.members is not None:
             await self.members.close()
         await self.pool.close()
+        if self.state.tracer is not None:
+            await asyncio.to_thread(self.state.tracer.close)
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 async def run(
-    config: RouterConfig, status: StatusPipe, listening: socket.socket | None = None, security: Security | None = None
+    config: RouterConfig,
+    status: StatusPipe,
+    listening: socket.socket | None = None,
+    security: Security | None = None,
+    tracer: Tracer | None = None,
 ) -> None:
     """The life of the process: ready when the port accepts, ended by signals. SIGUSR1 hands over to the next router."""
     lifecycle = Lifecycle()
     lifecycle.install_signals()
     handing_over = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, handing_over.set)
-    service = RouterService(config, security)
+    service = RouterService(config, security, tracer)
     port = await service.start(listening)
     lifecycle.ready()
     log.info(

@@ -13,6 +13,7 @@ from aiohttp import web
 
 from tokenrelay.base.deadlines import Deadline
 from tokenrelay.base.errors import Overloaded, Unavailable
+from tokenrelay.services.chassis.tracing import Tracer
 from tokenrelay.services.router.config import RouterConfig
 from tokenrelay.services.router.gate import Gate
 from tokenrelay.services.router.generation import Run
@@ -24,12 +25,15 @@ from tokenrelay.services.router.workers import WorkerPool
 class RouterState:
     """One router. Event loop only."""
 
-    def __init__(self, config: RouterConfig, pool: WorkerPool, executor: Executor) -> None:
+    def __init__(
+        self, config: RouterConfig, pool: WorkerPool, executor: Executor, tracer: Tracer | None = None
+    ) -> None:
         """Raises ConfigError for a keys file that cannot be used."""
         self.config = config
         self.gate = Gate(Path(config.keys), keyless=config.keyless) if config.keys else None
         self.pool = pool
         self.executor = executor
+        self.tracer = tracer
         self.metrics = Metrics()
         self.metrics.decisions, self.metrics.handovers = pool.handovers.decisions, pool.handovers.ends
         self.responses = ResponseStore(config.response_store_bytes)
