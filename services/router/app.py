@@ -227,6 +227,8 @@ async def metrics_page(request: web.Request) -> web.Response:
     state.metrics.integrity_failures = {client.target: client.integrity_failures for client in clients}
     pool = state.pool
     state.metrics.breakers_opened, state.metrics.retries_refused = pool.breakers.opened, pool.retries.refused
+    if state.ceiling is not None:
+        state.metrics.ceiling_tokens = state.ceiling.tokens
     model = pool.model
     cache = model.tokenizer.cache if model is not None else None
     text = state.metrics.render(workers, (cache.hit_chars, cache.miss_chars) if cache is not None else (0, 0))

@@ -214,6 +214,8 @@ async def _serve(
         run.close("disconnect")
         state.closed(run)
         traces.finish(trace, run, caller)
+        if state.ceiling is not None:
+            run.count_ceiling(state.ceiling)
         key = caller.record.name if caller is not None else None
         error = run.error and run.error.code
         log.debug("request done", request_id=request_id, prompts=len(prompts), error=error, key=key)

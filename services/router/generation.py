@@ -23,6 +23,7 @@ from tokenrelay.base.logging import get_logger
 from tokenrelay.proto import worker_pb2
 from tokenrelay.services.chassis.channel import decode_error
 from tokenrelay.services.chassis.client import WorkerClient
+from tokenrelay.services.router.ceiling import Ceiling
 from tokenrelay.services.router.legs import TwoLegs
 from tokenrelay.services.router.metrics import Metrics
 from tokenrelay.services.router.model import ServedModel, context_exceeded
@@ -416,6 +417,14 @@ class Run:
         text, salt = prompt.packed + choice.emitted, self.wanted.salt
         turn = Turn(handle.client, handle.client.connections, handle.sequence, text, len(prompt.packed), salt)
         self._turns.remember(turn, inherited.turn if inherited is not None else None)
+
+    def count_ceiling(self, ceiling: Ceiling) -> None:
+        """What an infinite cache would have had of its prompts, and has of its choices from now on."""
+        for choice in self.choices:
+            handle, prompt = choice.handle, self.prompts[choice.prompt_index]
+            if choice.index % self.wanted.n == 0 and handle is not None and handle.client.handshake is not None:
+                text, block_tokens = prompt.packed + choice.emitted, handle.client.handshake.block_tokens
+                ceiling.ended(prompt.tokens, text, self.wanted.salt, block_tokens)
 
     def fail(self, error: TokenRelayError, reason: str) -> None:
         """End everything with this error; the first one counts."""

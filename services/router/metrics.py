@@ -64,6 +64,7 @@ class Metrics:
         self.handovers: Counter[str] = Counter()  # how they ended; of Handovers
         self.turns: Counter[str] = Counter()  # sequences that named a parent: "sent", and of those "unknown"
         self.integrity_failures: dict[str, int] = {}  # by worker; its own counters ended with it
+        self.ceiling_tokens: int | None = None  # of Ceiling; None: nobody counts it
         self.breakers_opened = 0  # of Breakers
         self.retries_refused = 0  # of RetryBudget
         self.requests_open = 0
@@ -97,6 +98,9 @@ class Metrics:
         page.add("turns_total", "counter", "sequences sent as (parent, appended tokens), and those refused", turns)
         page.add("prompt_tokens_total", "counter", "prompt tokens of admitted requests", {"": self.prompt_tokens})
         page.add("cached_tokens_total", "counter", "of those, found in a worker's cache", {"": self.cached_tokens})
+        if self.ceiling_tokens is not None:
+            help_text = "prompt tokens that an infinite cache would have had"
+            page.add("prefix_ceiling_tokens_total", "counter", help_text, {"": self.ceiling_tokens})
         page.add("output_tokens_total", "counter", "tokens that reached this router", {"": self.output_tokens})
         chars = {'from="cache"': tokenizer_chars[0], 'from="tokenizer"': tokenizer_chars[1]}
         page.add("tokenizer_chars_total", "counter", "prompt characters, by where their tokens came from", chars)

@@ -14,6 +14,7 @@ from aiohttp import web
 from tokenrelay.base.deadlines import Deadline
 from tokenrelay.base.errors import Overloaded, Unavailable
 from tokenrelay.services.chassis.tracing import Tracer
+from tokenrelay.services.router.ceiling import Ceiling
 from tokenrelay.services.router.config import RouterConfig
 from tokenrelay.services.router.gate import Gate
 from tokenrelay.services.router.generation import Run
@@ -36,6 +37,7 @@ class RouterState:
         self.tracer = tracer
         self.metrics = Metrics()
         self.metrics.decisions, self.metrics.handovers = pool.handovers.decisions, pool.handovers.ends
+        self.ceiling = Ceiling() if config.prefix_ceiling else None
         self.responses = ResponseStore(config.response_store_bytes)
         self.draining = False
         self.handing_over = False  # new connections go to another router; what comes on the old ones is served
