@@ -27,7 +27,7 @@ class Ours:
         model = load_model(folder, dtype=torch.bfloat16, context_tokens=4096)
         if FORMS[form]:
             quantize_model(model, FORMS[form])
-        sizes = EngineSizes(slots=32, step_tokens=2048, chunk_tokens=2048, context_tokens=4096, blocks=700)
+        sizes = EngineSizes(slots=32, step_tokens=2048, chunk_tokens=2048, context_tokens=4096, blocks=240)
         self._engine = build_engine(model, sizes, on_step=self._on_step).engine
         self._engine.start()
         self._next, self._seed = 0, 0

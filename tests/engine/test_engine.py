@@ -140,3 +140,12 @@ def test_refusals_name_their_reason(qwen: Any) -> None:
         harness.wait()
         assert [harness.transcripts[i].finish for i in waiting].count(Finish.REJECTED) == 1
         harness.assert_quiet()
+
+
+def test_sequence_zero_is_answered_as_any_other(model: Any) -> None:
+    expected = plain_greedy(model, prompt_of(3, 9), 2)
+    with Harness(model) as harness:
+        harness._next_id = 0
+        assert harness.submit(prompt_of(3, 9), 2) == 0
+        harness.wait(0)
+        assert harness.transcripts[0].token_ids == expected
