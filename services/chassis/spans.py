@@ -2,7 +2,7 @@
 
     queue      from the submission to the first plan that has it
     prefill    from there to the first token
-    transfer   at the worker that takes the KV over, instead of both: until it has all of it and goes on
+    transfer   at the worker that takes the KV over, instead of both: until its first token says that it has all of it
     decode     from there to the end
 
 Nothing is kept of sequences that are not traced.
@@ -80,11 +80,10 @@ class Spans:
             return
         computed = {**said, "tokenrelay.prompt_tokens": sequence.prompt_tokens}
         computed["tokenrelay.cached_tokens"] = sequence.cached_tokens
-        decode_s = admitted_s
+        decode_s = sequence.first_s
         if sequence.destination:
-            self._tracer.span("transfer", traceparent, sequence.began_s, admitted_s, computed, offset_ns)
+            self._tracer.span("transfer", traceparent, sequence.began_s, decode_s, computed, offset_ns)
         else:
-            decode_s = sequence.first_s
             self._tracer.span("queue", traceparent, sequence.began_s, admitted_s, said, offset_ns)
             self._tracer.span("prefill", traceparent, admitted_s, decode_s, computed, offset_ns)
         if sequence.finish != worker_pb2.FINISH_HANDOVER:
