@@ -15,6 +15,8 @@ import argparse
 import asyncio
 import datetime
 import json
+import os
+import platform
 import random
 import subprocess
 import sys
@@ -64,7 +66,10 @@ def generate(seed: int, count: int) -> Session:
     chosen = skills.choose(rng, count)
     while not any(skill.needs for skill in chosen):
         chosen = skills.choose(rng, count)
-    script = world.Script(rng, "exam", tools.offer(rng, [skill.needs for skill in chosen], 0.0))
+    offered = tools.offer(rng, [skill.needs for skill in chosen], 0.0)
+    while not offered:  # the world has clients without tools, too; these sessions have some
+        offered = tools.offer(rng, [skill.needs for skill in chosen], 0.0)
+    script = world.Script(rng, "exam", offered)
     turns: list[Turn] = []
     for skill in chosen:
         begin = len(script.messages)
@@ -324,8 +329,9 @@ def main() -> int:
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
         ).stdout.strip()
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        about = {"date": date, "commit": commit, "model": options.model, "result": result}
-        options.json.write_text(json.dumps(about, indent=2) + "\n")
+        machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}"
+        about = {"bench": "sessions", "date": date, "commit": commit, "machine": machine, "model": options.model}
+        options.json.write_text(json.dumps({**about, "result": result}, indent=2) + "\n")
     return int(any(row["wanted"] is not None and row["ended_right"] < row["wanted"] for row in result.values()))
 
 

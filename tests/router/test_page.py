@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from browser import DESKTOP, PHONE, open_browser, open_page
 from mock_worker import Script
-from playwright.async_api import Browser, Page, Route, expect
-from router_stack import Stack, until
+from playwright.async_api import Browser, Page, expect
+from router_stack import Stack, StartStack, until
 
 from tokenrelay.proto import worker_pb2
+from tokenrelay.services.router.keys import new_key, write_keys
 from tokenrelay.services.router.mesh_feed import FEED
 from tokenrelay.services.router.trails import Trails
 
@@ -170,44 +171,37 @@ async def test_a_stopped_answer_ends_at_the_worker(quick: Stack, browser: Browse
         await expect(page.locator(".turn.error")).to_have_count(0)
 
 
-async def test_a_key_is_asked_for_and_kept_in_the_tab(quick: Stack, browser: Browser) -> None:
-    seen: list[str] = []
-
-    async def guard(route: Route) -> None:
-        given = route.request.headers.get("authorization", "")
-        seen.append(given)
-        if given == "Bearer right-key":
-            await route.continue_()
-            return
-        error = {"error": {"message": "a key is needed", "type": "authentication_error", "param": None, "code": None}}
-        await route.fulfill(status=401, content_type="application/json", body=json.dumps(error))
-
-    context = await browser.new_context()
-    page = await context.new_page()
-    await page.route("**/mesh/events", guard)
-    await page.route("**/v1/**", guard)
-    await page.goto(quick.url)
-    dialog = page.get_by_role("dialog", name="API key")
-    await expect(dialog).to_contain_text("a key is needed")
-    for key in ("wrong-key", "right-key"):
-        await page.get_by_label("Key", exact=True).fill(key)
+async def test_a_key_is_asked_for_and_kept_in_the_tab(
+    start_stack: StartStack, browser: Browser, tmp_path: Path
+) -> None:
+    plain, record = new_key("plain")
+    admin, boss = new_key("boss", admin=True)
+    write_keys(tmp_path / "keys.json", [record, boss])
+    stack = await start_stack(keys=str(tmp_path / "keys.json"))
+    async with open_page(browser, stack.url, expect="the server responded with a status of 40") as page:
+        dialog = page.get_by_role("dialog", name="API key")
+        await expect(dialog).to_contain_text("key")
+        await page.get_by_label("Key", exact=True).fill("tr-nobodys")
         await dialog.get_by_role("button", name="Use").click()
-        if key == "wrong-key":
-            await expect(dialog).to_be_visible()
-            await until(lambda: seen[-1] == "Bearer wrong-key")
-    await settled(page)
-    assert seen[0] == "" and seen[-1] == "Bearer right-key"
-    await page.get_by_label("Message").fill("Hi")
-    await page.keyboard.press("Enter")
-    await expect(page.locator(".turn.assistant")).to_have_text("Hello world!")
-    assert await page.evaluate("sessionStorage.getItem('tokenrelay.key')") == "right-key"
-    assert "right-key" not in json.dumps(await page.evaluate("({...localStorage})")) + await page.evaluate(
-        "document.cookie"
-    )
-    await page.get_by_role("button", name="API key").click()
-    await dialog.get_by_role("button", name="Forget").click()
-    assert await page.evaluate("sessionStorage.getItem('tokenrelay.key')") is None
-    await context.close()
+        await expect(dialog).to_be_visible()
+        await expect(page.locator("#key-input")).to_have_value("tr-nobodys")
+        await page.get_by_label("Key", exact=True).fill(plain)
+        await dialog.get_by_role("button", name="Use").click()
+        await expect(page.locator("#link-text")).to_contain_text("may chat")
+        await expect(dialog).to_be_hidden()
+        await page.get_by_label("Message").fill("Hi")
+        await page.keyboard.press("Enter")
+        await expect(page.locator(".turn.assistant")).to_have_text("Hello world!")
+        await page.get_by_role("button", name="API key").click()
+        await page.get_by_label("Key", exact=True).fill(admin)
+        await dialog.get_by_role("button", name="Use").click()
+        await settled(page)
+        assert await page.evaluate("sessionStorage.getItem('tokenrelay.key')") == admin
+        elsewhere = json.dumps(await page.evaluate("({...localStorage})")) + await page.evaluate("document.cookie")
+        assert admin not in elsewhere and plain not in elsewhere
+        await page.get_by_role("button", name="API key").click()
+        await dialog.get_by_role("button", name="Forget").click()
+        assert await page.evaluate("sessionStorage.getItem('tokenrelay.key')") is None
 
 
 async def test_it_comes_back_and_says_what_changed(quick: Stack, browser: Browser) -> None:

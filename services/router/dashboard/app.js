@@ -46,9 +46,9 @@ function openKey(why = "") {
   }
 }
 
-/** Resolves once the user gave a key (or cancelled: then after the next one). */
+/** Resolves once the user gave a key; who cancels is not asked again before. Without `why` nobody is asked. */
 function askKey(why) {
-  openKey(/[.!?]$/.test(why) ? why : `${why}.`);
+  if (why) openKey(/[.!?]$/.test(why) ? why : `${why}.`);
   return new Promise((resolve) => waiting.push(resolve));
 }
 

@@ -65,7 +65,7 @@ export async function errorOf(response) {
 
 const wait = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-/** Follows the mesh for ever. on.snapshot(object), on.history(points), on.state(live|lost|key, text), on.key(): resolves once there is one. */
+/** Follows the mesh for ever. on.snapshot(object), on.history(points), on.state(live|lost|key, text), on.key(why): resolves once there is another; null: do not ask for it. */
 export async function follow(on) {
   let failures = 0;
   for (;;) {
@@ -74,9 +74,10 @@ export async function follow(on) {
     try {
       const response = await fetch("/mesh/events", { headers: headers(), signal: abort.signal, cache: "no-store" });
       if (response.status === 401 || response.status === 403) {
-        on.state("key", "needs a key");
         clearTimeout(silence);
-        await on.key(await errorOf(response));
+        const asked = response.status === 401; // 403: it has a key, which is good for the chat alone
+        on.state("key", asked ? "needs a key" : "this key may chat, not see the mesh");
+        await on.key(asked ? await errorOf(response) : null);
         continue;
       }
       if (!response.ok) throw new Error(await errorOf(response));

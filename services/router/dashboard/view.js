@@ -163,21 +163,16 @@ export class View {
     for (let choice = 0; choice < Math.min(request.choices, 8); choice++)
       lanes.push(...phases(request, choice).map((bar, index) => ({ ...bar, choice, key: `${choice}.${index}.${bar.phase}` })));
     keyed($("timeline-lanes"), lanes, (bar) => bar.key,
-      (bar) => h("div", { class: "lane" }, h("span", { class: "label" }), h("span", { class: "track" }, h("i", { class: `ph-${bar.phase}` }), h("b"))),
+      (bar) => h("div", { class: "lane" }, h("span", { class: "label" }), h("span", { class: "track" }, h("i", { class: `ph-${bar.phase}` })), h("span", { class: "num" })),
       (node, bar) => {
-        const [label, track] = node.children;
+        const [label, track, figure] = node.children;
         const where = bar.worker ? ` · ${worker(bar.worker)}` : "";
-        set(label, { title: `${PHASES[bar.phase]} ${bar.worker}` });
+        text(label, `${request.choices > 1 ? `${bar.choice + 1}: ` : ""}${PHASES[bar.phase]}${where}`);
+        set(label, { title: label.textContent });
         const [from, to] = [bar.from_ms / end, bar.to_ms / end].map((part) => Math.min(1, part || 0));
-        const [fill, figure] = track.children;
-        fill.style.left = `${100 * from}%`;
-        fill.style.width = `${100 * (to - from)}%`;
+        track.firstChild.style.left = `${100 * from}%`;
+        track.firstChild.style.width = `${100 * (to - from)}%`;
         text(figure, duration(bar.to_ms - bar.from_ms));
-        figure.style.left = to < 0.8 ? `${100 * to}%` : "";
-        figure.style.right = to < 0.8 ? "" : `${100 * (1 - from)}%`;
-        figure.hidden = to >= 0.8 && from < 0.2;
-        const inLabel = figure.hidden ? `, ${duration(bar.to_ms - bar.from_ms)}` : "";
-        text(label, `${request.choices > 1 ? `${bar.choice + 1}: ` : ""}${PHASES[bar.phase]}${where}${inLabel}`);
       });
     keyed($("timeline-notes"), [{ at_ms: 0, kind: "arrived" }, ...request.notes].map((note, index) => ({ ...note, index })), (note) => note.index,
       () => h("li", {}, h("span", { class: "at" }), h("span", { class: "what" })),
