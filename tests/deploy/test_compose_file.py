@@ -13,14 +13,16 @@ from stack import COMPOSE, DEPLOY, load, seconds, variables
 
 from tokenrelay.cli.fleet_config import FleetConfig
 from tokenrelay.services.chassis.security import SecurityConfig
+from tokenrelay.services.chassis.tracing import TracingConfig
 from tokenrelay.services.decode.config import WorkerConfig
 from tokenrelay.services.kvstore.config import KvstoreConfig
 from tokenrelay.services.prefill.config import PrefillConfig
 from tokenrelay.services.router.config import RouterConfig
 
 STACK = load()
-SERVICES: dict[str, dict[str, Any]] = STACK["services"]
-LASTING = sorted(set(SERVICES) - {"init"})  # all but the step before them
+EVERY: dict[str, dict[str, Any]] = STACK["services"]
+SERVICES = {name: service for name, service in EVERY.items() if "profiles" not in service}
+LASTING = sorted(set(EVERY) - {"init"})  # all but the step before them
 OURS = ["router", "prefill", "decode", "kvstore"]
 TABLES = {
     "FLEET": FleetConfig,
@@ -29,18 +31,21 @@ TABLES = {
     "KVSTORE": KvstoreConfig,
     "PREFILL": PrefillConfig,
     "ROUTER": RouterConfig,
+    "TRACING": TracingConfig,
 }
 
 
 def test_the_roles_are_there() -> None:
     assert sorted(SERVICES) == sorted([*OURS, "etcd", "init"])
+    assert sorted(set(EVERY) - set(SERVICES)) == ["grafana", "prometheus"]
+    assert all(EVERY[name]["profiles"] == ["observe"] for name in set(EVERY) - set(SERVICES))
 
 
-@pytest.mark.parametrize("name", sorted(SERVICES))
+@pytest.mark.parametrize("name", sorted(EVERY))
 def test_no_service_has_more_rights_than_it_needs(name: str) -> None:
-    service = SERVICES[name]
+    service = EVERY[name]
     user, _, group = service["user"].partition(":")
-    assert int(user) > 0 and int(group) > 0
+    assert int(user) > 0 and (int(group) > 0 or name == "grafana")
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"] and "cap_add" not in service
     assert service["security_opt"] == ["no-new-privileges:true"]
@@ -48,18 +53,18 @@ def test_no_service_has_more_rights_than_it_needs(name: str) -> None:
     assert not [mount for mount in service.get("volumes", []) if "docker.sock" in str(mount)]
 
 
-@pytest.mark.parametrize("name", sorted(SERVICES))
+@pytest.mark.parametrize("name", sorted(EVERY))
 def test_every_service_has_limits(name: str) -> None:
-    limits = SERVICES[name]["deploy"]["resources"]["limits"]
+    limits = EVERY[name]["deploy"]["resources"]["limits"]
     assert 0 < float(limits["cpus"]) <= 2, "Docker refuses more CPUs than the machine has"
     assert re.fullmatch(r"\d+[mg]", limits["memory"])
     assert 0 < limits["pids"] <= 512
-    assert seconds(SERVICES[name]["stop_grace_period"]) > 0
+    assert seconds(EVERY[name]["stop_grace_period"]) > 0
 
 
 @pytest.mark.parametrize("name", LASTING)
 def test_every_lasting_service_is_watched_and_comes_back(name: str) -> None:
-    service = SERVICES[name]
+    service = EVERY[name]
     assert service["restart"] == "unless-stopped"
     check = service["healthcheck"]
     assert check["test"][0] == "CMD", "no shell: etcd's image has none"
@@ -159,7 +164,7 @@ def test_docker_compose_accepts_the_files() -> None:
     """By Compose itself where it is installed; what it would say of a wrong key needs its schema."""
     for files in ([COMPOSE], [COMPOSE, DEPLOY / "docker-compose.cuda.yml"]):
         names = {name for file in files for name in load(file)["services"]}
-        assert names == set(SERVICES)
+        assert names == set(EVERY)
         if (
             shutil.which("docker")
             and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0
@@ -173,4 +178,4 @@ def test_docker_compose_accepts_the_files() -> None:
             ]
             done = subprocess.run(command, capture_output=True, text=True, timeout=60)
             assert done.returncode == 0, done.stderr
-            assert set(done.stdout.split()) == names
+            assert set(done.stdout.split()) == set(SERVICES), "profiles are asked for"
