@@ -294,6 +294,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setup", action="store_true", help="make the peers' environments and end")
     parser.add_argument("--quick", action="store_true", help="one round of short cases, bfloat16, ours and llama.cpp")
+    parser.add_argument("--short", action="store_true", help="the short cases, of all models, forms and subjects named")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the result into this file")
     parser.add_argument("--models", default="qwen3,deepseek")
     parser.add_argument("--forms", default="bf16,int8,int4")
@@ -311,7 +312,9 @@ def main() -> int:
     gb_s = bandwidth_gb_s()
     for model in models:
         for form in forms:
-            rows += measure(subjects, model, form, 1 if options.quick else options.rounds, options.quick)
+            rows += measure(
+                subjects, model, form, 1 if options.quick else options.rounds, options.quick or options.short
+            )
     gb_s = max(gb_s, bandwidth_gb_s())
     show(rows, subjects, gb_s, Console(width=150))
     head = {"bench": "cpu_engine", **about(), "bandwidth_gb_s": round(gb_s, 1)}

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import random
 import statistics
 import sys
 import time
@@ -22,7 +20,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +28,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 from scheduler import about  # noqa: E402 - once its folder is known
 
-from tokenrelay.assets.training import corpus, tokenizer, world  # noqa: E402
+from tokenrelay.cli.held_out import perplexity  # noqa: E402
 from tokenrelay.kernels.ops import AttentionBatch  # noqa: E402
 from tokenrelay.runtime.executor.threads import default_threads, use_threads  # noqa: E402
 from tokenrelay.runtime.models.decoder import Model  # noqa: E402
@@ -74,16 +72,11 @@ class Steps:
         return logits
 
 
-def perplexity(model: Model, dialogues: int) -> float:
-    """exp of the mean negative log-likelihood of the assistant's tokens."""
-    encoder, total, count = corpus.Encoder(tokenizer.load(BUNDLED)), 0.0, 0
-    for index in track(range(dialogues), description="perplexity", console=Console(stderr=True), transient=True):
-        sample = encoder.sample(world.write_exam(index), random.Random(index))
-        ids, learnt = torch.tensor(sample.ids), torch.tensor([w >= 1.0 for w in sample.weights])
-        logits = Steps(model, 1, len(ids)).run(ids[None], 0, every=True)[:-1]
-        losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")[learnt[1:]]
-        total, count = total + float(losses.sum()), count + len(losses)
-    return math.exp(total / count)
+def measured(model: Model, dialogues: int) -> float:
+    """Perplexity, with a bar."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("perplexity", total=dialogues)
+        return perplexity(model, BUNDLED, dialogues, lambda _: progress.advance(task))
 
 
 def median_ms(repeat: int, work: Callable[[], Any]) -> float:
@@ -127,7 +120,7 @@ def main() -> int:
         use_threads(default_threads(weight_bytes(model)))
         row: dict[str, Any] = {"weights": "bfloat16" if form == "auto" else form, "bytes": weight_bytes(model)}
         if options.model is None:
-            row["perplexity"] = perplexity(model, dialogues)
+            row["perplexity"] = measured(model, dialogues)
         results.append(row | speeds(model, repeat))
     table = Table(title="integer weights" if options.model is None else str(options.model))
     for name in results[0]:

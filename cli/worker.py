@@ -344,6 +344,7 @@ def load(
     """
     import torch
 
+    from tokenrelay.cli.held_out import perplexity
     from tokenrelay.runtime.weights.loader import load_model
     from tokenrelay.runtime.weights.quantize import quantize_model
 
@@ -385,7 +386,12 @@ def load(
     )
     if config.weight_dtype != "auto":
         told_s = 0.0
+        exact = perplexity(model, folder) if folder == BUNDLED_MODEL else None
         quantize_model(model, config.weight_dtype, lambda done, total: progress(done, total, "matrices"))
+        if exact is not None:
+            found = perplexity(model, folder)
+            loss = f"{found / exact - 1:+.2%}"
+            log.info("perplexity on held-out dialogues", form=config.weight_dtype, exact=exact, found=found, loss=loss)
     return model
 
 
