@@ -297,9 +297,13 @@ def start_ranks(config: WorkerConfig) -> Ranks | None:
     if config.ranks == 1:
         return None
     from tokenrelay.runtime.executor.threads import processors
+    from tokenrelay.runtime.spmd.followers import Rendezvous
     from tokenrelay.runtime.spmd.ranks import Ranks
 
-    return Ranks(config.ranks, threads=max(1, (config.threads or processors()) // config.ranks))
+    rendezvous = Rendezvous(config.rendezvous, config.rendezvous_key) if config.rendezvous else None
+    local = min(config.local_ranks, config.ranks) if rendezvous is not None else config.ranks
+    threads = max(1, (config.threads or processors()) // local)
+    return Ranks(config.ranks, threads=threads, rendezvous=rendezvous, local=local)
 
 
 async def _load_unless_ended(

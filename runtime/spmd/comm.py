@@ -23,11 +23,12 @@ MEET_MAX_S = 30.0  # ranks meet once each has said that it read its shard
 class Comm:
     """The groups that one rank is a member of. Made alike by all ranks of a mesh; `name` keeps meshes apart."""
 
-    def __init__(self, store: Any, name: str, mesh: Mesh, rank: int, timeout_s: float) -> None:
+    def __init__(self, store: Any, name: str, mesh: Mesh, rank: int, timeout_s: float, host: str = HOST) -> None:
         self._store = store
         self._name = name
         self._mesh = mesh
         self._rank = rank
+        self._host = host
         self._timeout = timedelta(seconds=timeout_s)
         self._groups: dict[tuple[str, ...], tuple[Any, int, int]] = {}
 
@@ -40,7 +41,7 @@ class Comm:
             f"{self._name}/{'+'.join(axes)}/{members[0]}", self._store
         )
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=HOST)]
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host)]
         options._timeout = timedelta(seconds=MEET_MAX_S)
         at = members.index(self._rank)
         self._groups[axes] = (dist.ProcessGroupGloo(store, at, len(members), options), at, len(members))

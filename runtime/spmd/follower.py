@@ -1,4 +1,5 @@
-"""A rank that follows: `python -Pm tokenrelay.runtime.spmd.follower RANK PORT STEP_MAX_S THREADS`, started by `Ranks`.
+"""A rank that follows:
+`python -Pm tokenrelay.runtime.spmd.follower RANK PORT STEP_MAX_S THREADS HOST`, started by `Ranks`.
 
 Orders come on stdin, answers to loads go to stdout, one JSON line each. It ends when stdin ends, or with its parent.
 """
@@ -25,8 +26,11 @@ from tokenrelay.runtime.spmd.load import load_shard, meet
 from tokenrelay.runtime.spmd.rank_model import RankModel
 
 
-def follow(rank: int, store: Any, timeout_s: float, orders: int, answers: int) -> None:
-    """Carry out orders until there are no more. Whatever fails ends the process: the leader sees its pipe end."""
+def follow(rank: int, store: Any, timeout_s: float, orders: int, answers: int, *, host: str = HOST) -> None:
+    """Carry out orders until there are no more. Whatever fails ends the process: the leader sees its pipe end.
+
+    `host`: the address of this machine that the other ranks reach.
+    """
     model: RankModel | None = None
     caches: list[Tensor] = []
     with torch.inference_mode():
@@ -61,7 +65,7 @@ def follow(rank: int, store: Any, timeout_s: float, orders: int, answers: int) -
                     os.write(answers, json.dumps({"error": error.message}).encode() + b"\n")
                     continue
                 os.write(answers, json.dumps({"identity": shard[0].config.identity.hex()}).encode() + b"\n")
-                model = meet(store, order, rank, timeout_s, shard)
+                model = meet(store, order, rank, timeout_s, shard, host)
 
 
 def main() -> None:
@@ -73,7 +77,7 @@ def main() -> None:
     os.dup2(2, 1)  # whoever prints must not answer
     use_threads(threads)
     store = dist.TCPStore(HOST, port, None, False, timeout=timedelta(seconds=LOAD_MAX_S))  # type: ignore[attr-defined]
-    follow(rank, store, timeout_s, 0, answers)
+    follow(rank, store, timeout_s, 0, answers, host=sys.argv[5])
     os._exit(0)  # gloo's threads may wait for a peer that has ended first
 
 

@@ -48,10 +48,15 @@ def load_shard(order: dict[str, Any], rank: int, **more: Any) -> tuple[Model, Pr
     return model, compile_programs(model.architecture, mesh, experts)
 
 
-def meet(store: Any, order: dict[str, Any], rank: int, timeout_s: float, shard: tuple[Model, Programs]) -> RankModel:
-    """Connect with the others, once every rank has its shard. Raises RuntimeError when one does not come."""
+def meet(
+    store: Any, order: dict[str, Any], rank: int, timeout_s: float, shard: tuple[Model, Programs], host: str
+) -> RankModel:
+    """Connect with the others, once every rank has its shard. `host`: the address of this machine that they reach.
+
+    Raises RuntimeError when one does not come.
+    """
     model, programs = shard
-    comm = Comm(store, order["name"], programs.mesh, rank, timeout_s)
+    comm = Comm(store, order["name"], programs.mesh, rank, timeout_s, host)
     # Experts of one rank alone have nowhere to go.
     balanced = order["experts"]["spare"] > 0 and programs.mesh.ranks > programs.mesh.size(STAGES)
     folder = Path(order["folder"]) if balanced and model.architecture.moe is not None else None

@@ -12,17 +12,14 @@ half a group computes nothing.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
-import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +31,6 @@ from torch import Tensor
 
 from tokenrelay.base.errors import PlacementError, TokenRelayError, Unavailable
 from tokenrelay.base.logging import get_logger
-from tokenrelay.base.parent import announce
 from tokenrelay.kernels.batch import AttentionBatch
 from tokenrelay.runtime.layers.moe import ExpertSplit
 from tokenrelay.runtime.models.decoder import Model
@@ -42,6 +38,7 @@ from tokenrelay.runtime.placement import STAGES, Mesh
 from tokenrelay.runtime.spmd import frames
 from tokenrelay.runtime.spmd.balance import Replaced
 from tokenrelay.runtime.spmd.comm import HOST, LOAD_MAX_S
+from tokenrelay.runtime.spmd.followers import JOIN_MAX_S, Child, Follower, Rendezvous
 from tokenrelay.runtime.spmd.homes import Homes
 from tokenrelay.runtime.spmd.load import code_identity, load_shard, meet
 from tokenrelay.runtime.spmd.mirror import Unseen
@@ -55,16 +52,8 @@ REPLY_BYTES_MAX = 1 << 16
 log = get_logger("ranks")
 
 
-@dataclass(slots=True)
-class _Follower:
-    rank: int
-    process: subprocess.Popen[bytes]
-    plans: int  # our end of its stdin, not blocking
-    replies: int
-
-
 class Ranks:
-    """A group of rank processes on this machine. One thread may use it at a time."""
+    """A group of rank processes, on this machine or on several. One thread may use it at a time."""
 
     def __init__(
         self,
@@ -73,7 +62,14 @@ class Ranks:
         step_max_s: float = STEP_MAX_S,
         threads: int = 1,
         on_death: Callable[[BaseException], None] | None = None,
+        rendezvous: Rendezvous | None = None,
+        local: int | None = None,
+        join_max_s: float = JOIN_MAX_S,
     ) -> None:
+        """`local` of the ranks, this one among them, are processes of this machine; the others come to `rendezvous`.
+
+        Raises PlacementError, and Unavailable when one does not come in time.
+        """
         if not 1 <= count <= RANKS_MAX:
             raise PlacementError(f"{count} ranks; a worker has 1 to {RANKS_MAX}")
         self.count = count
@@ -84,7 +80,17 @@ class Ranks:
         self._closing = False
         self._loads = 0
         self._store = dist.TCPStore(HOST, 0, None, True, wait_for_workers=False)  # type: ignore[attr-defined]
-        self._followers = [self._start(rank, threads) for rank in range(1, count)]
+        self._host = rendezvous.host if rendezvous is not None else HOST
+        here = count if rendezvous is None or local is None else local
+        self._followers: list[Follower] = [Child(rank, self._command(rank, threads)) for rank in range(1, here)]
+        if rendezvous is not None:
+            welcome = {"port": self._store.port, "step_max_s": step_max_s, "threads": threads}
+            try:
+                self._followers += rendezvous.meet(set(range(here, count)), welcome, join_max_s)
+            except BaseException:
+                self._watchers: list[threading.Thread] = []
+                self.close()
+                raise
         self._watchers = [
             threading.Thread(target=self._watch, args=(follower,), name=f"rank {follower.rank}", daemon=True)
             for follower in self._followers
@@ -92,17 +98,9 @@ class Ranks:
         for watcher in self._watchers:
             watcher.start()
 
-    def _start(self, rank: int, threads: int) -> _Follower:
+    def _command(self, rank: int, threads: int) -> list[str]:
         command = [sys.executable, "-Pm", "tokenrelay.runtime.spmd.follower", str(rank), str(self._store.port)]
-        process = subprocess.Popen(
-            [*command, str(self._step_max_s), str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=announce(),
-        )
-        assert process.stdin is not None and process.stdout is not None
-        os.set_blocking(process.stdin.fileno(), False)
-        return _Follower(rank, process, process.stdin.fileno(), process.stdout.fileno())
+        return [*command, str(self._step_max_s), str(threads), self._host]
 
     def load(
         self,
@@ -148,7 +146,7 @@ class Ranks:
                 if reply.get("identity") != shard[0].config.identity.hex():
                     said = reply.get("error") or "it has other weights or another configuration"
                     raise Unavailable(f"rank {follower.rank} does not fit rank 0: {said}")
-            model = meet(self._store, order, 0, self._step_max_s, shard)
+            model = meet(self._store, order, 0, self._step_max_s, shard, self._host)
         except BaseException as error:
             self._tear_down(error)
             raise
@@ -160,16 +158,10 @@ class Ranks:
             self._closing = True
             self._dead = self._dead or Unavailable("the ranks were closed")
         for follower in self._followers:
-            with contextlib.suppress(OSError):
-                assert follower.process.stdin is not None
-                follower.process.stdin.close()
+            follower.stop()
         end = time.monotonic() + 5
         for follower in self._followers:
-            try:
-                follower.process.wait(max(0.0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                follower.process.kill()
-                follower.process.wait()
+            follower.reap(max(0.0, end - time.monotonic()))
         for watcher in self._watchers:
             watcher.join(5)
 
@@ -181,11 +173,11 @@ class Ranks:
 
     @property
     def pids(self) -> list[int]:
-        """Of the followers, in rank order."""
-        return [follower.process.pid for follower in self._followers]
+        """Of the followers on this machine, in rank order."""
+        return [follower.pid for follower in self._followers if follower.pid is not None]
 
     # -- for LeadingModel ---------------------------------------------------------------------------------------------
-    def run(self, followers: list[_Follower], kind: bytes, payload: bytes, work: Callable[[], Any]) -> Any:
+    def run(self, followers: list[Follower], kind: bytes, payload: bytes, work: Callable[[], Any]) -> Any:
         """Tell `followers`, then do this rank's part. A failure of either tears the group down. Raises Unavailable."""
         self._check()
         try:
@@ -195,41 +187,34 @@ class Ranks:
             self._tear_down(error)
             raise (self._dead or Unavailable(str(error))) from error
 
-    def _send(self, followers: list[_Follower], kind: bytes, payload: bytes) -> None:
+    def _send(self, followers: list[Follower], kind: bytes, payload: bytes) -> None:
         for follower in followers:
-            frames.write_frame(follower.plans, kind, payload, self._step_max_s)
+            frames.write_frame(follower.orders, kind, payload, self._step_max_s)
 
     def _check(self) -> None:
         if self._dead is not None:
             raise self._dead
 
     # -- ends ---------------------------------------------------------------------------------------------------------
-    def _reply(self, follower: _Follower) -> dict[str, Any]:
+    def _reply(self, follower: Follower) -> dict[str, Any]:
         """The one line with which a follower answers a load."""
         end, line = time.monotonic() + LOAD_MAX_S, b""
         while not line.endswith(b"\n") and len(line) < REPLY_BYTES_MAX:
             left = end - time.monotonic()
-            if left <= 0 or not select.select([follower.replies], [], [], left)[0]:
+            if left <= 0 or not select.select([follower.answers], [], [], left)[0]:
                 raise Unavailable(f"rank {follower.rank} did not load within {LOAD_MAX_S:g} s")
-            part = os.read(follower.replies, 4096)
+            part = os.read(follower.answers, 4096)
             if not part:
-                raise Unavailable(f"rank {follower.rank} died while it loaded ({self._exit(follower)})")
+                raise Unavailable(f"rank {follower.rank} died while it loaded ({follower.ending()})")
             line += part
         reply: dict[str, Any] = json.loads(line)
         return reply
 
-    def _exit(self, follower: _Follower) -> str:
-        try:
-            code = follower.process.wait(5)
-        except subprocess.TimeoutExpired:
-            return "it closed its pipe"
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-    def _watch(self, follower: _Follower) -> None:
+    def _watch(self, follower: Follower) -> None:
         """Sleeps until a follower ends."""
-        follower.process.wait()
+        follower.wait()
         if not self._closing:
-            self._tear_down(Unavailable(f"rank {follower.rank} died ({self._exit(follower)})"))
+            self._tear_down(Unavailable(f"rank {follower.rank} died ({follower.ending()})"))
 
     def _tear_down(self, error: BaseException) -> None:
         """Kill what is left of the group, once, and say so."""
@@ -240,8 +225,7 @@ class Ranks:
             self._dead = reason
         log.error("the group of ranks is torn down", reason=reason.message, ranks=self.count)
         for follower in self._followers:
-            with contextlib.suppress(ProcessLookupError):
-                follower.process.kill()
+            follower.kill()
         if self.on_death is not None:
             self.on_death(reason)
 
@@ -249,7 +233,7 @@ class Ranks:
 class LeadingModel:
     """The model as rank 0 has it: a call runs the step on all ranks."""
 
-    def __init__(self, ranks: Ranks, model: RankModel, followers: list[_Follower]) -> None:
+    def __init__(self, ranks: Ranks, model: RankModel, followers: list[Follower]) -> None:
         self.config = model.config
         self.cos_sin = model.cos_sin
         self._ranks = ranks

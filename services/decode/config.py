@@ -49,6 +49,11 @@ class WorkerConfig:
         "places more on each rank, for replicas of busy experts",
     )
     replace_steps: int = setting(3000, "steps between re-placements of experts by load (experts: spare:N)", minimum=1)
+    rendezvous: str = setting("", "host:port of this host where ranks of other hosts come; empty: all ranks are here")
+    local_ranks: int = setting(
+        1, "with worker.rendezvous: ranks on this host, itself among them", minimum=1, maximum=64
+    )
+    rendezvous_key: str = setting("", "what ranks of other hosts must know (TOKENRELAY_RENDEZVOUS_KEY there)")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs; auto: a GPU if there is one")
     context_tokens: int | None = setting(
         None,
