@@ -69,7 +69,7 @@ def hit_rates(done: Iterable[Record]) -> Figures:
 def verdict(found: Figures, settings: Settings) -> tuple[bool, str]:
     """(whether the load was held, why not)."""
     ended = found["requests"] + found["failed"] + found["refused"]
-    if not found["requests"]:
+    if not ended:
         return False, "no request ended"
     if found["failed"] + found["refused"] > ERRORS_MAX * ended:
         return False, f"{found['failed'] + found['refused']} of {ended} requests failed"

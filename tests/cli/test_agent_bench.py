@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ def test_sessions_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert endpoint.keys == {"Bearer k1"}
     (load,) = result["loads"]
     assert load["held"] and result["best"]["load"] == 2 and load["failed"] == load["refused"] == 0
-    assert 20 < load["tps"]["p50"] <= 410, "the endpoint paces; a loaded machine is slower"
+    assert 2 < load["tps"]["p50"] <= 410, "the endpoint paces; a loaded machine is slower"
     assert load["itl_s"]["p95"] >= 1 / 410
     assert load["requests"] >= 4 and load["output_tokens"] == 5 * load["requests"]
     minutes = load["seconds"] / 60
@@ -121,7 +120,7 @@ def test_an_endpoint_without_ignore_eos_or_cached_tokens(tmp_path: Path) -> None
 
 def test_failures_are_counted_and_a_load_with_many_is_not_held(tmp_path: Path) -> None:
     with MockEndpoint() as endpoint:
-        threading.Timer(0.6, lambda: setattr(endpoint, "refuse", (429, "too much <b>at once</b>"))).start()
+        endpoint.refuse, endpoint.troubles_from = (429, "too much <b>at once</b>"), 5
         result = measured(endpoint, SMALL, tmp_path, html=tmp_path / "report.html")
     (load,) = result["loads"]
     assert load["refused"] > 0 and not load["held"] and "failed" in load["why_not"] and result["best"] is None
@@ -131,7 +130,7 @@ def test_failures_are_counted_and_a_load_with_many_is_not_held(tmp_path: Path) -
 
 def test_a_stream_that_is_cut_is_a_failure(tmp_path: Path) -> None:
     with MockEndpoint() as endpoint:
-        threading.Timer(0.3, lambda: setattr(endpoint, "cut_after", 2)).start()
+        endpoint.cut_after, endpoint.troubles_from = 2, 5
         result = measured(endpoint, SMALL, tmp_path)
     assert result["loads"][0]["failed"] > 0
     assert any("before its end" in error for error in result["loads"][0]["errors"])

@@ -22,7 +22,11 @@ CACHE_CHARS = 16
 
 
 class MockEndpoint:
-    """`refuse`: a (status, message) for every chat from now on. `takes_ignore_eos`: else a 400 that names it."""
+    """`takes_ignore_eos`: else a 400 that names it.
+
+    From its `troubles_from`-th chat on it refuses with `refuse`, a (status, message), or cuts streams after `cut_after`
+    tokens, where these are set.
+    """
 
     def __init__(
         self, *, tps: float = 2000.0, first_s: float = 0.002, together: int = 1000, takes_ignore_eos: bool = True
@@ -32,6 +36,7 @@ class MockEndpoint:
         self.refuse: tuple[int, str] | None = None
         self.says_cached = True
         self.cut_after: int | None = None
+        self.troubles_from = 0
         self._tps, self._first_s, self._together = tps, first_s, together
         self._takes_ignore_eos = takes_ignore_eos
         self._prefixes: set[int] = set()
@@ -66,7 +71,8 @@ class MockEndpoint:
         body = await request.json()
         self.bodies.append(body)
         self.keys.add(request.headers.get("Authorization"))
-        refuse = self.refuse
+        troubled = len(self.bodies) > self.troubles_from
+        refuse = self.refuse if troubled else None
         if refuse is None and "ignore_eos" in body and not self._takes_ignore_eos:
             refuse = 400, "unknown parameter: ignore_eos"
         if refuse is not None:
@@ -74,13 +80,15 @@ class MockEndpoint:
         text = "".join(message["content"] for message in body["messages"])
         self._running += 1
         try:
-            return await self._stream(request, body, text)
+            return await self._stream(request, body, text, self.cut_after if troubled else None)
         except ConnectionError:  # the client left
             raise asyncio.CancelledError from None
         finally:
             self._running -= 1
 
-    async def _stream(self, request: web.Request, body: dict[str, Any], text: str) -> web.StreamResponse:
+    async def _stream(
+        self, request: web.Request, body: dict[str, Any], text: str, cut_after: int | None
+    ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         cached = self._cached(text)
@@ -88,7 +96,7 @@ class MockEndpoint:
         tokens = body["max_tokens"]
         answer = ""
         for number in range(tokens):
-            if self.cut_after is not None and number >= self.cut_after:
+            if cut_after is not None and number >= cut_after:
                 return response
             word = "tok "
             answer += word
