@@ -16,7 +16,17 @@ from tokenrelay.base.logging import get_logger
 from tokenrelay.base.version import version
 from tokenrelay.proto import worker_pb2
 from tokenrelay.services.chassis.client import WorkerClient
-from tokenrelay.services.router import cors, debug, mesh_feed, messages, messages_errors, metrics, page, responses
+from tokenrelay.services.router import (
+    cors,
+    debug,
+    mesh_feed,
+    messages,
+    messages_errors,
+    metrics,
+    openapi,
+    page,
+    responses,
+)
 from tokenrelay.services.router.body import read_body, render_messages, request_id_of
 from tokenrelay.services.router.gate import salt_of
 from tokenrelay.services.router.generate import chat_completions, completions
@@ -65,6 +75,7 @@ def create_app(state: RouterState) -> web.Application:
             web.get("/ready", ready),
             web.get("/metrics", metrics_page),
             web.get("/version", version_of),
+            web.get(openapi.PATH, openapi.serve),
             web.get("/workers", workers),
             *debug.routes(state.config),
         ]

@@ -1,0 +1,96 @@
+"""GET /openapi.json: the API as an OpenAPI 3.1 document, made from the types that bodies are parsed into.
+
+It says what may be sent, fields that are refused included: each of those is a 400 that names it (docs/api.md). Replies
+are described by their status, and errors by their shape.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from tokenrelay.base.version import version
+from tokenrelay.services.router.messages_types import CountTokensRequest, MessagesRequest
+from tokenrelay.services.router.openai_types import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from tokenrelay.services.router.replies import encode
+from tokenrelay.services.router.responses_types import ResponsesRequest
+
+PATH = "/openapi.json"
+_POSTS: dict[str, tuple[type, str]] = {
+    "/v1/chat/completions": (ChatRequest, "A chat completion; with `stream` as server-sent events."),
+    "/v1/completions": (CompletionRequest, "A text completion; with `stream` as server-sent events."),
+    "/v1/responses": (ResponsesRequest, "A response, as OpenAI's Responses API has it."),
+    "/v1/messages": (MessagesRequest, "A message, as Anthropic's Messages API has it."),
+    "/v1/messages/count_tokens": (CountTokensRequest, "How many tokens a prompt of these messages has."),
+    "/tokenize": (TokenizeRequest, "Token ids of a prompt, or of messages."),
+    "/detokenize": (DetokenizeRequest, "The text of token ids."),
+}
+_GETS: dict[str, str] = {
+    "/v1/models": "The models that are served.",
+    "/health": "The process lives.",
+    "/ready": "Requests would be served now.",
+    "/version": "The version.",
+    "/metrics": "Counters, for Prometheus.",
+}
+_NAMED: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "/v1/models/{name}": ("name", ("get",), "One model."),
+    "/v1/responses/{id}": ("id", ("get", "delete"), "A response that this router keeps."),
+}
+_STATUS = {
+    "400": "something about the request is wrong; the error names it",
+    "401": "with keys: none, or a wrong one",
+    "404": "there is no such thing",
+    "413": "the body is too large",
+    "429": "over a limit, or too busy; Retry-After says when to come again",
+    "503": "no worker takes requests now",
+    "504": "it was not done in time",
+}
+
+
+def _responses() -> dict[str, Any]:
+    json_body = {"application/json": {"schema": {"type": "object"}}}
+    errors = {status: {"description": said, "content": json_body} for status, said in _STATUS.items()}
+    return {"200": {"description": "the reply"}, **errors}
+
+
+@functools.cache
+def document() -> bytes:
+    """The document, encoded."""
+    types = [kind for kind, _ in _POSTS.values()]
+    schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    paths: dict[str, dict[str, Any]] = {}
+    for (path, (_, summary)), schema in zip(_POSTS.items(), schemas, strict=True):
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
+        paths[path] = {"post": {"summary": summary, "requestBody": body, "responses": _responses()}}
+    for path, summary in _GETS.items():
+        paths[path] = {"get": {"summary": summary, "responses": _responses()}}
+    for path, (name, methods, summary) in _NAMED.items():
+        parameter = {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        operation = {"summary": summary, "parameters": [parameter], "responses": _responses()}
+        paths[path] = dict.fromkeys(methods, operation)
+    keys = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    }
+    return encode(
+        {
+            "openapi": "3.1.0",
+            "info": {"title": "TokenRelay", "version": version()},
+            "paths": paths,
+            "components": {"schemas": components, "securitySchemes": keys},
+            "security": [{}, {"bearer": []}, {"key": []}],
+        }
+    )
+
+
+async def serve(request: web.Request) -> web.Response:
+    """GET /openapi.json."""
+    return web.Response(body=document(), content_type="application/json")

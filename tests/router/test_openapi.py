@@ -1,0 +1,102 @@
+"""The served OpenAPI document: what it says, and that nothing made from it gets a 5xx (Schemathesis)."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from fuzzed import Fuzzed
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from schemathesis import GenerationMode
+
+from tokenrelay.services.router.openapi import document
+
+CASES = 20_000  # of the long run, all operations together
+SHORT = 15  # of each operation
+DOCUMENT = json.loads(document())
+KNOWN = json.loads(document())  # for cases: they name the model that is served, or few would come further
+for schema in KNOWN["components"]["schemas"].values():
+    if "model" in schema.get("properties", {}):
+        schema["properties"]["model"] = {"const": "mock"}
+OPERATIONS = [(method, path) for path, methods in DOCUMENT["paths"].items() for method in methods if path != "/metrics"]
+
+
+@pytest.fixture(scope="module")
+def url(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A router with a mock worker, on a loop in a thread of its own: Schemathesis' calls block."""
+    stack = Fuzzed(model_folder, tmp_path_factory.mktemp("openapi"))
+    thread = threading.Thread(target=stack.loop.run_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{stack.port}"
+    stack.loop.call_soon_threadsafe(stack.loop.stop)
+    thread.join()
+    stack.close()
+
+
+def run(url: str, method: str, path: str, examples: int, mode: GenerationMode) -> dict[int, int]:
+    """Cases of one operation; how often each status came."""
+    operation = schemathesis.openapi.from_dict(KNOWN)[path][method.upper()]
+    statuses: dict[int, int] = {}
+    with httpx.Client(base_url=url, timeout=30) as client:
+
+        @seed(20261121)
+        @settings(
+            max_examples=examples,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def ask(case: Any) -> None:
+            asked = case.as_transport_kwargs(base_url=url)
+            allowed = {key: asked[key] for key in ("json", "params") if asked.get(key) is not None}
+            content = asked.get("data")
+            content = content if isinstance(content, bytes | str) else None
+            headers = {key: str(value) for key, value in asked["headers"].items()}
+            try:
+                request = client.build_request(
+                    asked["method"], asked["url"], headers=headers, content=content, **allowed
+                )
+            except (UnicodeEncodeError, ValueError, httpx.InvalidURL):
+                return  # nothing that a client could send
+            response = client.send(request)
+            statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
+            assert response.status_code < 500, (response.status_code, response.text, request.content[:2000])
+
+        ask()
+    return statuses
+
+
+async def test_it_is_served_and_names_every_path(url: str) -> None:
+    async with httpx.AsyncClient(base_url=url) as client:
+        got = (await client.get("/openapi.json")).json()
+    assert got == DOCUMENT and got["openapi"].startswith("3.1")
+    for path, methods in got["paths"].items():
+        for method, operation in methods.items():
+            assert {"200", "400", "429", "503"} <= set(operation["responses"]), (method, path)
+    chat = got["components"]["schemas"]["ChatRequest"]
+    assert chat["required"] == ["messages"] and {"tools", "response_format", "cache_salt"} <= set(chat["properties"])
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_nothing_made_from_it_gets_a_5xx(url: str, method: str, path: str) -> None:
+    assert run(url, method, path, SHORT, GenerationMode.POSITIVE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("method", "path"), [one for one in OPERATIONS if one[0] == "post"])
+def test_twenty_thousand_cases(url: str, method: str, path: str) -> None:
+    """`TOKENRELAY_TEST_CASES` sets another number."""
+    posts = sum(method == "post" for method, _ in OPERATIONS)
+    each = int(os.environ.get("TOKENRELAY_TEST_CASES", CASES)) // posts // 2 + 1
+    for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+        assert sum(run(url, method, path, each, mode).values()) > 0
