@@ -368,8 +368,6 @@ def load(
         raise ConfigError("worker.device is cuda, but this torch sees no GPU")
     folder = Path(config.model) if config.model else BUNDLED_MODEL
     if ranks is not None:
-        if device != "cpu":
-            raise ConfigError(f"a worker of {config.ranks} ranks runs on the CPU: set worker.device to cpu")
         from tokenrelay.runtime.layers.moe import ExpertSplit
         from tokenrelay.runtime.placement import Mesh
 
@@ -377,7 +375,8 @@ def load(
         sizes = {"block_tokens": config.block_tokens, "context_tokens": config.context_tokens}
         mesh = Mesh(pp=config.pp, dp=config.dp, cp=config.cp, ep=config.ep, tp=config.tp)
         experts = ExpertSplit.parse(config.experts)
-        led = ranks.load(folder, mesh, dtype=dtype, progress=progress, experts=experts, shared=shared, **sizes)
+        more: dict[str, Any] = {"experts": experts, "shared": shared, "device": device, **sizes}
+        led = ranks.load(folder, mesh, dtype=dtype, progress=progress, **more)
         led.replace_steps = config.replace_steps
         return led
     model = load_model(

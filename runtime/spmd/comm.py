@@ -23,12 +23,23 @@ MEET_MAX_S = 30.0  # ranks meet once each has said that it read its shard
 class Comm:
     """The groups that one rank is a member of. Made alike by all ranks of a mesh; `name` keeps meshes apart."""
 
-    def __init__(self, store: Any, name: str, mesh: Mesh, rank: int, timeout_s: float, host: str = HOST) -> None:
+    def __init__(
+        self,
+        store: Any,
+        name: str,
+        mesh: Mesh,
+        rank: int,
+        timeout_s: float,
+        host: str = HOST,
+        device: torch.device | None = None,
+    ) -> None:
+        """`host`: this machine's address, for gloo. `device`: of the tensors; NCCL moves those of a GPU."""
         self._store = store
         self._name = name
         self._mesh = mesh
         self._rank = rank
         self._host = host
+        self._device = device or torch.device("cpu")
         self._timeout = timedelta(seconds=timeout_s)
         self._groups: dict[tuple[str, ...], tuple[Any, int, int]] = {}
 
@@ -40,11 +51,21 @@ class Comm:
         store = dist.PrefixStore(  # type: ignore[attr-defined]
             f"{self._name}/{'+'.join(axes)}/{members[0]}", self._store
         )
+        at = members.index(self._rank)
+        make = self._nccl if self._device.type == "cuda" else self._gloo
+        self._groups[axes] = (make(store, at, len(members)), at, len(members))
+
+    def _gloo(self, store: Any, at: int, count: int) -> Any:
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host)]
         options._timeout = timedelta(seconds=MEET_MAX_S)
-        at = members.index(self._rank)
-        self._groups[axes] = (dist.ProcessGroupGloo(store, at, len(members), options), at, len(members))
+        return dist.ProcessGroupGloo(store, at, count, options)
+
+    def _nccl(self, store: Any, at: int, count: int) -> Any:
+        """Never run on more than one GPU so far. A rank has one GPU, chosen before its first tensor."""
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = self._timeout
+        return dist.ProcessGroupNCCL(store, at, count, options)
 
     def mover(self, move: Move) -> Callable[[Tensor], Tensor]:
         """What `move` makes of this rank's tensor, bound once. May write to its argument: nobody else reads a term."""

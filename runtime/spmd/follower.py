@@ -39,6 +39,10 @@ def follow(rank: int, store: Any, timeout_s: float, orders: int, answers: int, *
             if kind == frames.STEP:
                 assert model is not None, "a step before a load"
                 token_ids, batch, sample_rows, homes, copies = frames.unpack_step(payload)
+                if model.cos_sin.is_cuda:
+                    token_ids, batch, sample_rows = frames.on_device(
+                        token_ids, batch, sample_rows, model.cos_sin.device
+                    )
                 model(token_ids, batch, caches, sample_rows, homes, copies)
                 if model.mirror is not None:
                     model.mirror.collect(batch.cache_slots, caches, [])
@@ -56,7 +60,8 @@ def follow(rank: int, store: Any, timeout_s: float, orders: int, answers: int, *
                 assert model is not None, "caches before a load"
                 config = model.config
                 shape = config.kv_layout.shape(order["blocks"])
-                caches = [torch.zeros(shape, dtype=config.dtype) for _ in range(config.layers)]
+                device = model.cos_sin.device
+                caches = [torch.zeros(shape, dtype=config.dtype, device=device) for _ in range(config.layers)]
             else:
                 model, caches = None, []
                 try:

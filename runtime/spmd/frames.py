@@ -8,6 +8,7 @@ import select
 import struct
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,15 @@ def unpack_step(payload: bytes) -> tuple[Tensor, AttentionBatch, Tensor, list[in
         context_max=context_max,
     )
     return token_ids.clone(), batch, sample_rows.clone(), homes.tolist(), _copies(copies.tolist())
+
+
+def on_device(
+    token_ids: Tensor, batch: AttentionBatch, sample_rows: Tensor, device: torch.device
+) -> tuple[Tensor, AttentionBatch, Tensor]:
+    """A step's tensors where the model is."""
+    fields = ("block_table", "slots", "starts", "lengths", "offsets", "positions", "cache_slots")
+    moved = {name: getattr(batch, name).to(device) for name in fields}
+    return token_ids.to(device), replace(batch, **moved), sample_rows.to(device)
 
 
 def _copies(numbers: list[int]) -> list[Copy]:

@@ -30,6 +30,15 @@ def code_identity() -> str:
     return digest.hexdigest()
 
 
+def device_of(kind: str, rank: int) -> torch.device:
+    """A rank's device: on hosts with n GPUs each the ranks are numbered host by host, as torchrun does."""
+    if kind != "cuda":
+        return torch.device("cpu")
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
 def load_shard(order: dict[str, Any], rank: int, **more: Any) -> tuple[Model, Programs]:
     """This rank's shard and the programs. `order` is the leader's word to all; `more` goes to `load_model`.
 
@@ -43,7 +52,7 @@ def load_shard(order: dict[str, Any], rank: int, **more: Any) -> tuple[Model, Pr
     dtype = getattr(torch, order["dtype"]) if order["dtype"] else None
     said = order["experts"]
     experts = ExpertSplit(tuple(said["whole"]), said["send"], said["spare"])
-    options = {**order["options"], **more}
+    options = {**order["options"], **more, "device": device_of(order["device"], rank)}
     model = load_model(Path(order["folder"]), dtype=dtype, mesh=mesh, rank=rank, experts=experts, **options)
     return model, compile_programs(model.architecture, mesh, experts)
 
@@ -56,7 +65,7 @@ def meet(
     Raises RuntimeError when one does not come.
     """
     model, programs = shard
-    comm = Comm(store, order["name"], programs.mesh, rank, timeout_s, host)
+    comm = Comm(store, order["name"], programs.mesh, rank, timeout_s, host, model.cos_sin.device)
     # Experts of one rank alone have nowhere to go.
     balanced = order["experts"]["spare"] > 0 and programs.mesh.ranks > programs.mesh.size(STAGES)
     folder = Path(order["folder"]) if balanced and model.architecture.moe is not None else None

@@ -111,12 +111,15 @@ class Ranks:
         progress: Any = None,
         experts: ExpertSplit | None = None,
         shared: bool = False,
+        device: str = "cpu",
         **options: Any,
     ) -> LeadingModel:
         """Load `folder` on the first `mesh.ranks` ranks. Raises CheckpointError, PlacementError, Unavailable.
 
         `shared`: the pool that the leader is given is as one rank would have it, for peers of any width (`mirror.py`).
         """
+        if device == "cuda":
+            refuse_devices(mesh, len(self.pids) + 1, shared=shared or bool(experts and experts.spare))
         if shared and mesh.size("dp") * mesh.size(STAGES) > 1:
             raise PlacementError(
                 f"KV of {mesh!r} is not handed over: along dp and pp no rank has all of it; use tp, ep, cp"
@@ -134,6 +137,7 @@ class Ranks:
             "name": f"load{self._loads}",
             "code": code_identity(),
             "shared": shared,
+            "device": device,
             "options": options,
             "experts": asdict(experts or ExpertSplit()),
         }
@@ -228,6 +232,14 @@ class Ranks:
             follower.kill()
         if self.on_death is not None:
             self.on_death(reason)
+
+
+def refuse_devices(mesh: Mesh, here: int, *, shared: bool) -> None:
+    """Raises PlacementError for ranks that this machine's GPUs cannot hold, and for what is not done on them."""
+    if here > (count := torch.cuda.device_count()):
+        raise PlacementError(f"{here} ranks on this host, and it has {count} GPUs: a rank needs one of its own")
+    if shared or mesh.ranks > mesh.size("tp") * mesh.size("ep"):
+        raise PlacementError(f"on GPUs ranks have tp and ep, no handover and no spare experts so far, not {mesh!r}")
 
 
 class LeadingModel:

@@ -110,10 +110,6 @@ class WorkerConfig:
         if self.blocks is not None and self.kv_memory is not None:
             raise ConfigError("worker.blocks and worker.kv_memory both size the KV pool: give one of them")
 
-        if self.ranks > 1 and self.device == "cuda":
-            raise ConfigError(
-                f"a worker of {self.ranks} ranks (worker.tp, ep, dp, cp, pp) runs on the CPU; worker.device is cuda"
-            )
         if self.ranks > 1 and self.weight_dtype != "auto":
             raise ConfigError(f"worker.weight_dtype {self.weight_dtype} is for one rank; this worker has {self.ranks}")
         if self.ranks > 1 and self.deterministic:

@@ -15,10 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "worker"))
 from spmd_processes import wait_gone
 from worker_process import WorkerProcess
 
-from tokenrelay.base.errors import Unavailable
+from tokenrelay.base.errors import PlacementError, Unavailable
 from tokenrelay.runtime.placement import Mesh
+from tokenrelay.runtime.spmd.comm import Comm
 from tokenrelay.runtime.spmd.load import code_identity
-from tokenrelay.runtime.spmd.ranks import Ranks
+from tokenrelay.runtime.spmd.ranks import Ranks, refuse_devices
 
 
 def children_of(pid: int) -> list[int]:
@@ -95,3 +96,20 @@ def test_a_rank_that_differs(checkpoint: Callable[..., Path], tmp_path: Path, wh
         with pytest.raises(Unavailable, match=f"rank 1 does not fit rank 0: .*{said}"):
             ranks.load(folder, Mesh(tp=2), dtype=torch.float32)
         wait_gone(ranks.pids)
+
+
+def test_more_ranks_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs a rank has one of its own; NCCL moves what lies there, gloo the rest."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    refuse_devices(Mesh(tp=2), 2, shared=False)
+    with pytest.raises(PlacementError, match="4 ranks on this host, and it has 2 GPUs"):
+        refuse_devices(Mesh(tp=4), 4, shared=False)
+    for mesh, shared in ((Mesh(dp=2), False), (Mesh(tp=2), True)):
+        with pytest.raises(PlacementError, match="on GPUs ranks have tp and ep"):
+            refuse_devices(mesh, 2, shared=shared)
+    made: list[str] = []
+    for kind in ("_gloo", "_nccl"):
+        monkeypatch.setattr(Comm, kind, lambda *_, kind=kind: made.append(kind))
+    for device in (torch.device("cpu"), torch.device("cuda", 1)):
+        Comm(torch.distributed.HashStore(), "t", Mesh(tp=2), 0, 1.0, device=device).connect(("tp",))
+    assert made == ["_gloo", "_nccl"]
