@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,6 +22,7 @@ from tokenrelay.runtime.placement.compiler import compile_model
 from tokenrelay.runtime.placement.convert import Converter
 from tokenrelay.runtime.placement.cost import CostModel
 from tokenrelay.runtime.placement.ir import Call, Move, Program, ReduceNorm, Start, Value, Wait, verify
+from tokenrelay.runtime.placement.stages import cut_stages
 from tokenrelay.runtime.spmd.plan import make_plan
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -172,6 +174,34 @@ def test_the_specification_knows_each_rule() -> None:
         with pytest.raises(PlacementError, match="after a test"):
             verify(dataclasses.replace(program, ops=tuple(ops)), "a test")
         assert what
+
+
+def test_experts_that_are_sent_to_stay_so() -> None:
+    """Without its exchange a call would compute with the rank's own experts alone: the specification says no."""
+    _, architecture = architecture_of(Fields.read(CONFIGS / "deepseek_v3.json"))
+    with torch.device("meta"):
+        model = Model(architecture, experts=ExpertSplit.parse("send"), dtype=torch.bfloat16)
+    program = compile_model(model, Mesh(dp=2, ep=2), CostModel(tokens=2))
+    sent = [op for op in program.ops if isinstance(op, Call) and op.sends]
+    assert len(sent) == 58 and {op.sends for op in sent} == {("dp",)}
+    ops = tuple(dataclasses.replace(op, sends=()) if op is sent[7] else op for op in program.ops)
+    with pytest.raises(PlacementError, match=r"does not send as layers\.10\.mlp\.experts declares"):
+        verify(dataclasses.replace(program, ops=ops), "a test")
+
+
+@pytest.mark.parametrize("mesh", [Mesh(pp=2, tp=2), Mesh(pp=4, dp=2)], ids=str)
+def test_stages_are_the_program(mesh: Mesh) -> None:
+    program = compile_model(meta_model("deepseek_v3"), mesh, CostModel(tokens=mesh.size("dp")))
+    stages = cut_stages(program, 61)
+    assert tuple(op for stage in stages for op in stage.ops) == program.ops
+    for before, behind in itertools.pairwise(stages):
+        assert before.outputs == behind.inputs and len(behind.inputs) == 2, (
+            "the residual stream and what is added to it"
+        )
+    layers = [
+        {op.module.split(".")[1] for op in s.ops if isinstance(op, Call) and "layers." in op.module} for s in stages
+    ]
+    assert not set.intersection(*layers) and max(map(len, layers)) - min(map(len, layers)) <= 1
 
 
 def test_a_stacked_shard_is_not_converted() -> None:
