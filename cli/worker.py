@@ -429,7 +429,7 @@ def sizes_of(config: WorkerConfig) -> EngineSizes:
         tps_floor=config.tps_floor,
         tps_fraction=config.tps_fraction,
         floor_wait_s=config.floor_wait_s,
-        draft_tokens=config.draft_tokens if config.ranks == 1 else 0,
+        draft_tokens=config.draft_tokens,
     )
 
 

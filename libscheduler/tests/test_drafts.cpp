@@ -4,6 +4,7 @@
 
 #include "check.hpp"
 #include "tokenrelay/scheduler/drafts.hpp"
+#include "tokenrelay/scheduler/floor.hpp"
 #include "tokenrelay/scheduler/ngrams.hpp"
 
 using namespace tokenrelay::scheduler;
@@ -138,6 +139,33 @@ TEST(a_draft_is_leased_and_given_back) {
     DraftPool short_lived(1);
     auto dropped = short_lived.lease(Tokens{1});
   });
+}
+
+/// A device on which a step takes 10 ms and 1 ms more for each row: at half of batch 1's rate there are 11 ms for
+/// guesses.
+TEST(drafts_get_the_time_that_the_floor_leaves) {
+  CostModel model;
+  const auto step = [&](double rows) {
+    const StepShape shape{.decode_rows = rows, .decode_context = 100 * rows};
+    model.observe(shape, 10'000 + 1'000 * rows);
+    return shape;
+  };
+  for (int i = 0; i < 200; ++i)
+    for (const double rows : {1, 2, 4, 8, 16}) step(rows);
+  Config config;
+  Floor off(config);
+  CHECK_EQUAL(off.draft_tokens(model, 1, 40), 40);
+  config.tps_floor = 70;
+  Floor floor(config);
+  CHECK_EQUAL(floor.draft_tokens(model, 1, 40), 40);  // what batch 1 runs at is not known yet
+  for (int i = 0; i < 50; ++i) floor.committed(model, step(1));
+  CHECK_EQUAL(floor.draft_tokens(model, 1, 4), 4);
+  const int alone = floor.draft_tokens(model, 1, 40);
+  CHECK(alone >= 8 && alone <= 12);
+  const int beside = floor.draft_tokens(model, 8, 40);
+  CHECK(beside >= 1 && beside < alone);
+  CHECK_EQUAL(floor.draft_tokens(model, 16, 40), 0);
+  CHECK_EQUAL(floor.draft_tokens(model, 1, 0), 0);
 }
 
 CHECK_MAIN

@@ -114,6 +114,8 @@ class WorkerConfig:
             raise ConfigError(f"worker.weight_dtype {self.weight_dtype} is for one rank; this worker has {self.ranks}")
         if self.ranks > 1 and self.deterministic:
             raise ConfigError(f"worker.deterministic is for one rank; this worker has {self.ranks}")
+        if self.ranks > 1 and self.draft_tokens:
+            raise ConfigError(f"worker.draft_tokens is for one rank; this worker has {self.ranks}")
         if self.ranks > 1 and self.host_cache_gib:
             raise ConfigError(f"worker.host_cache_gib is for one rank; this worker has {self.ranks}")
 
