@@ -29,6 +29,7 @@ from tokenrelay.services.chassis.security import Security
 from tokenrelay.services.chassis.tracing import Tracer
 from tokenrelay.services.router.app import create_app
 from tokenrelay.services.router.config import RouterConfig
+from tokenrelay.services.router.debug import is_loopback
 from tokenrelay.services.router.door import DoorRunner, tls_context
 from tokenrelay.services.router.members import Members
 from tokenrelay.services.router.state import RouterState
@@ -145,6 +146,8 @@ async def run(
     log.info(
         "listening", host=config.host, port=port, workers=",".join(config.targets), kvstore=",".join(config.kvstore)
     )
+    if config.keys and not config.tls_certificate and not is_loopback(config.host):
+        log.warning("keys travel in the clear: no tls_certificate is set, unless a proxy before this router has one")
     gc.collect()
     gc.freeze()  # modules and classes stay: no collection need look at them again
     status.ready(port=port)

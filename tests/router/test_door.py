@@ -50,7 +50,7 @@ async def test_headers_that_trickle_are_answered_408(start_stack: StartStack) ->
     reply = await asyncio.wait_for(reader.read(), 5)
     task.cancel()
     assert reply.startswith(b"HTTP/1.1 408 ")
-    assert stack.service._runner.connections_open == 0
+    await until(lambda: stack.service._runner.connections_open == 0)
 
 
 async def test_a_head_in_pieces_is_served_and_stays(start_stack: StartStack) -> None:

@@ -205,7 +205,8 @@ async def test_concurrency(gated: Stack, keys: Keys) -> None:
     gated.worker.host.answer = lambda submit: Script(gated.worker.ids("Hello"), finish=0)
     waiting = [asyncio.create_task(ask(gated, "/v1/chat/completions", key)) for _ in range(2)]
     await until(lambda: gated.worker.running == 2)
-    status, reply, headers = await ask(gated, "/v1/chat/completions", key)
+    async with asyncio.timeout(5):
+        status, reply, headers = await ask(gated, "/v1/chat/completions", key)
     assert (status, reply["error"]["code"], headers["Retry-After"]) == (429, "rate_limit_exceeded", "1")
     for task in waiting:
         task.cancel()  # who leaves makes room
