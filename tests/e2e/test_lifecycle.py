@@ -70,6 +70,33 @@ async def test_the_tps_floor_is_served_and_measured(start: Callable[..., Server]
     assert floor["tokenrelay_tps_floor_tokens_total"] > 0
 
 
+async def test_drafts_change_no_answer_and_are_counted(start: Callable[..., Server]) -> None:
+    """The same conversation with `--draft-tokens` and without: the same text, one chunk or several."""
+    asked: Any = {"max_tokens": 120, "ignore_eos": True, "temperature": 0}
+    texts, pages = [], []
+    for width in ("8", "0"):
+        server = start("--draft-tokens", width, "--dtype", "float32")
+        async with aiohttp.ClientSession() as session:
+            url = f"{server.url}/v1/chat/completions"
+            async with session.post(url, json=body(server, "Say it again and again: one two three.", **asked)) as reply:
+                assert reply.status == 200
+                answer = await reply.json()
+            texts.append(answer["choices"][0]["message"]["content"])
+            assert answer["usage"]["completion_tokens"] == 120
+            streamed = await send(session, server.url, "/v1/chat/completions", body(server, **asked, stream=True))
+            assert streamed.kind == "completed", streamed.error
+            assert (await settled_pool(session, server.url)).active == 0
+            pages.append(await metrics(session, server.url))
+        server.signal(signal.SIGTERM)
+        assert server.end() == 0
+    assert texts[0] == texts[1]
+    drafted, plain = pages
+    assert drafted["tokenrelay_spec_decode_num_draft_tokens_total"] > 0
+    assert drafted["tokenrelay_spec_decode_num_drafts_total"] > 0
+    assert 0 <= drafted["tokenrelay_spec_decode_draft_acceptance_rate"] <= 1
+    assert plain["tokenrelay_spec_decode_num_draft_tokens_total"] == 0
+
+
 async def until_running(session: aiohttp.ClientSession, server: Server, count: int) -> None:
     """Until so many sequences hold blocks."""
     for _ in range(400):
