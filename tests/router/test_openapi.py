@@ -25,6 +25,16 @@ KNOWN = json.loads(document())  # for cases: they name the model that is served,
 for schema in KNOWN["components"]["schemas"].values():
     if "model" in schema.get("properties", {}):
         schema["properties"]["model"] = {"const": "mock"}
+    for name in schema.get("properties", {}).keys() & {"chat_template", "prompt_logprobs", "logit_bias", "n", "stop"}:
+        del schema["properties"][name]  # nearly every value is refused, and then nothing behind it is reached
+    if "messages" in schema.get("properties", {}):
+        schema["properties"]["messages"] |= {"minItems": 1, "maxItems": 3}
+    if "role" in schema.get("properties", {}):
+        schema["properties"]["role"] = {"const": "user"}
+    for name in schema.get("properties", {}).keys() & {"temperature", "top_p", "min_p"}:
+        schema["properties"][name] = {"type": "number", "minimum": 0.1, "maximum": 1}
+    for name in schema.get("properties", {}).keys() & {"max_tokens", "max_completion_tokens", "top_k"}:
+        schema["properties"][name] = {"type": "integer", "minimum": 1}
 OPERATIONS = [(method, path) for path, methods in DOCUMENT["paths"].items() for method in methods if path != "/metrics"]
 
 
