@@ -24,6 +24,7 @@ ROLES = ("router", "prefill", "decode", "kvstore", "etcd")
 DEFAULTS = {
     "TOKENRELAY_IMAGE": "tokenrelay:test",
     "TOKENRELAY_DTYPE": "float32",
+    "TOKENRELAY_DETERMINISTIC": "true",
     "TOKENRELAY_WORKER_CPUS": "1",
     "TOKENRELAY_WORKER_MEMORY": "1500m",
     "TOKENRELAY_KV_MEMORY": "64MiB",

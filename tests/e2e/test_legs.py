@@ -179,6 +179,7 @@ async def test_a_killed_prefill_worker_costs_nobody_a_token(fleet: Server, kill:
 
 
 async def test_the_decode_worker_explains_what_it_was_handed(fleet: Server) -> None:
+    await asyncio.to_thread(until, lambda: all(one["ready"] and one["connections"] for one in workers(fleet)))
     async with aiohttp.ClientSession() as session:
         wanted = body(fleet, 0, max_tokens=2000, stream=True)
         async with session.post(fleet.url + PATH, json=wanted, headers={"X-Request-Id": "explained"}) as response:
