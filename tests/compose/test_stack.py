@@ -13,7 +13,7 @@ from compose_stack import MODEL, ROLES, Stack, until
 
 pytestmark = pytest.mark.timeout(1800, func_only=True)
 
-TOKENS = 1500  # seconds of one stream, so that a worker can be killed in the midst of it
+TOKENS = 3000  # seconds of one stream, so that a worker can be killed in the midst of it
 STREAMS = 8
 CALCULATOR = {
     "type": "function",
