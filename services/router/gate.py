@@ -34,6 +34,7 @@ log = get_logger("router")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 LOOK_S = 1.0
+LOOK_AGAIN_S = 0.02  # after a key that nobody has
 COMPLAIN_S = 10.0  # between two lines about keys that nobody has
 CONCURRENCY_RETRY_S = 1.0
 CALLER = "caller"
@@ -170,6 +171,9 @@ class Gate:
             self.refused["missing"] += 1
             raise Unauthenticated("an API key is needed: Authorization: Bearer KEY, or x-api-key: KEY")
         record = self._book.find(key) if len(key) <= KEY_CHARS_MAX else None
+        if record is None and now_s - self._looked_s >= LOOK_AGAIN_S:  # it may have been made just now
+            self._look(now_s)
+            record = self._book.find(key) if len(key) <= KEY_CHARS_MAX else None
         if record is None:
             self.refused["wrong"] += 1
             if now_s - self._complained_s >= COMPLAIN_S:
