@@ -56,6 +56,7 @@ class Import:
     deadline: Deadline
     room: asyncio.Future[Room]
     task: asyncio.Task[None] | None = None
+    claiming: bool = False  # asked, and not answered: given up meanwhile, it may be claimed all the same
     claimed: bool = False
     accepted: bool = False  # by the engine: it answers
     over: bool = False  # its source has ended the request itself, or a client gave up
@@ -182,7 +183,9 @@ class Destination:
         error: TokenRelayError | None = None
         try:
             room = await self._wait(entry, entry.room, "room in the pool")
+            entry.claiming = True
             refusal = await self._ledger.claim(entry.handle, self._actor, deadline_s=self._claim_deadline_s)
+            entry.claiming = False
             if refusal is not None:
                 raise _refused("claimed", refusal)
             entry.claimed = True
@@ -213,9 +216,9 @@ class Destination:
             if entry.room.done() and not entry.room.cancelled():
                 self._engine.handover.stopped(entry.sequence_id)
         self._imports.pop(entry.sequence_id, None)
-        if entry.claimed and first_token is None:
+        if (entry.claimed or entry.claiming) and first_token is None:
             refusal = await self._answer(entry)
-            if refusal is not None:
+            if refusal is not None and entry.claimed:
                 log.warning("a claim could not be given back", sequence=entry.sequence_id, reason=refusal.reason)
         self._by_handle.pop(entry.handle, None)
 

@@ -65,6 +65,7 @@ class NodeLedger(LocalLedger):
     def __init__(self, host: LedgerHost) -> None:
         super().__init__(host)
         self.held: dict[str, asyncio.Event] = {}
+        self.held_answers: dict[str, asyncio.Event] = {}
         for name in ("claim", "transfer", "adopt", "decline", "offer", "seal", "reclaim", "release", "fence"):
             setattr(self, name, self._held(name, getattr(self, name)))
 
@@ -72,13 +73,20 @@ class NodeLedger(LocalLedger):
         async def held(*given: Any, **named: Any) -> Any:
             if name in self.held:
                 await self.held[name].wait()
-            return await call(*given, **named)
+            answer = await call(*given, **named)
+            if name in self.held_answers:
+                await self.held_answers[name].wait()
+            return answer
 
         return held
 
     def hold(self, name: str) -> asyncio.Event:
         """Calls of this transition wait until the event is set."""
         return self.held.setdefault(name, asyncio.Event())
+
+    def hold_answer(self, name: str) -> asyncio.Event:
+        """The ledger makes this transition, and whoever asked hears of it when the event is set."""
+        return self.held_answers.setdefault(name, asyncio.Event())
 
 
 class Node:
