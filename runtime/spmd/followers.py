@@ -16,6 +16,7 @@ import select
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -142,7 +143,10 @@ class Remote:
 
 
 class Rendezvous:
-    """Where ranks of other hosts come to: each connects, names its rank and the key, and is told where to go on."""
+    """Where ranks of other hosts come to: each connects, names its rank and the key, and is told where to go on.
+
+    Who comes when all are here is answered too, by a thread, until `close`: nobody is left to guess.
+    """
 
     def __init__(self, address: str, key: str) -> None:
         """Listens at once. Raises ConfigError for what is no address of this host."""
@@ -155,32 +159,68 @@ class Rendezvous:
         except OSError as error:
             raise ConfigError(f"worker.rendezvous: cannot listen on {address}: {error.strerror}") from error
         self.port: int = self._listener.getsockname()[1]
+        self._answering: threading.Thread | None = None
 
     def meet(self, ranks: set[int], welcome: dict[str, Any], timeout_s: float = JOIN_MAX_S) -> list[Follower]:
         """All of `ranks`, in order. Raises Unavailable that names those that did not come in time."""
         end, came = time.monotonic() + timeout_s, dict[int, Follower]()
-        with self._listener:
-            while missing := sorted(ranks - came.keys()):
-                self._listener.settimeout(max(0.01, end - time.monotonic()))
-                try:
-                    connection, (host, *_) = self._listener.accept()
-                except TimeoutError:
-                    for follower in came.values():
-                        follower.kill()
-                    names = ", ".join(map(str, missing))
-                    raise Unavailable(f"ranks {names} did not come to {self.host}:{self.port}") from None
-                hello = _hello(connection)
-                rank, key = hello.get("rank"), str(hello.get("key", ""))
-                known = hmac.compare_digest(key.encode(), self._key.encode())
-                if not known or not isinstance(rank, int) or rank not in missing:
-                    said = f"rank {rank} is not awaited here, or its key is another one"
-                    _say(connection, {"error": said})
-                    connection.close()
-                    continue
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                _say(connection, welcome)
-                came[rank] = Remote(rank, connection, str(host))
+        while missing := sorted(ranks - came.keys()):
+            self._listener.settimeout(max(0.01, end - time.monotonic()))
+            try:
+                connection, (host, *_) = self._listener.accept()
+            except TimeoutError:
+                self.close()
+                for follower in came.values():
+                    follower.kill()
+                names = ", ".join(map(str, missing))
+                raise Unavailable(f"ranks {names} did not come to {self.host}:{self.port}") from None
+            rank = self._rank_of(connection, ranks)
+            if rank is None:
+                continue
+            if rank not in missing:
+                _turn_away(connection, f"rank {rank} is here already", later=True)
+                continue
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            _say(connection, welcome)
+            came[rank] = Remote(rank, connection, str(host))
+        self._listener.settimeout(None)
+        self._answering = threading.Thread(target=self._answer, args=(ranks,), name="rendezvous", daemon=True)
+        self._answering.start()
         return [came[rank] for rank in sorted(came)]
+
+    def close(self) -> None:
+        """Nobody is answered any more; idempotent."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread: closing alone would not
+        self._listener.close()
+        if self._answering is not None:
+            self._answering.join(HELLO_MAX_S + 1)
+
+    def _answer(self, ranks: set[int]) -> None:
+        """All ranks are here. One that comes again was started anew: its leader will be too, so it waits."""
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            if (rank := self._rank_of(connection, ranks)) is not None:
+                _turn_away(connection, f"rank {rank} is here already", later=True)
+
+    def _rank_of(self, connection: socket.socket, ranks: set[int]) -> int | None:
+        """The rank that came, if it has the key and is one of `ranks`; others are told and gone."""
+        hello = _hello(connection)
+        rank, key = hello.get("rank"), str(hello.get("key", ""))
+        known = hmac.compare_digest(key.encode(), self._key.encode())
+        if known and isinstance(rank, int) and rank in ranks:
+            return rank
+        _turn_away(connection, f"rank {rank} is not awaited here, or its key is another one")
+        return None
+
+
+def _turn_away(connection: socket.socket, reason: str, *, later: bool = False) -> None:
+    """`later`: it may try again."""
+    _say(connection, {"error": reason, "later": later})
+    connection.close()
 
 
 def _hello(connection: socket.socket) -> dict[str, Any]:

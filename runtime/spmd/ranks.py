@@ -80,6 +80,7 @@ class Ranks:
         self._closing = False
         self._loads = 0
         self._store = dist.TCPStore(HOST, 0, None, True, wait_for_workers=False)  # type: ignore[attr-defined]
+        self._rendezvous = rendezvous
         self._host = rendezvous.host if rendezvous is not None else HOST
         here = count if rendezvous is None or local is None else local
         self._followers: list[Follower] = [Child(rank, self._command(rank, threads)) for rank in range(1, here)]
@@ -161,6 +162,8 @@ class Ranks:
         with self._lock:
             self._closing = True
             self._dead = self._dead or Unavailable("the ranks were closed")
+        if self._rendezvous is not None:
+            self._rendezvous.close()
         for follower in self._followers:
             follower.stop()
         end = time.monotonic() + 5

@@ -8,6 +8,7 @@ RANK, MASTER_ADDR and MASTER_PORT are read from the environment. It ends with th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -28,29 +29,42 @@ from tokenrelay.runtime.spmd.followers import HELLO_BYTES_MAX, JOIN_MAX_S
 RETRY_S = 0.5  # the leader may start later
 
 
+class _Later(Exception):
+    """Not now: nobody listens yet, or a leader that has all its ranks, whose successor will lack this one."""
+
+
 def join(settings: RankEnvironment, timeout_s: float = JOIN_MAX_S) -> tuple[socket.socket, dict[str, object]]:
     """The connection to the leader, and its welcome. Raises Unavailable."""
     end = time.monotonic() + timeout_s
     while True:
         try:
-            connection = socket.create_connection((settings.host, settings.port), timeout=timeout_s)
-            break
-        except OSError as error:
+            return _join(settings, max(0.01, end - time.monotonic()))
+        except (OSError, _Later) as error:
             if time.monotonic() > end:
-                raise Unavailable(f"nobody leads at {settings.host}:{settings.port}: {error.strerror}") from error
+                said = getattr(error, "strerror", None) or error
+                raise Unavailable(f"nobody leads at {settings.host}:{settings.port}: {said}") from error
             time.sleep(RETRY_S)
-    connection.sendall(json.dumps({"rank": settings.rank, "key": settings.key}).encode() + b"\n")
-    line = b""
-    while not line.endswith(b"\n") and len(line) < HELLO_BYTES_MAX:
-        part = connection.recv(1)  # byte by byte: what follows are frames
-        if not part:
-            raise Unavailable(f"{settings.host}:{settings.port} does not lead rank {settings.rank}")
-        line += part
-    welcome: dict[str, object] = json.loads(line)
-    if "error" in welcome:
-        raise Unavailable(f"{settings.host}:{settings.port}: {welcome['error']}")
-    connection.settimeout(None)
-    return connection, welcome
+
+
+def _join(settings: RankEnvironment, timeout_s: float) -> tuple[socket.socket, dict[str, object]]:
+    """One attempt. Raises Unavailable when it was refused, OSError and _Later when another may do."""
+    with contextlib.ExitStack() as failed:
+        connection = failed.enter_context(socket.create_connection((settings.host, settings.port), timeout=timeout_s))
+        connection.sendall(json.dumps({"rank": settings.rank, "key": settings.key}).encode() + b"\n")
+        line = b""
+        while not line.endswith(b"\n") and len(line) < HELLO_BYTES_MAX:
+            part = connection.recv(1)  # byte by byte: what follows are frames
+            if not part:
+                raise _Later("it ended the connection")
+            line += part
+        welcome: dict[str, object] = json.loads(line)
+        if welcome.get("later"):
+            raise _Later(str(welcome["error"]))
+        if "error" in welcome:
+            raise Unavailable(f"{settings.host}:{settings.port}: {welcome['error']}")
+        connection.settimeout(None)
+        failed.pop_all()
+        return connection, welcome
 
 
 def main() -> int:

@@ -31,7 +31,7 @@ def test_a_rank_that_ends_or_hangs_ends_the_group(
         deaths.append(error)
         died.set()
 
-    with Ranks(2, step_max_s=3, on_death=on_death) as ranks:
+    with Ranks(2, step_max_s=8, on_death=on_death) as ranks:
         model = ranks.load(folder, Mesh(tp=2), dtype=torch.float32, block_tokens=16)
         model.allocate(16)
         paged = Paged(model, blocks=16)
@@ -39,15 +39,15 @@ def test_a_rank_that_ends_or_hangs_ends_the_group(
         assert torch.isfinite(paged.step({row: 3})[row]).all()
         os.kill(ranks.pids[0], how)
         if how == signal.SIGKILL:
-            assert died.wait(10), "nobody noticed while the engine was idle"
+            assert died.wait(60), "nobody noticed while the engine was idle"
         started = time.monotonic()
         with pytest.raises(Unavailable, match=said):
             paged.step({row: 1})
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < 30
         wait_gone(ranks.pids)
         with pytest.raises(Unavailable):
             paged.step({row: 1})
-        assert died.wait(10) and len(deaths) == 1, "told once"
+        assert died.wait(60) and len(deaths) == 1, "told once"
 
 
 def test_a_rank_that_cannot_load_is_one_error(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,10 @@ from paged import Paged
 
 from tokenrelay.base.errors import ConfigError, Unavailable
 from tokenrelay.runtime.placement import Mesh
+from tokenrelay.runtime.spmd.config import RankEnvironment
 from tokenrelay.runtime.spmd.followers import Rendezvous
 from tokenrelay.runtime.spmd.ranks import Ranks
+from tokenrelay.runtime.spmd.remote import join
 from tokenrelay.runtime.weights.loader import load_model
 
 
@@ -30,8 +34,18 @@ def start(rank: int, port: int, key: str = "open sesame") -> subprocess.Popen[by
     )
 
 
+def refusal(remote: subprocess.Popen[bytes]) -> str:
+    """Its last words; it ends with code 1 once it was refused."""
+    _, said = remote.communicate(timeout=120)
+    assert remote.returncode == 1, said
+    return said.decode()
+
+
 def test_a_rank_of_another_host(checkpoint: Callable[..., Path]) -> None:
-    """Rank 1 is a child, rank 2 and 3 come by themselves; rank 3 dies in the end."""
+    """Rank 1 is a child, rank 2 and 3 come by themselves; rank 3 dies in the end.
+
+    Strangers are told so whenever they come: before the ranks are together, and after.
+    """
     folder = checkpoint("v3-small", "deepseek_v3")
     tokens = list(range(5, 60))
 
@@ -43,17 +57,29 @@ def test_a_rank_of_another_host(checkpoint: Callable[..., Path]) -> None:
 
     expected = answer(load_model(folder, dtype=torch.float32, block_tokens=16))
     rendezvous = Rendezvous("127.0.0.1:0", "open sesame")
-    remotes = [start(3, rendezvous.port, "abracadabra"), start(2, rendezvous.port), start(3, rendezvous.port)]
+    early = start(3, rendezvous.port, "abracadabra")
+    remotes: list[subprocess.Popen[bytes]] = []
+    late: list[subprocess.Popen[bytes]] = []
+
+    def come() -> None:
+        """The right ones only when the wrong one is gone: with all its ranks the leader is through with waiting."""
+        early.wait()
+        remotes.extend(start(rank, rendezvous.port) for rank in (2, 3))
+
+    coming = threading.Thread(target=come)
+    coming.start()
     try:
-        with Ranks(4, step_max_s=5, rendezvous=rendezvous, local=2, join_max_s=60) as ranks:
+        with Ranks(4, step_max_s=10, rendezvous=rendezvous, local=2, join_max_s=120) as ranks:
+            assert "its key is another one" in refusal(early)
+            late[:] = [start(3, rendezvous.port, "abracadabra"), start(9, rendezvous.port)]
             assert len(ranks.pids) == 1
             model = ranks.load(folder, Mesh(dp=2, tp=2), dtype=torch.float32, block_tokens=16)
             model.allocate(16)
             assert relative_error(answer(model), expected) <= 1e-5
-            assert remotes[0].wait(60) == 1, "another key"
-            assert remotes[0].stderr is not None and b"its key is another one" in remotes[0].stderr.read()
-            remotes[2].kill()
-            end = time.monotonic() + 10
+            for stranger in late:
+                assert "is not awaited here" in refusal(stranger)
+            remotes[1].kill()
+            end = time.monotonic() + 60
             while time.monotonic() < end:
                 try:
                     answer(model)
@@ -63,11 +89,32 @@ def test_a_rank_of_another_host(checkpoint: Callable[..., Path]) -> None:
                 Unavailable, match=r"rank 3 died \(its connection from 127\.0\.0\.1 ended\)|ranks failed"
             ):
                 answer(model)
-        remotes[1].wait(60)  # nobody leads it any more
+        remotes[0].wait(60)  # nobody leads it any more
     finally:
-        for remote in remotes:
+        coming.join(60)
+        for remote in (early, *remotes, *late):
             remote.kill()
             remote.wait()
+
+
+def test_a_rank_that_comes_again_waits_for_the_next_leader() -> None:
+    """Its launcher started it anew before the leader's was."""
+    rendezvous = Rendezvous("127.0.0.1:0", "k")
+    settings = RankEnvironment(1, "127.0.0.1", rendezvous.port, "k")
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(join, settings, 30)
+        assert len(rendezvous.meet({1}, {"port": 1}, 30)) == 1
+        first.result()[0].close()
+        again = pool.submit(join, settings, 30)
+        with pytest.raises(TimeoutError):
+            again.result(1.5)  # told to come later, and it does
+        rendezvous.close()
+        successor = Rendezvous(f"127.0.0.1:{rendezvous.port}", "k")
+        assert len(successor.meet({1}, {"port": 2}, 30)) == 1
+        connection, welcome = again.result(30)
+        assert welcome["port"] == 2
+        connection.close()
+        successor.close()
 
 
 def test_ranks_that_do_not_come_are_named() -> None:

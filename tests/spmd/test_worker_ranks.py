@@ -55,7 +55,7 @@ async def test_a_worker_of_two_ranks(checkpoint: Callable[..., Path]) -> None:
         killed = time.monotonic()
         os.kill(followers[0], signal.SIGKILL)
         terminal = await stream.ended()
-        assert terminal.error and time.monotonic() - killed < 20
+        assert terminal.error and time.monotonic() - killed < 40, "before a collective's deadline"
         assert two.wait() == 1, "the supervisor starts it anew"
         wait_gone(followers)
     finally:

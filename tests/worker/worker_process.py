@@ -55,7 +55,7 @@ class WorkerProcess:
 
     def wait_settled(self) -> dict[str, Any]:
         """Its `ready` or `failed`."""
-        assert self._settled.wait(60), "neither ready nor failed"
+        assert self._settled.wait(120), "neither ready nor failed"
         assert self.status, self.log.read_text()
         return self.status[-1]
 
