@@ -14,6 +14,7 @@ OMP_WAIT_POLICY=passive is set, as the supervisor sets it for workers: torch's t
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -131,6 +132,31 @@ def mla_cases(dtype: torch.dtype, heads: int, rank: int, rope: int, contexts: li
             lambda q=q, cache=cache, batch=batch: ops.mla_decode(q[..., :rank], q[..., rank:], cache, batch, 0.1),  # type: ignore[misc]
             rows * context * layout.width * dtype.itemsize,
             2 * rows * context * heads * (2 * rank + rope),
+        )
+
+
+def draft_cases(dtype: torch.dtype, heads: int, context: int, widths: list[int]) -> Iterator[Case]:
+    """MLA decode of one sequence whose last tokens are a draft: rows of one slot, which share a pass over its cache."""
+    layout = MlaLayout(512, 64, BLOCK_TOKENS)
+    for width in widths:
+        batch, blocks = paged([(context, width)])
+        batch = dataclasses.replace(
+            batch,
+            slots=batch.slots.repeat(width),
+            starts=torch.arange(context, context + width, dtype=torch.int32),
+            lengths=torch.ones(width, dtype=torch.int32),
+            offsets=torch.arange(width + 1, dtype=torch.int32),
+            decodes=width,
+        )
+        cache = torch.randn(layout.shape(blocks)).to(dtype)
+        q = torch.randn(width, heads, layout.width).to(dtype)
+        yield Case(
+            "mla_decode",
+            f"draft of {width - 1} context={context} h={heads} rank=512",
+            dtype,
+            lambda q=q, cache=cache, batch=batch: ops.mla_decode(q[..., :512], q[..., 512:], cache, batch, 0.1),  # type: ignore[misc]
+            context * layout.width * dtype.itemsize,
+            2 * width * context * heads * (2 * 512 + 64),
         )
 
 
@@ -273,6 +299,7 @@ def cases(quick: bool) -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         yield from mla_cases(dtype, 16, 512, 64, [(1, 8192), (8, 2048)] + ([] if quick else [(1, 65536), (32, 8192)]))
         yield from mla_cases(dtype, 8, 64, 16, [(16, 1024)])
+        yield from draft_cases(dtype, 4, 32_768, [1, 4] if quick else [1, 2, 4, 8])
         extents = [(8192, 4), (1024, 256)] + ([] if quick else [(32768, 16), (8192, 512)])
         yield from mla_prefill_cases(dtype, 16, 512, 64, 128, extents)
         yield from gqa_cases(dtype)

@@ -49,22 +49,36 @@ void check_row(const StepRows& rows, const PagedCache& cache, const Queries& que
   }
 }
 
+// Tokens from `row` on that follow each other in one sequence: a draft comes as rows of one token, whose queries share
+// a pass over the cache like the tokens of a chunk.
+int64_t tokens_in_line(const StepRows& rows, int64_t row) {
+  int64_t tokens = rows.lengths[row];
+  if (tokens != 1) return tokens;
+  for (int64_t next = row + 1; next < rows.last && rows.lengths[next] == 1; ++next, ++tokens) {
+    const bool follows = rows.slots[next] == rows.slots[row] && rows.starts[next] == rows.starts[row] + tokens &&
+                         rows.offsets[next] == rows.offsets[row] + tokens;
+    if (!follows) break;
+  }
+  return tokens;
+}
+
 std::vector<Unit> make_units(const StepRows& rows, const PagedCache& cache, const Queries& queries) {
   std::vector<Unit> units;
   const int64_t group = queries.heads / cache.kv_heads;  // query heads that read one KV head
   const int64_t heads = min_of(group, kUnitRows);
   const int64_t tokens = max_of(1, kUnitRows / heads);
-  for (int64_t row = rows.first; row < rows.last; ++row) {
-    check_row(rows, cache, queries, row);
-    const int64_t first = rows.offsets[row] - rows.token_base;
-    for (int64_t t = 0; t < rows.lengths[row]; t += tokens) {
+  for (int64_t row = rows.first; row < rows.last; ++row) check_row(rows, cache, queries, row);
+  for (int64_t row = rows.first; row < rows.last;) {
+    const int64_t first = rows.offsets[row] - rows.token_base, count = tokens_in_line(rows, row);
+    for (int64_t t = 0; t < count; t += tokens) {
       for (int64_t kv = 0; kv < cache.kv_heads; ++kv) {
         for (int64_t h = 0; h < group; h += heads) {
-          units.push_back({row, first + t, min_of(tokens, rows.lengths[row] - t), kv * group + h,
-                           min_of(heads, group - h), rows.starts[row] + t});
+          units.push_back({row, first + t, min_of(tokens, count - t), kv * group + h, min_of(heads, group - h),
+                           rows.starts[row] + t});
         }
       }
     }
+    row += rows.lengths[row] == 1 ? count : 1;
   }
   return units;
 }

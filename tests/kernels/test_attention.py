@@ -12,6 +12,7 @@ from kernel_cases import Case, close, dense_attention, each_path, gqa_case, make
 from torch import Tensor
 
 from tokenrelay.kernels import cpu, ops, registry
+from tokenrelay.kernels.batch import AttentionBatch
 from tokenrelay.kernels.layout import GqaLayout, MlaLayout
 
 SCALE = 0.13
@@ -205,6 +206,60 @@ def test_a_row_does_not_depend_on_its_neighbours_nor_on_threads(path: str, dtype
                     assert torch.equal(alone[0], whole[row])
     finally:
         cpu.set_threads(before)
+
+
+def drafted(case: Case, width: int) -> AttentionBatch:
+    """The case's only sequence with its last `width` tokens as rows of one token, as a draft comes."""
+    context = int(case.batch.starts[0] + case.batch.lengths[0])
+    return dataclasses.replace(
+        case.batch,
+        slots=case.batch.slots[:1].repeat(width),
+        starts=torch.arange(context - width, context, dtype=torch.int32),
+        lengths=torch.ones(width, dtype=torch.int32),
+        offsets=torch.arange(width + 1, dtype=torch.int32),
+        decodes=width,
+    )
+
+
+@each_path("mla_decode", reference=False)
+@pytest.mark.parametrize(("heads", "start"), [(3, 40), (16, 509), (64, 1020), (100, 90)])
+def test_a_draft_has_the_bits_of_its_tokens_alone(path: str, dtype: torch.dtype, heads: int, start: int) -> None:
+    """Rows of one sequence that follow each other share a pass over its cache; others do not."""
+    layout = MlaLayout(64, 16, 16)
+    case = mla_case([(start, 6)], layout, dtype)
+    batch = drafted(case, 6)
+    q = torch.randn(6, heads, layout.width).to(dtype)
+
+    def run(rows: list[int]) -> Tensor:
+        part = dataclasses.replace(
+            batch,
+            slots=batch.slots[rows].clone(),
+            starts=batch.starts[rows].clone(),
+            lengths=batch.lengths[rows].clone(),
+            offsets=batch.offsets[: len(rows) + 1].clone(),
+            decodes=len(rows),
+        )
+        return ops.mla_decode(q[rows][..., :64], q[rows][..., 64:], case.cache, part, SCALE)
+
+    with registry.force("mla_decode", path):
+        together = run(list(range(6)))
+        for row in range(6):
+            assert torch.equal(run([row])[0], together[row])
+        for order in ([0, 2, 4], [5, 4, 3, 2, 1, 0], [0, 1, 0, 1, 3, 4]):
+            assert torch.equal(run(order), together[order])
+
+
+@each_path("gqa_decode", reference=False)
+def test_a_draft_has_the_bits_of_its_tokens_alone_with_grouped_heads(path: str, dtype: torch.dtype) -> None:
+    layout = GqaLayout(2, 64, 16)
+    case = gqa_case([(600, 5)], layout, dtype)
+    batch = drafted(case, 5)
+    q = torch.randn(5, 6, 64).to(dtype)
+    with registry.force("gqa_decode", path):
+        together = ops.gqa_decode(q, case.cache, batch, SCALE)
+        for row in range(5):
+            alone = one_row(Case(batch, case.cache, case.contexts * 5), row)
+            assert torch.equal(ops.gqa_decode(q[row : row + 1], alone.cache, alone.batch, SCALE)[0], together[row])
 
 
 @each_path("gqa_decode", reference=False)
