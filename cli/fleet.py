@@ -230,7 +230,7 @@ class FleetWorker:
             model_identity=model.config.identity,
             dtype=handshake.dtype,
             block_tokens=handshake.block_tokens,
-            layout=repr(model.config.kv_layout),
+            layout=model.config.kv_words,
             protocol=PROTOCOL,
         )
         self.client.start()

@@ -462,7 +462,7 @@ def mount(
         built.engine,
         link,
         handshake,
-        layers=model.config.layers,
+        layers=model.config.kv_layers,
         claim_deadline_s=config.claim_deadline_s,
         prefill_config=options.prefill,
     )

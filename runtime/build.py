@@ -84,7 +84,7 @@ def build_engine(
     device = model.cos_sin.device
     pool = plan_pool(
         config.kv_layout,
-        config.layers,
+        config.kv_layers,
         config.dtype,
         slots=sizes.slots,
         context_tokens=min(sizes.context_tokens or config.context_tokens, config.context_tokens),
@@ -112,7 +112,7 @@ def build_engine(
             eviction=sizes.eviction,
             draft_tokens=sizes.draft_tokens,
             host_blocks=plan_host(
-                config.kv_layout, config.layers, config.dtype, sizes.host_memory_bytes, pool.blocks, device
+                config.kv_layout, config.kv_layers, config.dtype, sizes.host_memory_bytes, pool.blocks, device
             ),
         )
     except ValueError as error:
@@ -123,9 +123,9 @@ def build_engine(
         model.capture()
     if allocate is None:
         scheduler = Scheduler(scheduler_config)
-        caches = allocate_caches(config.kv_layout, config.layers, pool, config.dtype, device)
+        caches = allocate_caches(config.kv_layout, config.kv_layers, pool, config.dtype, device)
     else:
-        memory = allocate([config.kv_layout.bytes_per_block(config.dtype)] * config.layers, pool.blocks)
+        memory = allocate([config.kv_layout.bytes_per_block(config.dtype)] * config.kv_layers, pool.blocks)
         scheduler = Scheduler(scheduler_config, generations=memory.generations)
         caches = wrap_caches(memory.layers, config.kv_layout, pool, config.dtype)
     executor = Executor(

@@ -57,6 +57,17 @@ class ModelConfig:
     kv_layout: GqaLayout | MlaLayout  # of one layer; kv_layout.shape(blocks) in `dtype`
     dtype: torch.dtype
     identity: bytes  # 16 bytes: which weights in which dtype, see runtime/weights/identity.py
+    prediction_layers: int = 0  # for drafts, beyond `layers`; each has KV of its own (runtime/models/prediction.py)
+
+    @property
+    def kv_layers(self) -> int:
+        """Layers that have KV in each block."""
+        return self.layers + self.prediction_layers
+
+    @property
+    def kv_words(self) -> str:
+        """The layout of a block, for peers to compare: the last word that they need beside dtype and identity."""
+        return f"{self.kv_layout!r}{' with a prediction layer' if self.prediction_layers else ''}"
 
 
 def parse_rope(fields: Fields, width: int, *, interleaved: bool) -> Rope:

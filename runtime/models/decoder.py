@@ -7,7 +7,7 @@ synchronises with the device or reads metadata per layer.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from tokenrelay.runtime.layers.sources import WeightSource
 from tokenrelay.runtime.models.capture import Capture
 from tokenrelay.runtime.models.config import Architecture, ModelConfig
 from tokenrelay.runtime.placement import TOKEN_AXES, Boundary, Layout, Partial, Port, Replicate, edges
+
+if TYPE_CHECKING:
+    from tokenrelay.runtime.models.prediction import Prediction
 
 _EVERYWHERE: Layout = {axis: Replicate() for axis in TOKEN_AXES}
 
@@ -123,6 +126,7 @@ class Model(Module):
         tied = self.embed if architecture.tied else None
         self.head = Head("lm_head", vocab, hidden, tied=tied, dtype=dtype)
         self.cos_sin = torch.empty(0)  # [context_tokens, rotated width], set by `finish`
+        self.prediction: Prediction | None = None  # set by the loader where drafts want it; not part of `forward`
         self.boundary = Boundary(
             {"token_ids": Port((None,))}, {"logits": Port((None, vocab), _EVERYWHERE)}, edges=edges(*self._wires())
         )
@@ -148,6 +152,8 @@ class Model(Module):
             yield from layer.sources(f"model.layers.{i}.")
         yield from self.norm.sources("model.")
         yield from self.head.sources("")
+        if self.prediction is not None:
+            yield from self.prediction.sources()
 
     def finish(self, config: ModelConfig, device: torch.device) -> None:
         """After the parameters are filled: what is computed from the configuration alone."""
@@ -185,3 +191,14 @@ class Model(Module):
         assert residual is not None  # a model has at least one layer
         normed, _ = self.norm.add(x, residual)
         return self.head(normed)  # type: ignore[no-any-return]
+
+    def hidden(self, token_ids: Tensor, batch: ops.AttentionBatch, caches: list[Tensor]) -> Tensor:
+        """As `forward`, up to what `head` multiplies, for every token: [t, d]."""
+        x: Tensor = self.embed(token_ids)
+        residual: Tensor | None = None
+        for layer, cache in zip(self.layers, caches, strict=False):  # behind them is the prediction layer's
+            x, residual = layer.attend(x, residual, self.cos_sin, batch, cache)  # type: ignore[operator]
+            x, residual = layer.feed(x, residual)  # type: ignore[operator]
+        assert residual is not None  # a model has at least one layer
+        normed, _ = self.norm.add(x, residual)
+        return normed

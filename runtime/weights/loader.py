@@ -28,6 +28,7 @@ from tokenrelay.runtime.spmd.shard import expert_sources, shard_model
 from tokenrelay.runtime.weights.checkpoint import Checkpoint
 from tokenrelay.runtime.weights.fp8 import FP8, SUFFIX, Block, check_factors, dequantize, fp8_block
 from tokenrelay.runtime.weights.identity import model_identity
+from tokenrelay.runtime.weights.prediction import SHARED, Wanted, find_prediction
 
 Progress = Callable[[int, int], None]  # (bytes loaded, bytes in all), after each tensor
 
@@ -50,13 +51,15 @@ def load_model(
     mesh: Mesh | None = None,
     rank: int = 0,
     experts: ExpertSplit | None = None,
+    prediction: Wanted = "off",
 ) -> Model:
     """Load the checkpoint in `folder`.
 
     `dtype` None takes the checkpoint's own (see `default_dtype`). `block_tokens` goes into `config.kv_layout`.
     `context_tokens` lowers the model's context. With `mesh` only the part of `rank` is read, `config.kv_layout` is that
     of its cache, `config.layers` counts the layers of its pipeline stage, and `runtime.spmd.rank_model` runs it;
-    `experts` says how these are dealt out. Raises CheckpointError with one sentence for whatever is wrong.
+    `experts` says how these are dealt out. `prediction`: whether to load the multi-token prediction layer, for drafts;
+    not with `mesh`. Raises CheckpointError with one sentence for whatever is wrong.
     """
     device = torch.device(device)
     with Checkpoint(Path(folder)) as checkpoint:
@@ -68,6 +71,10 @@ def load_model(
             model = Model(architecture, experts=experts, dtype=dtype)
         mesh = mesh or Mesh()
         check(model, mesh)
+        if (found := find_prediction(checkpoint, architecture, dtype, prediction)) is not None:
+            assert mesh.ranks == 1, "a prediction layer runs on one rank"
+            check(found, mesh)
+            model.prediction = found
         block = fp8_block(checkpoint.config)
         sources = _match(checkpoint, model, block)
         config = ModelConfig(
@@ -80,6 +87,7 @@ def load_model(
             kv_layout=architecture.kv_layout(block_tokens, mesh.size("tp")),
             dtype=dtype,
             identity=model_identity(checkpoint, name, architecture, dtype),
+            prediction_layers=int(model.prediction is not None),
         )
         zeros: list[tuple[torch.nn.Module, str]] = []
         if mesh.ranks > 1:
@@ -148,7 +156,12 @@ def _leave_out(checkpoint: Checkpoint, model: Model, needed: set[str]) -> None:
             continue
         layer = _LAYER.match(name)
         if layer is not None and int(layer[1]) >= architecture.layers:
-            predictions.append(name)
+            ours = model.prediction is not None and int(layer[1]) == architecture.layers
+            if not ours:
+                predictions.append(name)
+            elif name.removeprefix(layer[0]) not in SHARED:
+                path = checkpoint.where[name].path
+                raise CheckpointError(f"{path}: {name} has no place in a prediction layer", file=str(path), tensor=name)
         elif not (architecture.tied and name == "lm_head.weight"):
             path = checkpoint.where[name].path
             message = f"{path}: {name} has no place in this architecture ({checkpoint.config.file} describes none)"
