@@ -27,7 +27,7 @@ void HostPool::unlink(List& list, HostSlotId id) noexcept {
 
 void HostPool::forget(HostSlotId id) noexcept {
   if (!at(id).indexed) return;
-  index_.erase(at(id).hash, id, records_);
+  index_.erase(at(id).hash, id);
   at(id).indexed = false;
 }
 

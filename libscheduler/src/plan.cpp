@@ -273,9 +273,10 @@ Scheduler::Match Scheduler::match(Sequence& sequence) noexcept {
   // The last token is computed anew, as one is sampled from it; but where a peer did that.
   const int computed = sequence.handover == Handover::destination ? 0 : 1;
   const int reusable = (sequence.text.size() - computed) / config_.block_tokens;
+  PrefixWalk walk(pool_);
   for (int i = 0; i < reusable; ++i) {
     const auto at = static_cast<std::size_t>(i);
-    const BlockPool::Found found = pool_.find_after(i == 0 ? no_block : found_[at - 1], sequence.text.hash(at));
+    const BlockPool::Found found = walk.next(sequence.text.hash(at));
     if (found.id == no_block) break;
     found_[at] = found.id;
     if (!found.sealed) {

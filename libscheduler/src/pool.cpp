@@ -119,34 +119,7 @@ void BlockPool::put(block::Free&& block) noexcept {
 
 BlockPool::Found BlockPool::find(const Hash128& hash) const noexcept {
   const BlockId id = index_.find(hash, records_);
-  if (id == no_block) return {};
-  const Kind kind = at(id).kind;
-  return {id, kind == Kind::sealed || kind == Kind::cached, kind == Kind::sealed};
-}
-
-BlockPool::Found BlockPool::find_after(BlockId previous, const Hash128& hash) const noexcept {
-  if (previous == no_block) return find(hash);
-  const auto holds = [&](BlockId id) { return at(id).indexed && at(id).hash == hash; };
-  BlockId id = previous + 1;  // runs are preferred: mostly it is the neighbour
-  if (id == blocks() || !holds(id)) id = lineage_.next(previous);
-  if (id == no_block || !holds(id)) return find(hash);
-  const Kind kind = at(id).kind;
-  return {id, kind == Kind::sealed || kind == Kind::cached, kind == Kind::sealed};
-}
-
-SealedPin BlockPool::pin(BlockId id) noexcept {
-  Evictor::shared(at(id));
-  if (at(id).borrowed == block::Borrowed::yes && at(id).pins == 1) {
-    --borrowed_;
-    evictor_.found(at(id));
-  }
-  if (at(id).kind == Kind::cached) {
-    evictor_.taken(id, records_);
-    Access::dissolve(on(Access::make<block::Cached>(id), block::Pin{records_}));
-  } else {
-    Access::dissolve(on(Access::make<block::Sealed>(id), block::Pin{records_}));
-  }
-  return Access::make<SealedPin>(id);
+  return id == no_block ? Found{} : found(id);
 }
 
 void BlockPool::unpin(SealedPin&& pin, std::size_t index) noexcept {
@@ -235,7 +208,7 @@ void BlockPool::lent_for_long(const SealedPin& pin) noexcept {
 
 void BlockPool::forget(Record& record, BlockId id) noexcept {
   if (!record.indexed) return;
-  index_.erase(record.hash, id, records_);
+  index_.erase(record.hash, id);
   record.indexed = false;
   evictor_.forgotten(id, lineage_.parent(id), records_);
 }
@@ -309,7 +282,9 @@ std::optional<std::string> BlockPool::check() const {
   }
   if (free != free_.size || cached != evictor_.size()) return "the counts of free and cached blocks are wrong";
   for (std::size_t kind = 0; kind < kinds.size(); ++kind) {
-    if (kinds[kind] != records_.count(static_cast<Kind>(kind))) return "the count of blocks in a state is wrong";
+    const int counted = records_.count(static_cast<Kind>(kind));
+    if (block::Records::counts(static_cast<Kind>(kind)) && kinds[kind] != counted)
+      return "the count of blocks in a state is wrong";
   }
   if (borrowed != borrowed_) return "the count of blocks that only write-backs pin is wrong";
   return std::nullopt;

@@ -250,7 +250,8 @@ Counts Scheduler::counts() const noexcept {
   counts.blocks_writable = records.count(block::Kind::writable);
   counts.blocks_in_flight = records.count(block::Kind::in_flight);
   counts.blocks_quarantined = records.count(block::Kind::quarantined);
-  counts.blocks_sealed = records.count(block::Kind::sealed);
+  counts.blocks_sealed =
+      counts.blocks_active - counts.blocks_writable - counts.blocks_in_flight - counts.blocks_quarantined;
   counts.sequences_waiting = waiting_.size() + holds_.size();
   counts.sequences_running = config_.slots - slots_.free();
   counts.steps_in_flight = static_cast<int>(flights_size_);

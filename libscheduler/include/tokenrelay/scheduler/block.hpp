@@ -24,7 +24,6 @@ inline constexpr BlockId no_block = -1;
 
 namespace block {
 
-/// As in Records::counts_.
 enum class Kind : std::uint8_t { free, writable, in_flight, quarantined, sealed, cached };
 /// Whether one of a block's pins is a write-back's; `for_long`: one past its deadline.
 enum class Borrowed : std::uint8_t { no, yes, for_long };
@@ -121,26 +120,32 @@ struct Record {
 };
 static_assert(sizeof(Record) == 56);
 
-/// Every block's record, and how many blocks are in each state: counted in the one place where a block changes it.
+/// Every block's record, and how many blocks are in the states that only launched steps and writers know: counted in
+/// the one place where a block changes its state. The pool counts free and cached ones; all others are sealed. So a pin
+/// on one of a prompt's thousand cached blocks counts nothing.
 class Records {
  public:
-  explicit Records(std::size_t blocks) : records_(blocks) { counts_[0] = static_cast<int>(blocks); }
+  explicit Records(std::size_t blocks) : records_(blocks) {}
   Record& operator[](std::size_t block) noexcept { return records_[block]; }
   const Record& operator[](std::size_t block) const noexcept { return records_[block]; }
   [[nodiscard]] std::size_t size() const noexcept { return records_.size(); }
   [[nodiscard]] std::size_t capacity() const noexcept { return records_.capacity(); }
+  static constexpr bool counts(Kind kind) noexcept {
+    return kind == Kind::writable || kind == Kind::in_flight || kind == Kind::quarantined;
+  }
   [[nodiscard]] int count(Kind kind) const noexcept { return counts_[static_cast<std::size_t>(kind)]; }
 
  private:
   friend struct Access;
-  void change(Record& record, Kind next) noexcept {
-    --counts_[static_cast<std::size_t>(record.kind)];
-    ++counts_[static_cast<std::size_t>(next)];
+  template <Kind last, Kind next>
+  void change(Record& record) noexcept {
+    if constexpr (counts(last)) --counts_[static_cast<std::size_t>(last)];
+    if constexpr (counts(next)) ++counts_[static_cast<std::size_t>(next)];
     record.kind = next;
   }
 
   std::vector<Record> records_;
-  std::array<int, 6> counts_{};  // by Kind, whose first is free; they sum to the pool
+  std::array<int, 6> counts_{};  // by Kind, 0 for those that are not counted
 };
 
 struct Access {
@@ -164,7 +169,7 @@ struct Access {
     const BlockId id = dissolve(std::forward<State>(state));
     Record& record = records[static_cast<std::size_t>(id)];
     TR_ASSERT(record.kind == State::kind, "a block handle does not match its block");
-    records.change(record, Next::kind);
+    records.change<State::kind, Next::kind>(record);
     return make<Next>(id);
   }
   static Record& record(const Handle& handle, Records& records) noexcept {

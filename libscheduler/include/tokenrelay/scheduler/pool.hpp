@@ -55,8 +55,6 @@ class BlockPool {
     bool pinned = false;
   };
   [[nodiscard]] Found find(const Hash128& hash) const noexcept;
-  /// The same, for one that comes after `previous`: its neighbour and the one that followed last are tried first.
-  [[nodiscard]] Found find_after(BlockId previous, const Hash128& hash) const noexcept;
   /// The block after `parent` (one that was found) that holds these tokens, if it is the one that followed last.
   [[nodiscard]] BlockId find_child(BlockId parent, std::span<const TokenId> tokens) const noexcept {
     return lineage_.child(parent, at(parent).hash, tokens, records_);
@@ -113,6 +111,11 @@ class BlockPool {
   [[nodiscard]] std::optional<std::string> check() const;
 
  private:
+  friend class PrefixWalk;
+  [[nodiscard]] Found found(BlockId id) const noexcept {
+    const block::Kind kind = at(id).kind;
+    return {id, kind == block::Kind::sealed || kind == block::Kind::cached, kind == block::Kind::sealed};
+  }
   BlockId evict() noexcept;
   void index(BlockId id, const Content& content) noexcept;
   void forget(block::Record& record, BlockId id) noexcept;
@@ -141,5 +144,57 @@ class BlockPool {
   std::size_t unwritten_size_ = 0;
   int borrowed_ = 0;
 };
+
+/// Finds a prompt's blocks one after the other: each as the one that followed the last one most recently, else through
+/// the index. Their records lie anywhere in memory: those that will be read soon are fetched already.
+class PrefixWalk {
+ public:
+  explicit PrefixWalk(const BlockPool& pool) noexcept : pool_(pool) {}
+  /// The block with this hash, or none.
+  [[nodiscard]] BlockPool::Found next(const Hash128& hash) noexcept {
+    const BlockId guess = last_ == no_block ? no_block : pool_.lineage_.next(last_);
+    const bool right = guess != no_block && pool_.at(guess).indexed && pool_.at(guess).hash == hash;
+    const BlockPool::Found found = right ? pool_.found(guess) : pool_.find(hash);
+    last_ = found.id;
+    if (right) {
+      fetch();
+    } else {
+      ahead_ = last_;
+      for (int i = 0; i < ahead_max; ++i) fetch();
+    }
+    return found;
+  }
+
+ private:
+  static constexpr int ahead_max = 12;  // records under way at once, as many as a core's caches wait for
+
+  void fetch() noexcept {
+    if (ahead_ == no_block) return;
+    ahead_ = pool_.lineage_.next(ahead_);
+    if (ahead_ != no_block) __builtin_prefetch(&pool_.at(ahead_), 1);
+  }
+
+  const BlockPool& pool_;
+  BlockId last_ = no_block;
+  BlockId ahead_ = no_block;
+};
+
+// Here, because a next turn pins the thousand blocks of its past one by one.
+inline SealedPin BlockPool::pin(BlockId id) noexcept {
+  using block::Access;
+  block::Record& record = at(id);
+  Evictor::shared(record);
+  if (record.borrowed == block::Borrowed::yes && record.pins == 1) {
+    --borrowed_;
+    evictor_.found(record);
+  }
+  if (record.kind == block::Kind::cached) {
+    evictor_.taken(id, records_);
+    Access::dissolve(on(Access::make<block::Cached>(id), block::Pin{records_}));
+  } else {
+    Access::dissolve(on(Access::make<block::Sealed>(id), block::Pin{records_}));
+  }
+  return Access::make<SealedPin>(id);
+}
 
 }  // namespace tokenrelay::scheduler

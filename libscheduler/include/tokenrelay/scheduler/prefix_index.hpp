@@ -1,5 +1,6 @@
-// block_hash -> block: an open-addressed table that never grows (a block is in it once at most). It keeps no hashes of
-// its own; it compares with the blocks' records.
+// block_hash -> block: an open-addressed table that never grows (a block is in it once at most). Of each hash it keeps
+// the 32 bits that say where its entry belongs, so that entries move without a look at any block's record; whether it
+// is the hash that is looked for, the record says.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,7 @@ class PrefixIndex {
   /// The block with this hash, or no_block. O(1). `records`: of blocks, or of host slots; each has a hash.
   template <class Records>
   [[nodiscard]] BlockId find(const Hash128& hash, const Records& records) const noexcept {
-    for (std::size_t at = home(hash); cells_[at].id != no_block; at = after(at)) {
+    for (std::size_t at = home(tag(hash)); cells_[at].id != no_block; at = after(at)) {
       if (cells_[at].tag == tag(hash) && records[static_cast<std::size_t>(cells_[at].id)].hash == hash) {
         return cells_[at].id;
       }
@@ -26,22 +27,21 @@ class PrefixIndex {
 
   /// The hash must not be in the table.
   void insert(const Hash128& hash, BlockId id) noexcept {
-    std::size_t at = home(hash);
+    std::size_t at = home(tag(hash));
     while (cells_[at].id != no_block) at = after(at);
     cells_[at] = {tag(hash), id};
   }
 
-  /// Removes the entry of `id`, whose record still has its hash. Later entries move up, so there are no tombstones.
-  template <class Records>
-  void erase(const Hash128& hash, BlockId id, const Records& records) noexcept {
-    std::size_t at = home(hash);
+  /// Removes the entry of `id`, inserted with this hash. Later entries move up, so there are no tombstones.
+  void erase(const Hash128& hash, BlockId id) noexcept {
+    std::size_t at = home(tag(hash));
     while (cells_[at].id != id) {
       TR_ASSERT(cells_[at].id != no_block, "the prefix index lost a block");
       at = after(at);
     }
     std::size_t hole = at;
     for (at = after(at); cells_[at].id != no_block; at = after(at)) {
-      const std::size_t from = home(records[static_cast<std::size_t>(cells_[at].id)].hash);
+      const std::size_t from = home(cells_[at].tag);
       if (distance(from, at) >= distance(hole, at)) {
         cells_[hole] = cells_[at];
         hole = at;
@@ -50,7 +50,6 @@ class PrefixIndex {
     cells_[hole] = {};
   }
 
- public:
   [[nodiscard]] std::size_t bytes() const noexcept { return cells_.capacity() * sizeof(Cell); }
 
  private:
@@ -58,14 +57,14 @@ class PrefixIndex {
     std::uint32_t tag = 0;
     BlockId id = no_block;
   };
-  [[nodiscard]] std::size_t home(const Hash128& hash) const noexcept {
-    return static_cast<std::size_t>((hash.low >> 32) * cells_.size() >> 32);
+  [[nodiscard]] std::size_t home(std::uint32_t tag) const noexcept {
+    return static_cast<std::size_t>(std::uint64_t{tag} * cells_.size() >> 32);
   }
   [[nodiscard]] std::size_t after(std::size_t at) const noexcept { return at + 1 == cells_.size() ? 0 : at + 1; }
   [[nodiscard]] std::size_t distance(std::size_t from, std::size_t to) const noexcept {
     return to >= from ? to - from : to + cells_.size() - from;
   }
-  static std::uint32_t tag(const Hash128& hash) noexcept { return static_cast<std::uint32_t>(hash.high); }
+  static std::uint32_t tag(const Hash128& hash) noexcept { return static_cast<std::uint32_t>(hash.low >> 32); }
 
   std::vector<Cell> cells_;  // at most two thirds are taken
 };
