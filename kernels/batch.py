@@ -20,6 +20,10 @@ class AttentionBatch:
     cache_slots: Tensor  # int64 [t]: block * block_tokens + offset, where each token's KV is written; < 0: nowhere
     decodes: int
     context_max: int  # max(starts + lengths), known to the host
+    # Decode rows of one sequence at consecutive positions (a draft) may be read as one: int32 [g + 1], the first row of
+    # each such run, and how many rows a run has at most. None: each row alone.
+    groups: Tensor | None = None
+    group_max: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)

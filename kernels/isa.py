@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 # Linux's names in /proc/cpuinfo, which list only what the operating system enabled too.
@@ -33,6 +34,20 @@ def features() -> frozenset[str]:
     except ImportError:
         return _from_proc_cpuinfo(Path("/proc/cpuinfo"))
     return frozenset(_cpu.isa_features())
+
+
+_devices: dict[str, Callable[[], frozenset[str]]] = {}
+
+
+def register_device(device: str, probe: Callable[[], frozenset[str]]) -> None:
+    """`probe` says what the accelerators that torch calls `device` can do; who brings kernels for them registers it."""
+    _devices[device] = probe
+
+
+def features_of(device: str) -> frozenset[str]:
+    """What kernels on this device may ask for: the processor's features, or the accelerator's, its architecture too."""
+    probe = _devices.get(device)
+    return features() if probe is None else probe()
 
 
 def machine() -> str:

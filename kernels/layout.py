@@ -73,4 +73,46 @@ class GqaLayout:
         return self.block_tokens * self.width * dtype.itemsize
 
 
-KvLayout = MlaLayout | GqaLayout
+FP8_GROUP = 128  # latents that share a factor
+
+
+def fp8_group(rank: int) -> int:
+    """Latents of one token that share a factor in a float8 cache: 128, or all where there are fewer. ValueError for a
+    rank that does not divide so."""
+    group = min(FP8_GROUP, rank)
+    if rank % group or group < 8 or group & (group - 1):
+        raise ValueError(f"rank is {rank}, a float8 cache takes a power of two from 8, or a multiple of {FP8_GROUP}")
+    return group
+
+
+@dataclass(frozen=True, slots=True)
+class MlaFp8Layout:
+    """A cache of latents in float8: `[blocks, block_tokens, width]` bytes, as torch.float8_e4m3fn. A token's bytes are
+    `rank` E4M3 latents, a float32 factor for each `fp8_group` of them, and `rope` bfloat16 values, which keep their
+    precision (DeepSeek's FlashMLA lays out its float8 cache in the same way)."""
+
+    rank: int
+    rope: int
+    block_tokens: int
+
+    def __post_init__(self) -> None:
+        _positive(self, "rank", "rope", "block_tokens")
+        fp8_group(self.rank)
+        if self.rope % 2:
+            raise ValueError(f"MlaFp8Layout.rope is {self.rope}, expected an even number")
+
+    @property
+    def width(self) -> int:
+        """Bytes of one token."""
+        return self.rank + 4 * (self.rank // fp8_group(self.rank)) + 2 * self.rope
+
+    def shape(self, blocks: int) -> tuple[int, ...]:
+        """The shape of one layer's region of `blocks` blocks."""
+        return (blocks, self.block_tokens, self.width)
+
+    def bytes_per_block(self, dtype: torch.dtype) -> int:
+        """Bytes of one block of one layer; `dtype` is torch.float8_e4m3fn."""
+        return self.block_tokens * self.width * dtype.itemsize
+
+
+KvLayout = MlaLayout | GqaLayout | MlaFp8Layout

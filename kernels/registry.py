@@ -104,7 +104,7 @@ class Kernel:
         found = []
         if self.device not in ("any", device):
             found.append(Unmet("device", device, self.device))
-        missing = self.isa - machine_isa.features() if self.device in ("any", device) else frozenset()
+        missing = self.isa - machine_isa.features_of(device) if self.device in ("any", device) else frozenset()
         if missing:
             found.append(Unmet("isa", f"this machine lacks {', '.join(sorted(missing))}", ", ".join(sorted(self.isa))))
         if self.dtypes and dtype not in self.dtypes:
@@ -188,8 +188,8 @@ def register(
 
     `invariant`: whether a row's bits depend on its own input alone, whatever stands beside it and however a prompt is
     cut; deterministic mode takes no other.
-    Built-in priorities: 0 references, 10 baseline, 20 AVX2, 30 AVX-512, 40 AVX-512 with BF16. ValueError for an
-    unknown op or dimension, or a path that is taken for this op.
+    Built-in priorities: 0 references, 10 baseline, 20 AVX2, 30 AVX-512, 40 AVX-512 with BF16, 50 Triton. ValueError
+    for an unknown op or dimension, or a path that is taken for this op.
     """
     if op not in OPS:
         raise ValueError(f"unknown op {op!r}; known: {', '.join(OPS)}")
@@ -396,8 +396,10 @@ def load() -> None:
         if _loaded:
             return
         import tokenrelay.kernels.cpu
-        import tokenrelay.kernels.ref  # noqa: F401
+        import tokenrelay.kernels.ref
+        import tokenrelay.kernels.triton
 
+        tokenrelay.kernels.triton.register_all()
         _loaded = True  # before the plugins, which may call `kernels` or `select`
         for entry_point in metadata.entry_points(group=ENTRY_POINT_GROUP):
             _load_plugin(entry_point)
@@ -432,8 +434,10 @@ def numerics(device: str = "cpu") -> str:
         for dtype in ("float32", "bfloat16"):
             kernel = explain(op, device=device, dtype=dtype).chosen
             chosen.append(f"{op}:{dtype}={kernel.path if kernel else '-'}")
-    found = machine_isa.features()
+    found = machine_isa.features_of(device)
     level = next((name for name in ("avx512_bf16", "avx512f", "avx2") if name in found), "baseline")
+    if device != "cpu":
+        level = ",".join(sorted(found))
     digest = hashlib.blake2b("\n".join(chosen).encode(), digest_size=4).hexdigest()
     torch_version = torch.__version__.split("+")[0]
     return f"{device}/{machine_isa.machine()}/{level}/torch-{torch_version}/kernels-{NUMERICS_VERSION}-{digest}"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tokenrelay.kernels.batch import AttentionBatch
+from tokenrelay.kernels.ref import fp8
 from tokenrelay.kernels.ref.elementwise import accumulate
 from tokenrelay.kernels.registry import register
 
@@ -28,7 +29,7 @@ def mla_decode(q_latent: Tensor, q_rope: Tensor, cache: Tensor, batch: Attention
     out = torch.empty_like(q_latent)  # [n, h, rank]
     for row in range(batch.decodes):
         _, context = _extent(batch, row)
-        entries = accumulate(_gather_mla(cache, batch, row, context))  # [c, rank + rope]
+        entries = accumulate(_gather_mla(cache, batch, row, context, q_latent.shape[-1]))  # [c, rank + rope]
         query = accumulate(torch.cat((q_latent[row], q_rope[row]), dim=-1))  # [h, rank + rope]
         weights = torch.softmax(query @ entries.T * scale, dim=-1)  # [h, c]
         out[row] = (weights @ entries[:, : q_latent.shape[-1]]).to(out.dtype)
@@ -50,7 +51,7 @@ def mla_prefill(
     out = q_nope.new_empty(q_nope.shape[0], q_nope.shape[1], w_uv.shape[1])  # [t, h, v]
     for row in range(batch.decodes, batch.slots.shape[0]):
         tokens, context = _extent(batch, row)
-        entries = accumulate(_gather_mla(cache, batch, row, context))  # [c, rank + rope]
+        entries = accumulate(_gather_mla(cache, batch, row, context, rank))  # [c, rank + rope]
         latent, k_rope = entries[:, :rank], entries[:, rank:]
         keys = torch.einsum("cl,hnl->hcn", latent, accumulate(w_uk))  # the latents, projected up per head
         values = torch.einsum("cl,hvl->hcv", latent, accumulate(w_uv))
@@ -111,8 +112,9 @@ def _blocks(batch: AttentionBatch, row: int, context: int, block_tokens: int) ->
     return batch.block_table[int(batch.slots[row]), :blocks].long()
 
 
-def _gather_mla(cache: Tensor, batch: AttentionBatch, row: int, context: int) -> Tensor:
-    return cache[_blocks(batch, row, context, cache.shape[1])].flatten(0, 1)[:context]
+def _gather_mla(cache: Tensor, batch: AttentionBatch, row: int, context: int, rank: int) -> Tensor:
+    entries = cache[_blocks(batch, row, context, cache.shape[1])].flatten(0, 1)[:context]
+    return fp8.decode(entries, rank) if cache.dtype is torch.float8_e4m3fn else entries
 
 
 def _gather_gqa(cache: Tensor, batch: AttentionBatch, row: int, context: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenrelay.kernels.ref import fp8
 from tokenrelay.kernels.registry import register
 
 
@@ -56,6 +57,10 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def mla_cache_write(latent: Tensor, k_rope: Tensor, cache: Tensor, cache_slots: Tensor) -> None:
     """See `ops.mla_cache_write`."""
     keep = cache_slots >= 0
+    if cache.dtype is torch.float8_e4m3fn:
+        rows = fp8.encode(latent[keep], k_rope[keep])
+        cache.view(torch.uint8).view(-1, cache.shape[-1])[cache_slots[keep]] = rows.view(torch.uint8)
+        return
     rows = torch.cat((latent, k_rope), dim=-1)[keep]  # [kept, rank + rope]
     cache.view(-1, cache.shape[-1])[cache_slots[keep]] = rows.to(cache.dtype)
 

@@ -1,0 +1,98 @@
+"""Kernels for accelerators, in Triton. Nothing outside this folder names a vendor.
+
+Registering loads neither triton nor a kernel: a machine without a device lists them and says what it lacks. With
+TRITON_INTERPRET=1 they run on the CPU, in Triton's interpreter, far below every other kernel's priority: for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tokenrelay.kernels import isa
+from tokenrelay.kernels.registry import Limit, register
+from tokenrelay.kernels.triton.config import interpreting
+
+DEVICE = "cuda"  # torch's name for either vendor's devices
+PRIORITY = 50
+INTERPRETED = -100  # taken off each priority in the interpreter
+
+_BF16 = ("float32", "bfloat16")
+_LATENT = {"rank": Limit(8, 512), "rope": Limit(2, 128), "heads": Limit(1, 256), "block_tokens": Limit(1, 1024)}
+
+
+def _later(module: str, name: str, *first: object) -> Callable[..., Any]:
+    """The function `name` of a module of this package, loaded at its first call; `first`: its first arguments."""
+    found: Callable[..., Any] | None = None
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        nonlocal found
+        if found is None:
+            function = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+            found = functools.partial(function, *first) if first else function
+        return found(*arguments, **options)
+
+    call.__name__ = name
+    return call
+
+
+def _add(
+    op: str,
+    path: str,
+    call: Callable[..., Any],
+    *,
+    priority: int = PRIORITY,
+    needs: tuple[str, ...] = (),
+    dtypes: tuple[str, ...] = _BF16,
+    limits: Mapping[str, Limit] | None = None,
+    layout: str = "",
+    invariant: bool = True,
+) -> None:
+    interpreted = interpreting()
+    register(
+        op=op,
+        path=path,
+        device="any" if interpreted else DEVICE,
+        isa=() if interpreted else ("triton", *needs),
+        dtypes=dtypes,
+        limits=limits,
+        layout=layout,
+        priority=priority + (INTERPRETED if interpreted else 0),
+        invariant=invariant,
+    )(call)
+
+
+def _features() -> frozenset[str]:
+    from tokenrelay.kernels.triton.arch import features
+
+    return features()
+
+
+def register_all() -> None:
+    """Register every kernel of this folder; the registry does it, once."""
+    isa.register_device(DEVICE, _features)
+    for op in ("rms_norm", "add_rms_norm"):
+        _add(op, "triton/rows", _later("elementwise", op), limits={"width": Limit(1, 32768)})
+    _add("silu_mul", "triton/rows", _later("elementwise", "silu_mul"))
+    _add("rotary", "triton/rows", _later("elementwise", "rotary"), limits={"rope": Limit(2, 1024, 2)})
+    mla_dims = {name: _LATENT[name] for name in ("rank", "rope")}
+    write = _later("elementwise", "mla_cache_write")
+    _add("mla_cache_write", "triton/rows", write, limits=mla_dims, layout="mla")
+    _add("mla_cache_write", "triton/fp8", write, dtypes=("float8_e4m3fn",), limits=mla_dims, layout="mla-fp8")
+    heads = {"kv_heads": Limit(1, 256), "head_dim": Limit(1, 512)}
+    _add("gqa_cache_write", "triton/rows", _later("elementwise", "gqa_cache_write"), limits=heads, layout="gqa")
+    for fixed, name in ((False, "balanced"), (True, "fixed")):
+        for dtypes, layout, suffix in ((_BF16, "mla", ""), (("float8_e4m3fn",), "mla-fp8", "-fp8")):
+            _add(
+                "mla_decode",
+                f"triton/{name}{suffix}",
+                _later("mla", "mla_decode", fixed),
+                priority=PRIORITY - 5 * fixed,
+                needs=("dot_bf16",),
+                dtypes=dtypes,
+                limits=_LATENT,
+                layout=layout,
+                invariant=fixed,
+            )

@@ -1,0 +1,56 @@
+"""One launch of each kernel, in the shapes of the models that matter, for `compile_kernels.py`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from kernel_cases import make_batch
+
+from tokenrelay.kernels.layout import GqaLayout, MlaFp8Layout, MlaLayout
+from tokenrelay.kernels.triton import arch, elementwise, mla
+
+BF16 = torch.bfloat16
+Launch = tuple[str, Callable[[], object]]
+
+
+def launches() -> Iterator[Launch]:
+    """Name and launch of each."""
+    arch.processors = lambda device: 132  # type: ignore[assignment]
+    from tokenrelay.kernels.triton import schedule
+
+    schedule.processors = arch.processors
+    yield from _elementwise()
+    yield from _mla_decode()
+
+
+def _elementwise() -> Iterator[Launch]:
+    x = torch.zeros(4, 7168, dtype=BF16)
+    yield "norm", functools.partial(elementwise.add_rms_norm, x, x, x[0], 1e-6)
+    yield "norm", functools.partial(elementwise.rms_norm, x, x[0], 1e-6)
+    yield "silu", functools.partial(elementwise.silu_mul, x)
+    q, k = torch.zeros(4, 128, 64, dtype=BF16), torch.zeros(4, 1, 64, dtype=BF16)
+    table = torch.zeros(64, 64)
+    yield "rotary", functools.partial(elementwise.rotary, q, k, torch.zeros(4, dtype=torch.int64), table, True)
+    slots = torch.arange(4)
+    latent, rope = torch.zeros(4, 512, dtype=BF16), torch.zeros(4, 64, dtype=BF16)
+    cache = torch.zeros(MlaLayout(512, 64, 64).shape(2), dtype=BF16)
+    yield "write", functools.partial(elementwise.mla_cache_write, latent, rope, cache, slots)
+    small = torch.zeros(MlaFp8Layout(512, 64, 64).shape(2)).to(torch.float8_e4m3fn)
+    yield "write", functools.partial(elementwise.mla_cache_write, latent, rope, small, slots)
+    kv = torch.zeros(4, 8, 128, dtype=BF16)
+    gqa = torch.zeros(GqaLayout(8, 128, 64).shape(2), dtype=BF16)
+    yield "write", functools.partial(elementwise.gqa_cache_write, kv, kv, gqa, slots)
+
+
+def _mla_decode() -> Iterator[Launch]:
+    batch, blocks = make_batch([(200, 1)] * 3, 64)
+    for heads in (16, 32, 64):
+        for fp8 in (False, True):
+            layout = MlaFp8Layout(512, 64, 64) if fp8 else MlaLayout(512, 64, 64)
+            cache = torch.zeros(layout.shape(blocks)).to(torch.float8_e4m3fn if fp8 else BF16)
+            q = torch.zeros(3, heads, 576, dtype=BF16)
+            for fixed in (False, True):
+                call = functools.partial(mla.mla_decode, fixed, q[..., :512], q[..., 512:], cache, batch, 0.1)
+                yield f"mla {heads} {fp8} {fixed}", call
