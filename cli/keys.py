@@ -61,6 +61,9 @@ def create(
     priority: Annotated[
         int, typer.Option("--priority", metavar="N", help="The best (lowest) class that its requests may ask for.")
     ] = 0,
+    tps_floor: Annotated[
+        int, _limit("--tps-floor", "The highest TPS floor that its requests may ask for, tokens a second.")
+    ] = 0,
     admin: Annotated[bool, typer.Option("--admin", help="It may look at everybody's requests: /debug, /mesh.")] = False,
     file: FileOption = None,
     config: ConfigOption = None,
@@ -81,6 +84,7 @@ def create(
         tokens_per_minute=tokens_per_minute,
         concurrency=concurrency,
         priority=priority,
+        tps_floor=tps_floor,
         admin=admin,
     )
     with locked(path):
@@ -130,11 +134,11 @@ def list_keys(
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("name", "id", "tenant", "made"):
         table.add_column(column, overflow="fold")
-    for column in ("req/min", "tok/min", "at once", "class"):
+    for column in ("req/min", "tok/min", "at once", "floor", "class"):
         table.add_column(column, justify="right")
     table.add_column("")
     for one in records:
-        limits = (one.requests_per_minute, one.tokens_per_minute, one.concurrency)
+        limits = (one.requests_per_minute, one.tokens_per_minute, one.concurrency, one.tps_floor)
         shown = [f"{limit:,}" if limit else "-" for limit in limits]
         table.add_row(
             one.name,

@@ -98,7 +98,7 @@ class Command(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("id", "request_id", "token_ids", "output_start", "tokens_max", "sampling", "choice", "seed", "priority", "salt", "parent", "deadline_left_ms", "parent_tokens", "tenant", "tools", "traceparent", "handover")
+    __slots__ = ("id", "request_id", "token_ids", "output_start", "tokens_max", "sampling", "choice", "seed", "priority", "salt", "parent", "deadline_left_ms", "parent_tokens", "tenant", "tools", "traceparent", "expected_tokens", "tps_floor", "handover")
     ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +115,8 @@ class Submit(_message.Message):
     TENANT_FIELD_NUMBER: _ClassVar[int]
     TOOLS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TPS_FLOOR_FIELD_NUMBER: _ClassVar[int]
     HANDOVER_FIELD_NUMBER: _ClassVar[int]
     id: int
     request_id: str
@@ -132,8 +134,10 @@ class Submit(_message.Message):
     tenant: bytes
     tools: bool
     traceparent: str
+    expected_tokens: int
+    tps_floor: int
     handover: Handover
-    def __init__(self, id: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., output_start: _Optional[int] = ..., tokens_max: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., choice: _Optional[int] = ..., seed: _Optional[int] = ..., priority: _Optional[int] = ..., salt: _Optional[bytes] = ..., parent: _Optional[int] = ..., deadline_left_ms: _Optional[int] = ..., parent_tokens: _Optional[int] = ..., tenant: _Optional[bytes] = ..., tools: _Optional[bool] = ..., traceparent: _Optional[str] = ..., handover: _Optional[_Union[Handover, _Mapping]] = ...) -> None: ...
+    def __init__(self, id: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., output_start: _Optional[int] = ..., tokens_max: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., choice: _Optional[int] = ..., seed: _Optional[int] = ..., priority: _Optional[int] = ..., salt: _Optional[bytes] = ..., parent: _Optional[int] = ..., deadline_left_ms: _Optional[int] = ..., parent_tokens: _Optional[int] = ..., tenant: _Optional[bytes] = ..., tools: _Optional[bool] = ..., traceparent: _Optional[str] = ..., expected_tokens: _Optional[int] = ..., tps_floor: _Optional[int] = ..., handover: _Optional[_Union[Handover, _Mapping]] = ...) -> None: ...
 
 class Handover(_message.Message):
     __slots__ = ("role", "offer")

@@ -315,6 +315,8 @@ class Engine:
             parent=request.parent,
             parent_tokens=None if request.parent is None else request.parent_tokens,
             tools=request.tools,
+            expected_tokens=request.expected_tokens,
+            tps_floor=request.tps_floor,
             handover=request.handover,
             now_us=_now_us(),
         )

@@ -116,6 +116,8 @@ class EngineRequest:
     parent: int | None = None  # the sequence whose first `parent_tokens` tokens the prompt begins with
     parent_tokens: int = 0
     tools: bool = False  # a hint: it may end with a tool call, whose results come back as its next turn
+    expected_tokens: int = 0  # a hint: output tokens it will likely have; 0: nobody says
+    tps_floor: int = 0  # tokens a second that its user keeps, in place of the worker's floor; 0: that one
     handover: Handover = Handover.NONE  # what becomes of its KV (runtime/handover.py)
 
     def problem(self, vocab_size: int) -> str | None:

@@ -24,6 +24,7 @@ py::object explanation(const ts::Scheduler& scheduler, std::uint64_t sequence_id
   out["prompt_tokens"] = e.prompt_tokens;
   out["output_tokens"] = e.output_tokens;
   out["output_tokens_max"] = e.output_tokens_max;
+  out["expected_tokens"] = e.expected_tokens;
   out["cached_tokens"] = e.cached_tokens;
   out["reused_tokens"] = e.reused_tokens;
   out["computed_tokens"] = e.computed_tokens;
@@ -39,6 +40,7 @@ py::object explanation(const ts::Scheduler& scheduler, std::uint64_t sequence_id
   out["overtaken_max"] = e.overtaken_max;
   out["tenant_ahead"] = e.tenant_ahead;
   out["tps_in_force"] = e.tps_in_force;
+  out["tps_floor"] = e.tps_floor;
   out["users"] = e.users;
   out["held_block"] = e.held_block;
   out["held_by"] = e.held_by;

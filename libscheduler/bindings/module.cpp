@@ -127,7 +127,8 @@ class PyScheduler {
                                          std::int64_t tokens_max, const std::vector<ts::TokenId>& stop_token_ids,
                                          std::int64_t priority, const py::bytes& salt, const py::bytes& tenant,
                                          std::optional<std::uint64_t> parent, std::optional<std::int64_t> parent_tokens,
-                                         ts::Handover handover, bool tools, std::int64_t now_us) {
+                                         ts::Handover handover, bool tools, std::int64_t expected_tokens,
+                                         std::int64_t tps_floor, std::int64_t now_us) {
     const TokenBuffer buffer(token_ids);
     ts::Submission submission;
     submission.handover = handover;
@@ -140,6 +141,8 @@ class PyScheduler {
     submission.salt = bytes_of(salt);
     submission.parent = parent;
     submission.tools = tools;
+    submission.expected_tokens = expected_tokens;
+    submission.tps_floor = tps_floor;
     // A number below 0 must not read as all of them.
     if (parent_tokens) submission.parent_tokens = std::clamp<std::int64_t>(*parent_tokens, -2, 1 << 30);
     if (submission.parent_tokens == ts::Submission::all_tokens && parent_tokens) --submission.parent_tokens;
@@ -400,7 +403,8 @@ void bind_scheduler(py::module_& m) {
            py::arg("output_start"), py::arg("tokens_max"), py::arg("stop_token_ids") = std::vector<ts::TokenId>(),
            py::arg("priority") = 0, py::arg("salt") = py::bytes(), py::arg("tenant") = py::bytes(),
            py::arg("parent") = py::none(), py::arg("parent_tokens") = py::none(),
-           py::arg("handover") = ts::Handover::none, py::arg("tools") = false, py::arg("now_us"))
+           py::arg("handover") = ts::Handover::none, py::arg("tools") = false, py::arg("expected_tokens") = 0,
+           py::arg("tps_floor") = 0, py::arg("now_us"))
       .def(
           "handle",
           [](PyScheduler& self, std::uint64_t id, ts::HandleEvent event) { return self.scheduler.handle(id, event); },

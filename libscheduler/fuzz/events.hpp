@@ -158,6 +158,8 @@ class Player {
             << " output_start=" << request.output_start;
       if (!request.stops.empty()) *out_ << " stop=" << request.stops[0] << "," << request.stops[1];
       if (request.priority != 0) *out_ << " priority=" << request.priority;
+      if (request.expected != 0) *out_ << " expected=" << request.expected;
+      if (request.floor != 0) *out_ << " floor=" << request.floor;
       if (!request.salt.empty()) *out_ << " salt=" << static_cast<char>(request.salt[0]);
       if (!request.tenant.empty()) *out_ << " tenant=" << static_cast<char>(request.tenant[0]);
       if (request.parent) *out_ << " parent=" << *request.parent << " parent_tokens=" << request.inherited;
@@ -198,6 +200,8 @@ class Player {
     if (input_.one_in(2))
       request.stops = {static_cast<TokenId>(input_.pick(64)), static_cast<TokenId>(input_.pick(64))};
     if (input_.one_in(3)) request.priority = input_.pick(5) - 2;
+    if (input_.one_in(3)) request.expected = input_.pick(60);
+    if (input_.one_in(3)) request.floor = input_.pick(300);
     if (input_.one_in(4)) request.tenant = {static_cast<std::uint8_t>('a' + input_.pick(3))};
     if (hands_over_) request.handover = static_cast<Handover>(input_.pick(3));
     if (input_.one_in(6)) request.salt = {static_cast<std::uint8_t>('x' + input_.pick(2))};

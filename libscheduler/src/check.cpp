@@ -76,6 +76,7 @@ std::optional<std::string> Scheduler::check() const {
   int settling = 0;
   int importing = 0;
   int drafts = 0;
+  int growth = 0;
   std::int64_t prefilling = 0;
   std::vector<int> flights(sequences_.size());
   for (std::size_t i = 0; i < flights_size_; ++i) {
@@ -86,6 +87,8 @@ std::optional<std::string> Scheduler::check() const {
   for (std::size_t i = 0; i < sequences_.size(); ++i) {
     const Sequence& s = sequences_[i];
     importing += s.importing;
+    growth += s.growth;
+    if (s.growth < 0 || (s.growth > 0 && s.slot < 0)) return "blocks are kept for a sequence that is not resident";
     const auto broken = std::visit(
         [&]<class S>(const S& state) -> std::optional<std::string> {
           if constexpr (requires { state.home; }) {
@@ -138,6 +141,8 @@ std::optional<std::string> Scheduler::check() const {
   if (now.sequences_running != resident) return "slots leaked";
   if (now.sequences_waiting != waiting) return "the waiting queue's count is wrong";
   if (importing_ != importing) return "the count of importing sequences is wrong";
+  if (growth_ != growth) return "the count of blocks that outputs are expected to take is wrong";
+  if (floor_.census().size() != resident) return "the count of floors is wrong";
   if (prefilling_tokens_ != prefilling) return "the count of prompt tokens in prefill is wrong";
   if (drafts_.leased() != drafts) return "the count of drafts is wrong";
   if (settling_ != settling) return "the count of settling sequences is wrong";

@@ -84,7 +84,7 @@ void Scheduler::give(SequenceIndex index, TokenId token, std::int32_t row, Finis
   ++totals_.output_tokens;
   waiting_.served(index, output_weight, false);
   if (floor_.on() && !std::holds_alternative<request::Preempting>(sequence.state)) {
-    floor_.token(sequence.due_us, in_flight, now_us);
+    floor_.token(sequence.due_us, sequence.tps_floor, in_flight, now_us);
   }
   out.sequence_ids.push_back(sequence.id);
   out.token_ids.push_back(token);
@@ -107,7 +107,7 @@ void Scheduler::settle(SequenceIndex index) noexcept {
   if (fsm::dispatch<RequestFsm>(sequence.state, request::Settle{resources_})) return;  // it runs on
   settling_ -= sequence.importing ? 0 : 1;
   sequence.importing = false;
-  sequence.slot = -1;
+  vacate(sequence);
   if (std::holds_alternative<request::Ended>(sequence.state)) {
     end(index);
   } else {

@@ -99,7 +99,7 @@ void Scheduler::commit_draft(const Row& row, std::span<const TokenId> sampled, s
   sequence.length_planned += kept - 1;
   for (int i = 0; i + 1 < kept; ++i) {
     give(row.index, sampled[static_cast<std::size_t>(i)], first + i, Finish::none, 0, now_us, out);
-    floor_.gained(sequence.due_us);
+    floor_.gained(sequence.due_us, sequence.tps_floor);
   }
   take_token(row.index, sampled[static_cast<std::size_t>(kept - 1)], first + kept - 1, now_us, out);
 }

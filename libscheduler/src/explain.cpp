@@ -62,6 +62,8 @@ std::string words_of(const Explanation& e) {
   text += ": prompt " + number(e.prompt_tokens) + " tokens";
   if (e.cached_tokens > 0) text += " (" + number(e.cached_tokens) + " cached)";
   text += ", output " + number(e.output_tokens) + " of " + number(e.output_tokens_max);
+  if (e.expected_tokens > 0) text += " (" + number(e.expected_tokens) + " expected)";
+  if (e.tps_floor > 0) text += ", asks for " + number(e.tps_floor) + " tokens/s";
   if (e.slot >= 0) {
     text += runs(e);
   } else if (e.held_block >= 0) {
@@ -127,7 +129,9 @@ std::optional<Explanation> Scheduler::explanation(std::uint64_t sequence_id) con
   out.blocks_available = pool_.available() - out.blocks_reserved;
   out.overtaken = s.overtaken;
   out.overtaken_max = config_.overtakes_max;
-  out.tps_in_force = floor_.counts().tps_in_force;
+  out.tps_in_force = floor_.in_force(s.tps_floor);
+  out.tps_floor = s.tps_floor;
+  out.expected_tokens = std::max(0, s.length_expected - s.output_start);
   out.holds = s.holds;
   out.holds_max = holds_max;
   out.slot = s.slot;
@@ -141,7 +145,7 @@ std::optional<Explanation> Scheduler::explanation(std::uint64_t sequence_id) con
   out.over = std::holds_alternative<request::Finishing>(s.state) || std::holds_alternative<request::Aborting>(s.state);
   if (std::holds_alternative<request::Waiting>(s.state)) {
     const int blocks = (s.text.size() + config_.block_tokens - 1) / config_.block_tokens;
-    out.blocks_wanted = s.blocks_wanted > 0 ? s.blocks_wanted : blocks - std::max(0, s.matched);
+    out.blocks_wanted = s.blocks_wanted > 0 ? s.blocks_wanted : blocks - std::max(0, s.matched) + growth_of(s);
     explain_queue(index, out);
   } else if (std::holds_alternative<request::Held>(s.state)) {
     out.held_block = holds_.block_of(index);

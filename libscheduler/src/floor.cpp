@@ -15,24 +15,34 @@ constexpr int prefills_known = 4;     // steps with prefill, before what they co
 
 }  // namespace
 
+double Floor::in_force(double tps) const noexcept { return std::min(tps, fraction_ * counts_.tps_batch_1); }
+
+std::int64_t Floor::period_of(double tps) const noexcept {
+  const double held = in_force(tps);
+  return held > 0 ? static_cast<std::int64_t>(1e6 / held) : 0;
+}
+
 void Floor::begin(std::int64_t start_us) noexcept {
   start_us_ = start_us;
   due_us_ = not_due;
+  period_us_ = period_of(census_.highest(configured_));
 }
 
-void Floor::decode(std::int64_t& due_us) noexcept {
-  if (period_us_ == 0) return;
+void Floor::decode(std::int64_t& due_us, int own_tps) noexcept {
+  const std::int64_t period = period_us(own_tps);
+  if (period == 0) return;
   if (due_us == not_due) {  // his first token is in flight: let it come just before this step
-    due_us_ = std::min(due_us_, start_us_ + period_us_);
+    due_us_ = std::min(due_us_, start_us_ + period);
   } else {
     due_us_ = std::min(due_us_, due_us);
-    due_us += period_us_;
+    due_us += period;
   }
 }
 
 Budget Floor::budget(const CostModel& model, const StepShape& decodes, int tokens) const noexcept {
   Budget budget{.tokens = tokens, .beside = static_cast<int>(decodes.decode_rows)};
-  if (!on() || decodes.decode_rows == 0) return budget;
+  const bool nobody = configured_ <= 0 && due_us_ == not_due;  // of those who decode
+  if (nobody || decodes.decode_rows == 0) return budget;
   const int known = learning_tokens + 2 * static_cast<int>(prefill_max_);  // a step that large is not far from one seen
   budget.learning = known < tokens;
   budget.tokens = std::min(tokens, known);
@@ -61,12 +71,13 @@ int Floor::draft_tokens(const CostModel& model, int rows, int most) const noexce
   return left <= 0 ? 0 : static_cast<int>(most * left / all);  // the cost is convex: fewer cost less than their share
 }
 
-Why Floor::admits(const CostModel& model, int rows, double context) const noexcept {
-  if (!on() || rows <= 1) return Why::none;
+Why Floor::admits(const CostModel& model, int rows, double context, int own_tps) const noexcept {
+  const double tps = std::max(census_.highest(configured_), tps_of(own_tps));
+  if (tps <= 0 || rows <= 1) return Why::none;
   // No more than twice what was measured: a cost that does not show at two users does at four.
   if (rows > std::max(learning_rows, 2 * static_cast<int>(decodes_max_))) return Why::waits_learning;
-  if (period_us_ == 0) return Why::none;
-  const auto period = static_cast<double>(period_us_);
+  const auto period = static_cast<double>(period_of(tps));
+  if (period == 0) return Why::none;
   // A step's fixed part and a row's own cannot be told apart before two rows ran at once: until then the second one
   // counts as free, or one that looks expensive would never be tried.
   const double known = decodes_max_ > 1 ? static_cast<double>(rows) : 1.0;
@@ -88,16 +99,17 @@ void Floor::planned(double step_us, double prefill_us, bool decodes, bool pendin
   credit_us_ = std::clamp(credit_us_ + share_ * step_us - prefill_us, 0.0, most);
 }
 
-void Floor::token(std::int64_t& due_us, int in_flight, std::int64_t now_us) noexcept {
-  if (period_us_ == 0) return;
+void Floor::token(std::int64_t& due_us, int own_tps, int in_flight, std::int64_t now_us) noexcept {
+  const std::int64_t period = period_us(own_tps);
+  if (period == 0) return;
   if (due_us == not_due) {
-    due_us = now_us + period_us_ * (in_flight + 1);
+    due_us = now_us + period * (in_flight + 1);
     return;
   }
-  const std::int64_t slack = due_us - period_us_ * (in_flight + 1) - now_us;
+  const std::int64_t slack = due_us - period * (in_flight + 1) - now_us;
   ++counts_.tokens;
-  late_in_step_ += slack < -period_us_ ? 1 : 0;  // a whole token is missing, not a fraction of its time
-  due_us += std::clamp(slack, -slack_tokens * period_us_, slack_tokens * period_us_) - slack;
+  late_in_step_ += slack < -period ? 1 : 0;  // a whole token is missing, not a fraction of its time
+  due_us += std::clamp(slack, -slack_tokens * period, slack_tokens * period) - slack;
 }
 
 void Floor::gap(double gap_us) noexcept {
@@ -123,8 +135,7 @@ void Floor::committed(const CostModel& model, const StepShape& shape) noexcept {
   const double alone_us = gap_us_ + model.predict_us({.decode_rows = 1, .decode_context = context_});
   if (alone_us < 1) return;
   counts_.tps_batch_1 = 1e6 / alone_us;
-  counts_.tps_in_force = std::min(configured_, fraction_ * counts_.tps_batch_1);
-  period_us_ = static_cast<std::int64_t>(1e6 / counts_.tps_in_force);
+  counts_.tps_in_force = in_force(configured_);
 }
 
 }  // namespace tokenrelay::scheduler

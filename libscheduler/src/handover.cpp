@@ -116,7 +116,7 @@ ImportAnswer Scheduler::import_stopped(std::uint64_t sequence_id, std::optional<
     import_over(sequence);
     expect_service(index);
     send(sequence, request::Renounce{resources_, start, length});
-    sequence.slot = -1;
+    vacate(sequence);
     sequence.planned = 0;
     sequence.cached_tokens = -1;
     sequence.charged = false;

@@ -1,6 +1,7 @@
 // The first half of a step: decodes first, then running prefills, then admissions, all in the order of rank.
 #include <algorithm>
 #include <bit>
+#include <utility>
 
 #include "send.hpp"
 
@@ -154,7 +155,8 @@ void Scheduler::decode_row(SequenceIndex index, int width, std::optional<Writabl
   add_row(index, 1 + width, feedback, true, out, flight);
   flight.rows.back().draft = width > 0;
   for (int i = 0; i <= width; ++i) flight.shape.add_decode(position + i + 1);
-  floor_.decode(sequence.due_us);
+  floor_.decode(sequence.due_us, sequence.tps_floor);
+  if (sequence.growth > 0) expect_growth(sequence);
   sequence.why = Why::decodes;
   ++out.decodes;
 }
@@ -294,8 +296,9 @@ Why Scheduler::floor_admits(const Sequence& sequence, const Flight& flight) cons
   if (sequence.length_limit - sequence.text.size() <= 1)
     return Why::none;  // it ends with its prompt, and never decodes
   const int rows = prefilling_.size() + decoding_.size() + loading_.size() + importing_ + 1;
-  const auto context = static_cast<double>(prefilling_tokens_ + final_tokens_ + sequence.text.size());
-  return floor_.admits(model_, rows, flight.shape.decode_context + context);
+  const int own = std::max(sequence.text.size(), sequence.length_expected);  // what it will read near its end
+  const auto context = static_cast<double>(prefilling_tokens_ + final_tokens_ + own);
+  return floor_.admits(model_, rows, flight.shape.decode_context + context, sequence.tps_floor);
 }
 
 Scheduler::Admission Scheduler::admit(SequenceIndex index, std::int64_t now_us, Budget& budget, Plan& out,
@@ -322,7 +325,7 @@ Scheduler::Admission Scheduler::admit(SequenceIndex index, std::int64_t now_us, 
     return Admission::held;
   }
   const int blocks = (sequence.text.size() + config_.block_tokens - 1) / config_.block_tokens - found.blocks;
-  sequence.blocks_wanted = blocks + found.unpinned;
+  sequence.blocks_wanted = blocks + found.unpinned + growth_of(sequence);
   if (sequence.blocks_wanted > available) {
     sequence.why = Why::waits_blocks;
     return Admission::blocked;
@@ -387,7 +390,30 @@ request::Residence Scheduler::settle_in(SequenceIndex index, const Match& match,
   sequence.overtaken = sequence.holds = sequence.blocks_wanted = 0;
   sequence.matched = -1;
   sequence.due_us = not_due;
+  floor_.enter(sequence.tps_floor);
+  expect_growth(sequence);
   return home;
+}
+
+/// Blocks that its output will take beyond those it has, as far as its request says how long that will be.
+int Scheduler::growth_of(const Sequence& sequence) const noexcept {
+  const auto blocks = [this](int tokens) { return (tokens + config_.block_tokens - 1) / config_.block_tokens; };
+  return std::max(0, blocks(sequence.length_expected) - blocks(std::max(sequence.text.size(), sequence.planned)));
+}
+
+/// A resident sequence got blocks: what it is still expected to take is kept for it.
+void Scheduler::expect_growth(Sequence& sequence) noexcept {
+  growth_ -= sequence.growth;
+  sequence.growth = growth_of(sequence);
+  growth_ += sequence.growth;
+}
+
+/// It has no slot any more, and nothing is kept for it.
+void Scheduler::vacate(Sequence& sequence) noexcept {
+  if (sequence.slot < 0) return;
+  floor_.leave(sequence.tps_floor);
+  growth_ -= std::exchange(sequence.growth, 0);
+  sequence.slot = -1;
 }
 
 /// The executor learns of a sequence with its first row.

@@ -14,6 +14,12 @@ std::size_t sequences_max(const Config& config) {
   return static_cast<std::size_t>(config.waiting_max) + static_cast<std::size_t>(config.slots);
 }
 
+/// Prompt and output that a request says it expects, within its limit; 0: it does not say, or the output is a peer's.
+std::int32_t length_expected(const Submission& s, std::int64_t limit) {
+  if (s.expected_tokens <= 0 || s.handover == Handover::source) return 0;
+  return static_cast<std::int32_t>(std::min(limit, s.output_start + std::min(s.expected_tokens, limit)));
+}
+
 }  // namespace
 
 Scheduler::Scheduler(const Config& config)
@@ -183,6 +189,9 @@ std::optional<RejectReason> Scheduler::submit(const Submission& s, std::int64_t 
   sequence.stop_token_ids = std::move(stops);
   sequence.output_start = s.output_start;
   sequence.length_limit = static_cast<std::int32_t>(limit);
+  sequence.length_expected = length_expected(s, limit);
+  sequence.tps_floor = FloorCensus::clamp(s.tps_floor);
+  sequence.growth = 0;
   sequence.planned = 0;
   sequence.length_planned = sequence.text.size();
   sequence.slot = -1;
@@ -221,7 +230,7 @@ AbortAnswer Scheduler::abort(std::uint64_t sequence_id, std::int64_t now_us) noe
   if (fsm::dispatch<RequestFsm>(sequence.state, request::Abort{resources_})) return AbortAnswer::already_ended;
   ++totals_.aborts;
   if (std::holds_alternative<request::Ended>(sequence.state)) {
-    sequence.slot = -1;
+    vacate(sequence);
     end(index);
   } else {
     settling_ += settling ? 0 : 1;

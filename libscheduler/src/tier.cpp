@@ -88,7 +88,7 @@ void Scheduler::unload(SequenceIndex index, Event&& event) noexcept {
   pool_.releasing({sequence.origin, static_cast<std::size_t>(sequence.output_start / config_.block_tokens)});
   expect_service(index);
   send(sequence, std::forward<Event>(event));
-  sequence.slot = -1;
+  vacate(sequence);
   sequence.planned = sequence.loading = 0;
   sequence.arrived = false;
 }

@@ -80,6 +80,8 @@ struct Driver {
     request.tokens_max = size - request.output_start + pick(60);
     if (pick(2) == 0) request.stops = {static_cast<TokenId>(pick(64)), static_cast<TokenId>(pick(64))};
     request.priority = pick(4) == 0 ? pick(5) - 2 : 0;
+    if (pick(3) == 0) request.expected = pick(60);
+    if (pick(3) == 0) request.floor = pick(300);
     if (pick(3) == 0) request.tenant = {static_cast<std::uint8_t>(pick(3))};
     if (pick(8) == 0) request.salt = {static_cast<std::uint8_t>(pick(2))};
     if (hands_over) request.handover = static_cast<Handover>(pick(3));

@@ -31,6 +31,8 @@ struct Request {
   std::size_t inherited = 0;
 
   Handover handover = Handover::none;
+  int expected = 0;  // output tokens, as its hint says
+  int floor = 0;     // of its own
 
   std::vector<std::uint64_t> kv;  // expected, by position
   std::vector<TokenId> outputs;   // expected, after those submitted

@@ -39,7 +39,9 @@ class Simulator {
                                           .priority = request.priority,
                                           .salt = request.salt,
                                           .tenant = request.tenant,
-                                          .handover = request.handover},
+                                          .handover = request.handover,
+                                          .expected_tokens = request.expected,
+                                          .tps_floor = request.floor},
                                          now_us);
     const auto* text = request.parent ? text_of(*request.parent) : nullptr;
     const bool exists = text != nullptr && text->salt == request.salt && request.inherited > 0 &&

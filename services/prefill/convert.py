@@ -44,6 +44,8 @@ def engine_request(
         salt=submit.salt,
         tenant=submit.tenant,
         tools=submit.tools,
+        expected_tokens=submit.expected_tokens,
+        tps_floor=submit.tps_floor,
         deadline=deadline,
         request_id=submit.request_id,
         parent=submit.parent if submit.parent_tokens else None,

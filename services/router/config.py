@@ -58,6 +58,9 @@ class RouterConfig:
         "cache-aware",
         "how a worker is chosen; cache-aware: the one with the prompt's beginning, if it is not far busier",
     )
+    tps_floor_max: int = setting(
+        200, "highest TPS floor that a request may ask for, tokens a second; more is cut to that", minimum=1
+    )
     moves_max: int = setting(
         2, "times a sequence goes on elsewhere when its worker dies or drains (with several workers)", minimum=0
     )

@@ -40,6 +40,8 @@ CONCURRENCY_RETRY_S = 1.0
 CALLER = "caller"
 SESSION_HEADER = "X-Session-Id"
 PRIORITY_HEADER = "X-Priority"
+TPS_FLOOR_HEADER = "X-TPS-Floor"
+EXPECTED_HEADER = "X-Expected-Output-Tokens"
 # What a key is for. Everything else that has no place in `keyless` shows more than one tenant's: for admins.
 API_PATHS = ("/v1/", "/tokenize", "/detokenize", "/openapi.json")
 
@@ -231,28 +233,37 @@ def caller_of(request: web.Request) -> Caller | None:
     return found
 
 
-def as_caller(request: web.Request, wanted: Wanted) -> Wanted:
-    """What is wanted, headers included, within what its key may have: the tenant's salt, no better class than the
-    key's. Raises InvalidRequest for a header that says nothing.
+def as_caller(request: web.Request, wanted: Wanted, tps_floor_max: int) -> Wanted:
+    """What is wanted, headers included, within what its key may have: the tenant's salt, no better class and no higher
+    floor than the key's. Raises InvalidRequest for a header that says nothing.
     """
     headers, caller = request.headers, caller_of(request)
     if SESSION_HEADER in headers:
         wanted = replace(wanted, session=headers[SESSION_HEADER].encode("utf-8", "surrogateescape"))
     if PRIORITY_HEADER in headers:
-        wanted = replace(wanted, priority=_priority(headers[PRIORITY_HEADER]))
+        wanted = replace(wanted, priority=_number(headers, PRIORITY_HEADER, limits.PRIORITY))
+    if EXPECTED_HEADER in headers:
+        wanted = replace(wanted, expected_tokens=_number(headers, EXPECTED_HEADER, limits.EXPECTED_TOKENS))
+    if TPS_FLOOR_HEADER in headers:
+        wanted = replace(wanted, tps_floor=_number(headers, TPS_FLOOR_HEADER, limits.TPS_FLOOR))
+    if caller is not None and caller.record.tps_floor:
+        tps_floor_max = min(tps_floor_max, caller.record.tps_floor)
+    if wanted.tps_floor > tps_floor_max:
+        wanted = replace(wanted, tps_floor=tps_floor_max)
     if caller is None:
         return wanted
     salt = caller.salt_of(wanted.salt) if wanted.salt else caller.salt
     return replace(wanted, salt=salt, priority=max(wanted.priority, caller.record.priority))
 
 
-def _priority(text: str) -> int:
+def _number(headers: Mapping[str, str], name: str, bounds: tuple[int, int]) -> int:
+    """A header's whole number. Raises InvalidRequest that names it."""
     try:
-        priority = int(text)
+        value = int(headers[name])
     except ValueError:
-        raise InvalidRequest(f"{PRIORITY_HEADER} is not a whole number", param=PRIORITY_HEADER) from None
-    check_range(PRIORITY_HEADER, priority, limits.PRIORITY)
-    return priority
+        raise InvalidRequest(f"{name} is not a whole number", param=name) from None
+    check_range(name, value, bounds)
+    return value
 
 
 def salt_of(request: web.Request) -> bytes:

@@ -79,7 +79,7 @@ async def serve_chat(
     """
     model = state.pool.require_model()
     model.check_name(body.model)
-    wanted = as_caller(request, wanted_of(body, model.defaults, model.vocabulary_size))
+    wanted = as_caller(request, wanted_of(body, model.defaults, model.vocabulary_size), state.config.tps_floor_max)
     text, tools = await render_messages(state, model, body, size)
     model.check_text(text, "messages")
     packed = await encode_prompt(model, text, "messages", add_special_tokens=False, salt=wanted.salt)
@@ -103,7 +103,7 @@ async def _completion(request: web.Request, state: RouterState, arrived_s: float
     body = decode(await read_body(request), CompletionRequest)
     model = state.pool.require_model()
     model.check_name(body.model)
-    wanted = as_caller(request, wanted_of(body, model.defaults, model.vocabulary_size))
+    wanted = as_caller(request, wanted_of(body, model.defaults, model.vocabulary_size), state.config.tps_floor_max)
     if constrained(body):
         make = partial(model.grammars.grammar, body, None, None, inside=False)
         wanted.sampling.grammar = await _grammar(state, make)

@@ -339,6 +339,8 @@ class Run:
             salt=wanted.salt,
             tenant=self.tenant,
             tools=wanted.tools,
+            expected_tokens=wanted.expected_tokens,
+            tps_floor=wanted.tps_floor,
             deadline_left_ms=max(1, min(int(left_ms), 0xFFFFFFFF)),
         )
         if self.traceparent:

@@ -51,6 +51,7 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     tokens_per_minute: int = 0  # prompt tokens that no cache had, and output
     concurrency: int = 0  # requests in work at once
     priority: int = 0  # the best (lowest) class that its requests may ask for
+    tps_floor: int = 0  # the highest floor that its requests may ask for, tokens a second; 0: the router's bound
     admin: bool = False  # may look at everybody's requests: /debug, and paths that are no API
     created: str = ""
 
@@ -112,7 +113,7 @@ def check_record(record: KeyRecord, where: str) -> None:
     for field, value in names.items():
         if not _NAME.fullmatch(value):
             raise ConfigError(f"{where}: {field} is {value!r}, expected 1 to 64 letters, digits, or . _ - @")
-    for field in ("requests_per_minute", "tokens_per_minute", "concurrency"):
+    for field in ("requests_per_minute", "tokens_per_minute", "concurrency", "tps_floor"):
         if getattr(record, field) < 0:
             raise ConfigError(f"{where}: {field} is {getattr(record, field)}, expected 0 (no limit) or more")
 

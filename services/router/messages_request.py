@@ -83,6 +83,7 @@ def _sampling(body: MessagesRequest, result: ChatRequest) -> None:
     result.temperature, result.top_p, result.top_k = body.temperature, body.top_p, body.top_k
     result.stream = body.stream
     result.seed, result.priority, result.cache_salt = body.seed, body.priority, body.cache_salt
+    result.tps_floor, result.expected_output_tokens = body.tps_floor, body.expected_output_tokens
 
 
 # -- messages ---------------------------------------------------------------------------------------------------------

@@ -144,6 +144,8 @@ class MessagesRequest(Conversation, kw_only=True, forbid_unknown_fields=True):
     # ours, as in chat completions
     seed: int | None = None
     priority: int | None = None
+    tps_floor: int | None = None
+    expected_output_tokens: int | None = None
     cache_salt: str | None = None
 
 

@@ -78,6 +78,8 @@ class Generation(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     # scheduling
     priority: int | None = None
+    tps_floor: int | None = None
+    expected_output_tokens: int | None = None
     cache_salt: str | None = None
     prompt_cache_key: str | None = None  # names the session
     # what the answer must be

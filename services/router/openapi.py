@@ -13,6 +13,8 @@ import msgspec
 from aiohttp import web
 
 from tokenrelay.base.version import version
+from tokenrelay.services.router import limits
+from tokenrelay.services.router.gate import EXPECTED_HEADER, PRIORITY_HEADER, SESSION_HEADER, TPS_FLOOR_HEADER
 from tokenrelay.services.router.messages_types import CountTokensRequest, MessagesRequest
 from tokenrelay.services.router.openai_types import (
     ChatRequest,
@@ -24,6 +26,12 @@ from tokenrelay.services.router.replies import encode
 from tokenrelay.services.router.responses_types import ResponsesRequest
 
 PATH = "/openapi.json"
+
+
+def _range(bounds: tuple[int, int]) -> dict[str, Any]:
+    return {"type": "integer", "minimum": bounds[0], "maximum": bounds[1]}
+
+
 _POSTS: dict[str, tuple[type, str]] = {
     "/v1/chat/completions": (ChatRequest, "A chat completion; with `stream` as server-sent events."),
     "/v1/completions": (CompletionRequest, "A text completion; with `stream` as server-sent events."),
@@ -44,6 +52,14 @@ _NAMED: dict[str, tuple[str, tuple[str, ...], str]] = {
     "/v1/models/{name}": ("name", ("get",), "One model."),
     "/v1/responses/{id}": ("id", ("get", "delete"), "A response that this router keeps."),
 }
+_GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+# Headers that stand for fields of a generating request's body, and go before them.
+_HEADERS: dict[str, tuple[dict[str, Any], str]] = {
+    SESSION_HEADER: ({"type": "string"}, "Names the session, whose requests go to the worker that has its prefix."),
+    PRIORITY_HEADER: (_range(limits.PRIORITY), "As `priority`: lower runs first."),
+    TPS_FLOOR_HEADER: (_range(limits.TPS_FLOOR), "As `tps_floor`: tokens a second that this answer's reader needs."),
+    EXPECTED_HEADER: (_range(limits.EXPECTED_TOKENS), "As `expected_output_tokens`: how long it will likely be."),
+}
 _STATUS = {
     "400": "something about the request is wrong; the error names it",
     "401": "with keys: none, or a wrong one",
@@ -53,6 +69,13 @@ _STATUS = {
     "503": "no worker takes requests now",
     "504": "it was not done in time",
 }
+
+
+def _header_parameters() -> list[dict[str, Any]]:
+    return [
+        {"name": name, "in": "header", "required": False, "schema": schema, "description": said}
+        for name, (schema, said) in _HEADERS.items()
+    ]
 
 
 def _responses() -> dict[str, Any]:
@@ -69,13 +92,16 @@ def document() -> bytes:
     paths: dict[str, dict[str, Any]] = {}
     for (path, (_, summary)), schema in zip(_POSTS.items(), schemas, strict=True):
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        paths[path] = {"post": {"summary": summary, "requestBody": body, "responses": _responses()}}
+        operation: dict[str, Any] = {"summary": summary, "requestBody": body, "responses": _responses()}
+        if path in _GENERATING:
+            operation["parameters"] = _header_parameters()
+        paths[path] = {"post": operation}
     for path, summary in _GETS.items():
         paths[path] = {"get": {"summary": summary, "responses": _responses()}}
     for path, (name, methods, summary) in _NAMED.items():
         parameter = {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-        operation = {"summary": summary, "parameters": [parameter], "responses": _responses()}
-        paths[path] = dict.fromkeys(methods, operation)
+        named = {"summary": summary, "parameters": [parameter], "responses": _responses()}
+        paths[path] = dict.fromkeys(methods, named)
     keys = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},

@@ -103,6 +103,8 @@ def chat_request(body: ResponsesRequest, items: Items) -> ChatRequest:
         top_k=body.top_k,
         seed=body.seed,
         priority=body.priority,
+        tps_floor=body.tps_floor,
+        expected_output_tokens=body.expected_output_tokens,
         cache_salt=body.cache_salt,
         prompt_cache_key=body.prompt_cache_key,
         stream=body.stream,

@@ -61,6 +61,8 @@ class Wanted:
     priority: int
     salt: bytes
     end_token_ids: frozenset[int] = frozenset()
+    tps_floor: int = 0  # tokens a second that its user keeps; 0: the worker's floor
+    expected_tokens: int = 0  # of output, likely; 0: nobody says
     session: bytes = b""  # whose next request finds this one's cache; empty: nobody says
     tools: bool = False  # it may end with a tool call, and then comes back with the results
 
@@ -143,8 +145,7 @@ def wanted_of(body: ChatRequest | CompletionRequest, defaults: Defaults, vocabul
     tokens_max = _tokens_max(body, defaults)
     stops = _stop_strings(body)
     logprobs = _logprobs(body)
-    if body.priority is not None:
-        check_range("priority", body.priority, limits.PRIORITY)
+    _check_hints(body)
     if body.seed is not None:
         check_range("seed", body.seed, limits.SEED)
     seed = int.from_bytes(os.urandom(8), "little") if body.seed is None else body.seed & ((1 << 64) - 1)
@@ -167,10 +168,23 @@ def wanted_of(body: ChatRequest | CompletionRequest, defaults: Defaults, vocabul
         stream=bool(body.stream),
         include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
         priority=body.priority or 0,
+        tps_floor=body.tps_floor or 0,
+        expected_tokens=body.expected_output_tokens or 0,
         salt=salt,
         session=(body.prompt_cache_key or "").encode("utf-8", "replace"),
         end_token_ids=frozenset(defaults.end_token_ids),
     )
+
+
+def _check_hints(body: Generation) -> None:
+    hints = (
+        ("priority", body.priority, limits.PRIORITY),
+        ("tps_floor", body.tps_floor, limits.TPS_FLOOR),
+        ("expected_output_tokens", body.expected_output_tokens, limits.EXPECTED_TOKENS),
+    )
+    for name, value, bounds in hints:
+        if value is not None:
+            check_range(name, value, bounds)
 
 
 def _refuse_unsupported(body: Generation) -> None:

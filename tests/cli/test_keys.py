@@ -16,12 +16,25 @@ def keys(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_create_list_revoke(tmp_path: Path) -> None:
-    made = keys(tmp_path, "create", "ci", "--tenant", "build", "--requests-per-minute", "60", "--concurrency", "4")
+    made = keys(
+        tmp_path,
+        "create",
+        "ci",
+        "--tenant",
+        "build",
+        "--requests-per-minute",
+        "60",
+        "--concurrency",
+        "4",
+        "--tps-floor",
+        "120",
+    )
     assert made.returncode == 0, made.stderr
     key = next(word for word in made.stdout.split() if word.startswith("tr-"))
     record = KeyBook(read_keys(tmp_path / "keys.json")).find(key)
     assert record is not None
     assert (record.name, record.tenant, record.requests_per_minute, record.concurrency) == ("ci", "build", 60, 4)
+    assert record.tps_floor == 120
     quiet = keys(tmp_path, "create", "boss", "--admin", "--quiet").stdout.strip()
     assert KeyBook(read_keys(tmp_path / "keys.json")).find(quiet).admin
     listed = keys(tmp_path, "list")

@@ -181,8 +181,9 @@ async def test_a_killed_prefill_worker_costs_nobody_a_token(fleet: Server, kill:
 async def test_the_decode_worker_explains_what_it_was_handed(fleet: Server) -> None:
     await asyncio.to_thread(until, lambda: all(one["ready"] and one["connections"] for one in workers(fleet)))
     async with aiohttp.ClientSession() as session:
-        wanted = body(fleet, 0, max_tokens=2000, stream=True)
-        async with session.post(fleet.url + PATH, json=wanted, headers={"X-Request-Id": "explained"}) as response:
+        wanted = body(fleet, 0, max_tokens=2000, stream=True, expected_output_tokens=600)
+        headers = {"X-Request-Id": "explained", "X-TPS-Floor": "30"}
+        async with session.post(fleet.url + PATH, json=wanted, headers=headers) as response:
             for _ in range(20):  # some tokens: it decodes
                 await response.content.readline()
             async with session.get(f"{fleet.url}/debug/requests/explained") as answer:
@@ -191,6 +192,7 @@ async def test_the_decode_worker_explains_what_it_was_handed(fleet: Server) -> N
     (one,) = found["requests"]
     assert "decode-" in one["worker"], one
     assert "prefill at" in one["placement"], one
+    assert (one["tps_floor"], one["expected_tokens"]) == (30, 600), "hints come to whoever decodes"
 
 
 async def test_an_abort_leaves_nothing_behind(fleet: Server) -> None:

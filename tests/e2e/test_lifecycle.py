@@ -70,6 +70,21 @@ async def test_the_tps_floor_is_served_and_measured(start: Callable[..., Server]
     assert floor["tokenrelay_tps_floor_tokens_total"] > 0
 
 
+async def test_a_requests_own_floor_and_length_are_the_schedulers(start: Callable[..., Server]) -> None:
+    server = start("--tps-floor", "33")
+    wanted = body(server, max_tokens=400, ignore_eos=True, stream=True, tps_floor=12)
+    headers = {"X-Request-Id": "hinted", "X-Expected-Output-Tokens": "300"}
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(server.url + "/v1/chat/completions", json=wanted, headers=headers) as response,
+    ):
+        await response.content.readline()
+        async with session.get(f"{server.url}/debug/requests/hinted") as answer:
+            (one,) = (await answer.json())["requests"]
+    assert (one["tps_floor"], one["expected_tokens"]) == (12, 300)
+    assert "asks for 12 tokens/s" in one["text"] and "(300 expected)" in one["text"]
+
+
 async def test_drafts_change_no_answer_and_are_counted(start: Callable[..., Server]) -> None:
     """The same conversation with `--draft-tokens` and without: the same text, one chunk or several."""
     asked: Any = {"max_tokens": 120, "ignore_eos": True, "temperature": 0}

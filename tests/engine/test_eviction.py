@@ -1,4 +1,4 @@
-"""What the engine tells the scheduler of blocks that come back: that a request has tools, and the policy."""
+"""What the engine tells the scheduler of requests: that one has tools, its other hints, and the policy of eviction."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from harness import Harness
 from test_engine import prompt_of
+from test_failures import Flaky
 
 from tokenrelay.base.deadlines import Deadline
 from tokenrelay.proto import worker_pb2
@@ -30,6 +31,19 @@ def test_the_policy_is_the_workers(qwen: Any) -> None:
             harness.wait(harness.submit(prompt_of(1, 100), 2, tools=True))
         learned = any(row.watched for row in harness.built.scheduler.reuse())
         assert learned == (policy == "reuse")
+
+
+def test_other_hints_reach_the_scheduler(qwen: Any) -> None:
+    flaky = Flaky(qwen)
+    with Harness(flaky) as harness:
+        flaky.gate.clear()
+        harness.submit(prompt_of(1, 20), 9, request_id="one", tps_floor=120, expected_tokens=7)
+        assert flaky.entered.wait(60)
+        (one,) = harness.engine.explain("one").result(5).sequences
+        assert (one.explanation["tps_floor"], one.explanation["expected_tokens"]) == (120, 7)
+        flaky.gate.set()
+        harness.wait()
+        harness.assert_quiet()
 
 
 @pytest.mark.parametrize("tools", [False, True])

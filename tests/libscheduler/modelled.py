@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,8 @@ class User:
     arrived_us: int
     priority: int = 0
     tenant: bytes = b""
+    tps_floor: int = 0
+    expected: int = 0
     admitted_us: int | None = None
     token_us: list[int] = field(default_factory=list)
 
@@ -79,10 +82,10 @@ class Served:
         self.flights: deque[tuple[Plan, int]] = deque()  # with the instant each ends
         self.steps = 0
 
-    def arrive(self, at_us: int, *, prompt: int, output: int, priority: int = 0, tenant: bytes = b"") -> int:
-        """A user comes at an instant; its id."""
+    def arrive(self, at_us: int, *, prompt: int, output: int, **asked: Any) -> int:
+        """A user comes at an instant; its id. `asked`: more fields of User."""
         sequence_id = len(self.users) + 1
-        self.users[sequence_id] = User(prompt, output, at_us, priority, tenant)
+        self.users[sequence_id] = User(prompt, output, at_us, **asked)
         heapq.heappush(self.arrivals, (at_us, sequence_id))
         return sequence_id
 
@@ -111,6 +114,8 @@ class Served:
             tokens_max=user.output,
             priority=user.priority,
             tenant=user.tenant,
+            tps_floor=user.tps_floor,
+            expected_tokens=user.expected,
             now_us=self.now_us,
         )
         assert answer is None, answer

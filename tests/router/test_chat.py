@@ -110,6 +110,8 @@ async def test_parameters_reach_the_worker(stack: Stack) -> None:
         logprobs=True,
         top_logprobs=4,
         priority=-3,
+        tps_floor=120,
+        expected_output_tokens=900,
         cache_salt="tenant",
         user="someone",
         metadata={"a": "b"},
@@ -120,6 +122,7 @@ async def test_parameters_reach_the_worker(stack: Stack) -> None:
     sampling = submit.sampling
     assert submit.tokens_max == 3
     assert (submit.priority, submit.salt) == (-3, b"tenant")
+    assert (submit.tps_floor, submit.expected_tokens) == (120, 900)
     assert [round(value, 3) for value in (sampling.temperature, sampling.top_p, sampling.min_p)] == [0.5, 0.9, 0.1]
     assert (sampling.top_k, sampling.ignore_eos, sampling.tokens_min, sampling.logprobs) == (7, True, 2, 5)
     assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (0.5, -0.5, 1.5)

@@ -316,6 +316,14 @@ async def test_a_key_bounds_the_priority(gated: Stack, keys: Keys) -> None:
     assert [one.priority for one in gated.worker.submits] == [0, 3, -5, 3]
 
 
+async def test_a_key_bounds_the_floor(gated: Stack, keys: Keys) -> None:
+    plain, slow = keys.add("plain"), keys.add("slow", tps_floor=50)
+    for key in (plain, slow):
+        for asked in (40, 150, 500):
+            await ask(gated, "/v1/chat/completions", key, {**CHAT, "tps_floor": asked})
+    assert [one.tps_floor for one in gated.worker.submits] == [40, 150, 200, 40, 50, 50]
+
+
 # -- the file --------------------------------------------------------------------------------------------------------
 def test_records_are_found_by_the_whole_key(tmp_path: Path) -> None:
     made = [new_key(f"k{number}") for number in range(20)]

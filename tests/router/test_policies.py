@@ -17,6 +17,7 @@ from tokenrelay.services.router.policies import Chooser, Policy, Wish
 from tokenrelay.services.router.sessions import Sessions, session_key
 
 CHAT = "/v1/chat/completions"
+HI = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
 @dataclass(eq=False)
@@ -140,6 +141,44 @@ async def test_priority_by_header(stack: Stack) -> None:
     assert stack.worker.submits[-1].priority == -3
     for wrong in ("high", "1e3", "9999"):
         assert (await ask(stack, "Hi", **{"X-Priority": wrong}))[0] == 400
+
+
+HINTS = {"X-TPS-Floor": "120", "X-Expected-Output-Tokens": "700"}
+OTHERS = [
+    ("/v1/completions", {"prompt": "Hi"}),
+    ("/v1/messages", {"model": "mock", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}),
+    ("/v1/responses", {"input": "Hi"}),
+]
+
+
+async def test_hints_by_header(stack: Stack) -> None:
+    assert (await ask(stack, "Hi", **HINTS))[0] == 200
+    assert (stack.worker.submits[-1].tps_floor, stack.worker.submits[-1].expected_tokens) == (120, 700)
+    assert (await ask(stack, "Hi"))[0] == 200
+    assert (stack.worker.submits[-1].tps_floor, stack.worker.submits[-1].expected_tokens) == (0, 0)
+    for name in HINTS:
+        for wrong in ("high", "1e3", "0", "-1", "9999999", ""):
+            async with stack.http.post(stack.url + CHAT, json=HI, headers={name: wrong}) as response:
+                assert (response.status, (await response.json())["error"]["param"]) == (400, name)
+
+
+@pytest.mark.parametrize(("path", "body"), OTHERS)
+async def test_hints_in_every_api(stack: Stack, path: str, body: dict[str, Any]) -> None:
+    for fields, headers in (({"tps_floor": 120, "expected_output_tokens": 700}, {}), ({}, HINTS)):
+        async with stack.http.post(stack.url + path, json={**body, **fields}, headers=headers) as response:
+            assert response.status == 200
+        submit = stack.worker.submits[-1]
+        assert (submit.tps_floor, submit.expected_tokens) == (120, 700)
+    for wrong in ({"tps_floor": 0}, {"expected_output_tokens": "many"}):
+        async with stack.http.post(stack.url + path, json={**body, **wrong}) as response:
+            assert response.status == 400 and next(iter(wrong)) in await response.text()
+
+
+async def test_a_floor_has_the_operators_bound(start_stack: StartStack) -> None:
+    stack = await start_stack(tps_floor_max=90)
+    for asked, given in (("500", 90), ("80", 80)):
+        assert (await ask(stack, "Hi", **{"X-TPS-Floor": asked}))[0] == 200
+        assert stack.worker.submits[-1].tps_floor == given
 
 
 # -- breakers --------------------------------------------------------------------------------------------------------

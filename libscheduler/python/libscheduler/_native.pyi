@@ -486,6 +486,8 @@ class Scheduler:
         parent_tokens: int | None = None,
         handover: Handover = Handover.NONE,
         tools: bool = False,
+        expected_tokens: int = 0,
+        tps_floor: int = 0,
         now_us: int,
     ) -> RejectReason | None:
         """Queue a sequence: `token_ids` (uint32, copied) is the prompt up to `output_start`, then earlier output.
@@ -501,6 +503,9 @@ class Scheduler:
         would have); a DESTINATION waits for room, and then for `imported`.
 
         `tools`: a hint that it may end with a tool call, whose results come back as the next turn.
+        `expected_tokens`: a hint, output tokens it will likely have (0: nobody says): it is admitted when there is room
+        for them, and that room is kept. `tps_floor`: tokens a second that its user keeps, in place of the configured
+        floor (0: that one), clamped to [0, 1000].
         """
 
     def handle(self, sequence_id: int, event: HandleEvent) -> str | None:

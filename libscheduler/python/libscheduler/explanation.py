@@ -16,6 +16,7 @@ class Explanation(TypedDict):
     prompt_tokens: int
     output_tokens: int
     output_tokens_max: int
+    expected_tokens: int  # of output, by its request; 0: it does not say
     cached_tokens: int  # at its first admission; -1: it was not admitted yet
     reused_tokens: int  # at its last admission
     computed_tokens: int
@@ -31,6 +32,7 @@ class Explanation(TypedDict):
     overtaken_max: int
     tenant_ahead: float
     tps_in_force: float
+    tps_floor: int  # of its own; 0: everybody's
     users: int
     held_block: int  # -1: none
     held_by: int  # the sequence that computes it

@@ -55,7 +55,18 @@ class Form:
 FORMS: dict[str, Form] = {
     "submit": Form(
         ("ID", "PROMPT"),
-        options=("max", "stop", "priority", "salt", "tenant", "output_start", "parent", "parent_tokens"),
+        options=(
+            "max",
+            "stop",
+            "priority",
+            "salt",
+            "tenant",
+            "output_start",
+            "parent",
+            "parent_tokens",
+            "expected",
+            "floor",
+        ),
     ),
     "abort": Form(("ID",)),
     "draft": Form(("ID", "TOKEN"), more=True),

@@ -75,6 +75,8 @@ class Player:
             tenant=command.options.get("tenant", "").encode(),
             parent=parent,
             parent_tokens=command.option("parent_tokens", 0) if "parent_tokens" in command.options else None,
+            expected_tokens=command.option("expected", 0),
+            tps_floor=command.option("floor", 0),
             now_us=self.now_us,
         )
         if reason is not None:

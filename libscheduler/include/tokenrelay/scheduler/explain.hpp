@@ -22,6 +22,7 @@ struct Explanation {
   int prompt_tokens = 0;
   int output_tokens = 0;
   int output_tokens_max = 0;
+  int expected_tokens = 0;  // of output, by its request; 0: it does not say
   int cached_tokens = -1;   // of its prompt, found in the cache at its first admission; -1: it was not admitted yet
   int reused_tokens = 0;    // the same at its last admission
   int computed_tokens = 0;  // whose KV stands, or is being computed by a launched step
@@ -29,16 +30,18 @@ struct Explanation {
   std::int64_t submitted_us = 0;
 
   // While it waits.
-  int ahead = 0;                 // that wait too and rank before it: better classes, and earlier ones of its class
-  int slots_free = 0;            // of `slots`
-  int slots = 0;                 //
-  int blocks_wanted = 0;         // for all of its prompt, beyond what is cached and in use; at most, before one looked
+  int ahead = 0;       // that wait too and rank before it: better classes, and earlier ones of its class
+  int slots_free = 0;  // of `slots`
+  int slots = 0;       //
+  int blocks_wanted =
+      0;  // for its prompt and expected output, beyond what is cached and in use; at most, before one looked
   int blocks_available = 0;      // free or cached, less the reserve
   int blocks_reserved = 0;       // kept for running sequences to grow
   int overtaken = 0;             // by requests of its class while it was blocked
   int overtaken_max = 0;         // then nobody goes before it
   double tenant_ahead = 0;       // tokens its tenant was served more than the least served one that waits in its class
-  double tps_in_force = 0;       // the TPS floor; 0: none
+  double tps_in_force = 0;       // the TPS floor for its user; 0: none
+  int tps_floor = 0;             // that its request names; 0: none, it has everybody's
   int users = 0;                 // running sequences
   std::int32_t held_block = -1;  // which another sequence computes
   std::uint64_t held_by = 0;     // that sequence

@@ -129,19 +129,22 @@ class Scheduler {
     HashedTokens text;
     std::vector<TokenId> stop_token_ids;  // sorted
     std::int32_t output_start = 0;
-    std::int32_t length_limit = 0;    // prompt + output, at most
-    std::int32_t planned = 0;         // tokens whose KV stands or is being computed by a launched step
-    std::int32_t length_planned = 0;  // tokens known, plus those that launched steps will sample
-    std::int32_t slot = -1;           // while resident
-    std::int32_t flights = 0;         // mirrors the state's Flights, to settle without looking inside
-    std::int32_t cached_tokens = -1;  // at first admission
-    std::int32_t overtaken = 0;       // requests of its class that went before it while it was blocked
-    std::int32_t holds = 0;           // times it waited for a block of somebody else
-    std::int32_t preempted = 0;       // times
-    std::int32_t climbs_to = 0;       // the class it is of when it waits again
-    std::int32_t reused = 0;          // tokens found in the cache at its last admission
-    std::int32_t blocks_wanted = 0;   // blocked until so many are available: spares looking again each step
-    std::int32_t matched = -1;        // blocks found in the cache when it was looked at last; -1: it was not
+    std::int32_t length_limit = 0;     // prompt + output, at most
+    std::int32_t length_expected = 0;  // prompt + output, likely; 0: nobody says
+    std::int32_t tps_floor = 0;        // of its own; 0: everybody's
+    std::int32_t growth = 0;           // blocks kept for what its output will likely take; 0 unless resident
+    std::int32_t planned = 0;          // tokens whose KV stands or is being computed by a launched step
+    std::int32_t length_planned = 0;   // tokens known, plus those that launched steps will sample
+    std::int32_t slot = -1;            // while resident
+    std::int32_t flights = 0;          // mirrors the state's Flights, to settle without looking inside
+    std::int32_t cached_tokens = -1;   // at first admission
+    std::int32_t overtaken = 0;        // requests of its class that went before it while it was blocked
+    std::int32_t holds = 0;            // times it waited for a block of somebody else
+    std::int32_t preempted = 0;        // times
+    std::int32_t climbs_to = 0;        // the class it is of when it waits again
+    std::int32_t reused = 0;           // tokens found in the cache at its last admission
+    std::int32_t blocks_wanted = 0;    // blocked until so many are available: spares looking again each step
+    std::int32_t matched = -1;         // blocks found in the cache when it was looked at last; -1: it was not
     std::int64_t submitted_us = 0;
     std::int64_t due_us = not_due;    // its next decode row's token, by the TPS floor's schedule
     std::uint64_t preempted_for = 0;  // the sequence that needed its blocks the last time
@@ -236,11 +239,15 @@ class Scheduler {
                                              std::size_t launched_max) noexcept;
   void announce(Sequence& sequence, Plan& out) noexcept;
 
-  /// Room for running ones to grow, against thrashing. When nothing runs there is none: a whole pool must be had by
-  /// one.
+  [[nodiscard]] int growth_of(const Sequence& sequence) const noexcept;
+  void expect_growth(Sequence& sequence) noexcept;
+  void vacate(Sequence& sequence) noexcept;
+
+  /// Room for running ones to grow, against thrashing: some for everybody, and what is known to be needed. When nothing
+  /// runs there is none: a whole pool must be had by one.
   [[nodiscard]] int blocks_reserved() const noexcept {
     const int running = prefilling_.size() + decoding_.size() + loading_.size();
-    return running == 0 ? 0 : std::max(1, running / 4);
+    return running == 0 ? 0 : std::max(1, running / 4) + growth_;
   }
 
   void first_admitted(Sequence& sequence) noexcept;
@@ -339,6 +346,7 @@ class Scheduler {
     std::uint64_t version = 0;
   };
   Stuck stuck_;
+  int growth_ = 0;              // blocks that outputs of resident sequences will likely take beyond those they have
   int settling_ = 0;            // sequences that will give blocks back at a commit
   std::vector<BlockId> found_;  // what `match` found, block by block
   bool stalled_ = false;        // a decode found no block in the step being planned

@@ -117,7 +117,9 @@ struct Submission {
   std::span<const std::uint8_t> salt;
   std::span<const std::uint8_t> tenant;  // tenants of a class get equal shares; empty: the salt tells them apart
   Handover handover = Handover::none;
-  bool tools = false;  // a hint: it may end with a tool call, whose results come back as its next turn
+  bool tools = false;                // a hint: it may end with a tool call, whose results come back as its next turn
+  std::int64_t expected_tokens = 0;  // a hint: output tokens it will likely have, at most `tokens_max`; 0: nobody says
+  std::int64_t tps_floor = 0;        // tokens a second that its user keeps, in place of Config::tps_floor; 0: that one
 };
 
 /// One step, as a structure of arrays; see docs/contracts.md. Rows [0, decodes) decode, the others prefill. A decode
