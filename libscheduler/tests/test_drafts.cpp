@@ -159,6 +159,8 @@ TEST(drafts_get_the_time_that_the_floor_leaves) {
   Floor floor(config);
   CHECK_EQUAL(floor.draft_tokens(model, 1, 40), 40);  // what batch 1 runs at is not known yet
   for (int i = 0; i < 50; ++i) floor.committed(model, step(1));
+  floor.enter(0);
+  floor.begin(0);
   CHECK_EQUAL(floor.draft_tokens(model, 1, 4), 4);
   const int alone = floor.draft_tokens(model, 1, 40);
   CHECK(alone >= 8 && alone <= 12);
@@ -166,6 +168,33 @@ TEST(drafts_get_the_time_that_the_floor_leaves) {
   CHECK(beside >= 1 && beside < alone);
   CHECK_EQUAL(floor.draft_tokens(model, 16, 40), 0);
   CHECK_EQUAL(floor.draft_tokens(model, 1, 0), 0);
+  floor.enter(20);  // who needs less makes no time while another one is there
+  floor.begin(0);
+  CHECK_EQUAL(floor.draft_tokens(model, 1, 40), alone);
+  floor.leave(0);
+  floor.begin(0);
+  CHECK(floor.draft_tokens(model, 1, 40) > alone);
+  floor.enter(140);  // in force is what batch 1 allows, as with the configured one
+  floor.begin(0);
+  CHECK_EQUAL(floor.draft_tokens(model, 1, 40), alone);
+}
+
+TEST(the_highest_floor_is_known) {
+  FloorCensus census;
+  CHECK_EQUAL(census.highest(70), 0);
+  for (const int tps : {0, 1, 63, 64, 999, 1000}) {
+    census.enter(tps);
+    CHECK_EQUAL(census.highest(70), std::max(70, tps));
+    CHECK_EQUAL(census.highest(0), tps);
+  }
+  census.enter(1000);
+  for (const int tps : {1000, 1000, 999, 64}) census.leave(tps);
+  CHECK_EQUAL(census.highest(0), 63);
+  for (const int tps : {0, 63, 1}) census.leave(tps);
+  CHECK_EQUAL(census.highest(70), 0);
+  CHECK_EQUAL(census.size(), 0);
+  CHECK_EQUAL(FloorCensus::clamp(-1), 0);
+  CHECK_EQUAL(FloorCensus::clamp(std::int64_t{1} << 40), 1000);
 }
 
 CHECK_MAIN

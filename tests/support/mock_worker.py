@@ -314,8 +314,10 @@ async def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--step-ms", type=float, default=0.0)
     parser.add_argument("--per-step", type=int, default=1, help="tokens of a sequence in one step")
+    parser.add_argument("--context-tokens", type=int, default=CONTEXT_TOKENS)
     options = parser.parse_args()
     worker = MockWorker(f"unix:{options.socket}", options.model, step_s=options.step_ms / 1000)
+    worker.host.reply.context_tokens = options.context_tokens
     token_ids = synthetic_ids(worker.tokenizer, options.tokens)
     worker.host.keep_submits = False
     script = Script(token_ids, finish=worker_pb2.FINISH_LENGTH, per_step=options.per_step)
