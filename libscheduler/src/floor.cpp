@@ -136,6 +136,7 @@ void Floor::committed(const CostModel& model, const StepShape& shape) noexcept {
   if (alone_us < 1) return;
   counts_.tps_batch_1 = 1e6 / alone_us;
   counts_.tps_in_force = in_force(configured_);
+  everybodys_period_us_ = period_of(configured_);
 }
 
 }  // namespace tokenrelay::scheduler

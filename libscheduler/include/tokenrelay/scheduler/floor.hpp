@@ -95,7 +95,9 @@ class Floor {
   [[nodiscard]] double tps_of(int own_tps) const noexcept { return own_tps > 0 ? own_tps : configured_; }
   [[nodiscard]] double in_force(double tps) const noexcept;
   [[nodiscard]] std::int64_t period_of(double tps) const noexcept;
-  [[nodiscard]] std::int64_t period_us(int own_tps) const noexcept { return period_of(tps_of(own_tps)); }
+  [[nodiscard]] std::int64_t period_us(int own_tps) const noexcept {
+    return own_tps == 0 ? everybodys_period_us_ : period_of(own_tps);
+  }
 
   double configured_;
   double fraction_;
@@ -105,7 +107,8 @@ class Floor {
   FloorCensus census_;
   bool asked_ = false;  // a request had a floor of its own
 
-  std::int64_t period_us_ = 0;  // of the highest floor in force; 0: nobody has one, or it is not known yet
+  std::int64_t everybodys_period_us_ = 0;  // of the configured floor in force
+  std::int64_t period_us_ = 0;             // of the highest floor in force; 0: nobody has one, or it is not known yet
   double gap_us_ = 0;
   double error_us_ = 0;   // of predictions, in the mean: twice as much is kept in reserve
   double credit_us_ = 0;  // what prompts are owed of the device's time while users were behind
