@@ -24,13 +24,14 @@ import datetime
 import json
 import os
 import platform
+import re
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -61,9 +62,10 @@ def upstream_app(tokens: int, step_s: float) -> web.Application:
     unary = json.dumps({**CHUNK, "choices": [{"index": 0, "message": message, "finish_reason": "length"}]}).encode()
 
     async def chat(request: web.Request) -> web.StreamResponse:
-        body = json.loads(await request.read())
-        count = body.get("max_tokens", tokens)
-        if not body.get("stream"):
+        head = (await request.read())[:200]  # where requests say it: a large body is not parsed here
+        asked = re.search(rb'"max_tokens": ?(\d+)', head)
+        count = int(asked[1]) if asked else tokens
+        if re.search(rb'"stream": ?true', head) is None:
             return web.Response(body=unary, content_type="application/json")
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
@@ -73,8 +75,13 @@ def upstream_app(tokens: int, step_s: float) -> web.Application:
         await response.write_eof(b"data: [DONE]\n\n")
         return response
 
-    app = web.Application()
+    async def about_it(_: web.Request) -> web.Response:  # routers ask who it is
+        return web.json_response({"object": "list", "data": [{"id": "mock", "object": "model"}], "model_path": "mock"})
+
+    app = web.Application(client_max_size=64 << 20)
     app.router.add_post("/v1/chat/completions", chat)
+    for path in ("/health", "/v1/models", "/get_model_info", "/get_server_info", "/model_info", "/server_info"):
+        app.router.add_get(path, about_it)
     return app
 
 
@@ -135,11 +142,11 @@ class Connection:
     def close(self) -> None:
         self._writer.close()
 
-    async def request(self, body: bytes) -> Outcome:
+    async def request(self, body: bytes, path: bytes = b"/v1/chat/completions") -> Outcome:
         """One request. Raises RuntimeError for anything but a 200."""
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: b\r\nContent-Length: %d\r\n\r\n"
+        head = b"POST %b HTTP/1.1\r\nHost: b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
         began_s = time.perf_counter()
-        self._writer.write(head % len(body) + body)
+        self._writer.write(head % (path, len(body)) + body)
         headers = await self._reader.readuntil(b"\r\n\r\n")
         if b" 200 " not in headers.split(b"\r\n", 1)[0]:
             raise RuntimeError(headers.decode())
@@ -153,6 +160,8 @@ class Connection:
         events, tail = data.count(b"data: "), data[-6:]
         while not tail.endswith(b"\r\n0\r\n\r\n"[-len(tail) :]) or not tail.endswith(b"0\r\n\r\n"):
             data = await self._reader.read(1 << 18)
+            if not data:
+                raise RuntimeError(f"the stream broke off: {tail!r}")
             events += (tail[-5:] + data).count(b"data: ")
             tail = (tail + data)[-7:]
         return Outcome(first_s, time.perf_counter() - began_s, events - 1)
@@ -161,13 +170,22 @@ class Connection:
 def body_of(stream: bool, tokens: int) -> bytes:
     """A chat request of some 100 prompt tokens."""
     messages = [{"role": "user", "content": CONTENT}]
-    return json.dumps({"messages": messages, "stream": stream, "max_tokens": tokens, "ignore_eos": True}).encode()
+    return json.dumps({"stream": stream, "max_tokens": tokens, "ignore_eos": True, "messages": messages}).encode()
 
 
 async def load(
-    port: int, *, concurrency: int, requests: int, body: bytes, seconds_max: float = 60.0
+    port: int,
+    *,
+    concurrency: int,
+    requests: int,
+    body: bytes = b"",
+    bodies: Callable[[], bytes] | None = None,
+    path: str = "/v1/chat/completions",
+    seconds_max: float = 60.0,
 ) -> tuple[float, list[Outcome]]:
-    """(seconds, outcomes) of a closed loop; none begins after `seconds_max`, so that a busy machine takes no longer."""
+    """(seconds, outcomes) of a closed loop; none begins after `seconds_max`, so that a busy machine takes no longer.
+    `bodies`: makes one for each request.
+    """
     connections = [Connection(port) for _ in range(concurrency)]
     await asyncio.gather(*(connection.open() for connection in connections))
     left = iter(range(requests))
@@ -175,7 +193,7 @@ async def load(
 
     async def worker(connection: Connection) -> None:
         for _ in left:
-            outcomes.append(await connection.request(body))
+            outcomes.append(await connection.request(bodies() if bodies is not None else body, path.encode()))
             if time.perf_counter() - began_s > seconds_max:
                 return
 

@@ -11,12 +11,12 @@ Rows: bodies of 1 kB and 200 kB, without tokenization and with it.
     with      ours: a chat -> template, tokens -> gRPC mock worker
               smg: the same chat -> template, tokens -> mock worker in SGLang's gRPC protocol, its tokenizer caches on
 
-sglang-router's gRPC mode loads a vocabulary from the network when it starts, so it is measured without tokenization only.
-Each body ends in words of its own, as a next turn does; what comes before them is the same. Figures of one row: requests/s
-of replies of one token, 32 at once; what one user's stream of one token takes (p50, p99), and how much of that the
-router adds to asking a mock server itself; and the CPU of the router's process alone, of a request and of a streamed
-token (32 streams of 64 tokens at 100 tokens/s). The mock workers are Python, too, and take what they take: CPU of the
-router is what says most.
+sglang-router's gRPC mode loads a vocabulary from the network when it starts, so it is measured without tokenization
+only. Each body ends in words of its own, as a next turn does; what comes before them is the same. Figures of one row:
+requests/s of replies of one token, 32 at once; how much one user's stream of one token takes beyond asking a mock
+OpenAI server itself (p50, p99); and the CPU of the router's process alone, of a request and of a streamed token (32
+streams of 64 tokens at 100 tokens/s; the request's own share is taken off). The mock workers are Python, too, and take
+what they take: CPU of the router is what says most.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ import uvloop
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests/support")]
 
-from router import MOCK_WORKER, Chain, Connection, about, cpu_s, free_port, load, percentile  # noqa: E402 - its folder
+from router import MOCK_WORKER, Chain, about, cpu_s, free_port, load, percentile  # noqa: E402 - its folder
 
 MODEL = ROOT / "assets/tokenrelay-tiny"
 VENVS = ROOT / ".cache/bench/venvs"
@@ -113,25 +113,17 @@ class Peer:
     bodies: Any  # size, stream, tokens -> Bodies
 
 
-def _commands(ports: dict[str, int], address: str) -> dict[str, list[str]]:
+def _commands(ports: dict[str, int], address: str, step_ms: float) -> dict[str, list[str]]:
     """What to start, by name; the peers that are installed."""
     this, python, model = str(ROOT / "bench/router.py"), sys.executable, str(MODEL)
-    pace = ["--tokens", str(TOKENS), "--step-ms", str(STEP_MS)]
+    pace, quiet = ["--tokens", str(TOKENS), "--step-ms", str(step_ms)], ["--log-level", "warning"]
+    quiet += ["--worker", f"unix:{address}"]
     smg, sglang = VENVS / "smg/bin", VENVS / "sglang-router/bin"
     context = ["--context-tokens", str(CONTEXT_TOKENS)]
     found = {
         "worker": [python, str(MOCK_WORKER), "--socket", address, "--model", model, *pace, *context],
         "upstream": [python, this, "--serve", "upstream", "--port", str(ports["upstream"]), *pace],
-        "ours": [
-            python,
-            "-m",
-            "tokenrelay.services.router",
-            "--port",
-            str(ports["ours"]),
-            "--worker",
-            f"unix:{address}",
-        ]
-        + ["--log-level", "warning"],
+        "ours": [python, "-m", "tokenrelay.services.router", "--port", str(ports["ours"]), *quiet],
     }
 
     def launch(program: Path, name: str, target: str, *more: str) -> list[str]:
@@ -153,14 +145,14 @@ def _commands(ports: dict[str, int], address: str) -> dict[str, list[str]]:
 
 
 @contextlib.contextmanager
-def chains() -> Iterator[tuple[dict[str, list[Peer]], Chain]]:
+def chains(step_ms: float) -> Iterator[tuple[dict[str, list[Peer]], Chain]]:
     """(peers without and with tokenization, the mock server itself); their processes end with the context."""
     names = ("ours", "upstream", "sglang_worker", "smg", "smg, tokens", "sglang-router")
     ports = {name: free_port() for name in names}
     with tempfile.TemporaryDirectory(prefix="tr-bench-") as folder, contextlib.ExitStack() as stack:
         log = stack.enter_context((Path(folder) / "log").open("w"))
         started: dict[str, subprocess.Popen[bytes]] = {}
-        for name, command in _commands(ports, f"{folder}/w").items():
+        for name, command in _commands(ports, f"{folder}/w", step_ms).items():
             started[name] = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
             stack.callback(started[name].wait)
             stack.callback(started[name].kill)
@@ -203,55 +195,65 @@ def once(chain: Chain, bodies: Bodies, *, concurrency: int, requests: int, token
     }
 
 
-def row(peers: list[Peer], direct: Chain, size: int, rounds: int, scale: float) -> dict[str, dict[str, float]]:
+FAST = {
+    "unary": ({"stream": False, "tokens": 1}, {"concurrency": 32, "requests": 800}),
+    "one": ({"stream": True, "tokens": 1}, {"concurrency": 1, "requests": 300}),
+}
+PACED = {
+    "paced": ({"stream": True, "tokens": TOKENS}, {"concurrency": 32, "requests": 64}),
+    "begun": ({"stream": True, "tokens": 1}, {"concurrency": 32, "requests": 128}),
+}
+
+
+def row(peers: list[Peer], shapes: dict[str, Any], size: int, rounds: int, scale: float) -> dict[str, dict[str, float]]:
     """Medians by peer of `rounds` rounds, in which they take turns."""
-    shapes = {
-        "unary": ({"stream": False, "tokens": 1}, {"concurrency": 32, "requests": int(800 * scale)}),
-        "one": ({"stream": True, "tokens": 1}, {"concurrency": 1, "requests": int(300 * scale)}),
-        "paced": ({"stream": True, "tokens": TOKENS}, {"concurrency": 32, "requests": int(64 * scale)}),
-    }
     found: dict[str, dict[str, list[float]]] = {}
-    everybody = [*peers, Peer("direct", direct, chat_bodies)]
-    bodies = {(p.name, s): p.bodies(size, **shape) for p in everybody for s, (shape, _) in shapes.items()}
+    bodies = {(p.name, s): p.bodies(size, **shape) for p in peers for s, (shape, _) in shapes.items()}
     for _ in range(rounds):
-        for peer in everybody:
+        for peer in peers:
             values = found.setdefault(peer.name, {})
             for name, (shape, loop) in shapes.items():
-                measured = once(peer.chain, bodies[peer.name, name], tokens=shape["tokens"], **loop)
-                for figure in _WANTED[name]:
-                    values.setdefault(f"{name}_{figure}", []).append(measured[figure])
-    medians = {name: {key: statistics.median(v) for key, v in values.items()} for name, values in found.items()}
-    alone = medians.pop("direct")
-    for values in medians.values():
+                asked = {**loop, "requests": max(loop["concurrency"], int(loop["requests"] * scale))}
+                measured = once(peer.chain, bodies[peer.name, name], tokens=shape["tokens"], **asked)
+                for figure, value in measured.items():
+                    values.setdefault(f"{name}_{figure}", []).append(value)
+    return {name: {key: statistics.median(v) for key, v in values.items()} for name, values in found.items()}
+
+
+def refine(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """What one reads: added to `direct`, and of a token without its request's share."""
+    alone = rows.pop("direct")
+    for values in rows.values():
         for share in ("p50_ms", "p99_ms"):
             values[f"added_{share}"] = values[f"one_{share}"] - alone[f"one_{share}"]
-    return medians
+        of_stream, of_request = values["paced_cpu_us_per_request"], values["begun_cpu_us_per_request"]
+        values["token_cpu_us"] = max(0.0, of_stream - of_request) / (TOKENS - 1)
+    return rows
 
 
-_WANTED = {
-    "unary": ("requests_per_s", "cpu_us_per_request"),
-    "one": ("p50_ms", "p99_ms"),
-    "paced": ("cpu_us_per_token", "requests_per_s"),
-}
 SHOWN = {
     "unary_requests_per_s": "requests/s",
     "unary_cpu_us_per_request": "CPU us/request",
     "added_p50_ms": "added p50, ms",
     "added_p99_ms": "added p99, ms",
-    "paced_cpu_us_per_token": "CPU us/token",
+    "token_cpu_us": "CPU us/token",
 }
 
 
 def bench(quick: bool) -> dict[str, dict[str, dict[str, float]]]:
     """All rows: figures by peer."""
     rounds, scale = (3, 0.5) if quick else (7, 1.0)
-    found = {}
-    with chains() as (peers, direct):
-        for mode, some in peers.items():
-            for label, size in SIZES.items():
-                share = scale if size < 10_000 else scale / 4
-                found[f"{label}, {mode} tokenization"] = row(some, direct, size, rounds, share)
-    return found
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for step_ms, shapes in ((0.0, FAST), (STEP_MS, PACED)):
+        with chains(step_ms) as (modes, direct):
+            for mode, peers in modes.items():
+                for label, size in SIZES.items():
+                    share = scale if size < 10_000 else scale / 4
+                    everybody = [*peers, Peer("direct", direct, chat_bodies)]
+                    some = found.setdefault(f"{label}, {mode} tokenization", {})
+                    for name, values in row(everybody, shapes, size, rounds, share).items():
+                        some.setdefault(name, {}).update(values)
+    return {label: refine(rows) for label, rows in found.items()}
 
 
 def main() -> None:

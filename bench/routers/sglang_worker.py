@@ -1,5 +1,5 @@
-"""A worker without a model that speaks the gRPC protocol of SGLang's workers, for routers that tokenize. Run by the Python
-that has `smg-grpc-proto`.
+"""A worker without a model that speaks the gRPC protocol of SGLang's workers, for routers that tokenize. To be run by
+the Python that has `smg-grpc-proto`.
 
     python bench/routers/sglang_worker.py --port 9000 --model DIR --tokens 32 --step-ms 5
 """
@@ -26,7 +26,7 @@ class Worker(service.SglangSchedulerServicer):  # type: ignore[misc]
     def __init__(self, folder: str, tokens: int, step_s: float) -> None:
         self._folder, self._tokens, self._step_s = folder, tokens, step_s
 
-    async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802 - the protocol's name
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
         prompt = len(request.tokenized.input_ids)
         count = request.sampling_params.max_new_tokens or self._tokens
         if request.stream:
@@ -39,10 +39,10 @@ class Worker(service.SglangSchedulerServicer):  # type: ignore[misc]
         )
         yield pb.GenerateResponse(request_id=request.request_id, complete=done)
 
-    async def HealthCheck(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def HealthCheck(self, request: Any, context: Any) -> Any:
         return pb.HealthCheckResponse(healthy=True, message="ok")
 
-    async def GetModelInfo(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def GetModelInfo(self, request: Any, context: Any) -> Any:
         return pb.GetModelInfoResponse(
             model_path=self._folder,
             tokenizer_path=self._folder,
@@ -53,10 +53,10 @@ class Worker(service.SglangSchedulerServicer):  # type: ignore[misc]
             vocab_size=512,
         )
 
-    async def GetServerInfo(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def GetServerInfo(self, request: Any, context: Any) -> Any:
         return pb.GetServerInfoResponse(server_type="grpc", sglang_version="0.5.0")
 
-    async def Abort(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def Abort(self, request: Any, context: Any) -> Any:
         return pb.AbortResponse(success=True)
 
 
