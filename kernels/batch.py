@@ -24,6 +24,7 @@ class AttentionBatch:
     # each such run, and how many rows a run has at most. None: each row alone.
     groups: Tensor | None = None
     group_max: int = 1
+    extents: tuple[tuple[int, int], ...] | None = None  # (start, length) of each row on the host, where it is known
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -83,16 +83,37 @@ def register_all() -> None:
     _add("mla_cache_write", "triton/fp8", write, dtypes=("float8_e4m3fn",), limits=mla_dims, layout="mla-fp8")
     heads = {"kv_heads": Limit(1, 256), "head_dim": Limit(1, 512)}
     _add("gqa_cache_write", "triton/rows", _later("elementwise", "gqa_cache_write"), limits=heads, layout="gqa")
-    for fixed, name in ((False, "balanced"), (True, "fixed")):
-        for dtypes, layout, suffix in ((_BF16, "mla", ""), (("float8_e4m3fn",), "mla-fp8", "-fp8")):
-            _add(
-                "mla_decode",
-                f"triton/{name}{suffix}",
-                _later("mla", "mla_decode", fixed),
-                priority=PRIORITY - 5 * fixed,
-                needs=("dot_bf16",),
-                dtypes=dtypes,
-                limits=_LATENT,
-                layout=layout,
-                invariant=fixed,
-            )
+    _register_attention()
+    sample = _later("sampling", "sample")
+    _add("sample", "triton/rows", sample, dtypes=("float32",), limits={"vocab": Limit(1, 1 << 20)})
+    _add("apply_penalties", "triton/rows", _later("sampling", "apply_penalties"), dtypes=("float32",))
+    for op in ("linear", "mla_absorb", "mla_expand"):  # below torch's: where rows must not depend on others
+        _add(op, "triton/invariant", _later("matmul", op), priority=-10, needs=("dot_bf16",))
+
+
+def _register_attention() -> None:
+    """Each operation twice: cut by load, and, for deterministic mode, at fixed places with invariant rows."""
+    heads = {"heads": Limit(1, 1024), "kv_heads": Limit(1, 256), "head_dim": Limit(1, 256)}
+    for op, module in (
+        ("mla_decode", "mla"),
+        ("mla_prefill", "mla_prefill"),
+        ("gqa_decode", "gqa"),
+        ("gqa_prefill", "gqa"),
+    ):
+        latent = op.startswith("mla")
+        kinds: list[tuple[str, tuple[str, ...], str]] = [("", _BF16, module.partition("_")[0])]
+        if latent:
+            kinds.append(("-fp8", ("float8_e4m3fn",), "mla-fp8"))
+        for fixed, name in ((False, "balanced"), (True, "fixed")):
+            for suffix, dtypes, layout in kinds:
+                _add(
+                    op,
+                    f"triton/{name}{suffix}",
+                    _later(module, op, fixed),
+                    priority=PRIORITY - 5 * fixed,
+                    needs=("dot_bf16",),
+                    dtypes=dtypes,
+                    limits=_LATENT if latent else {**heads, "block_tokens": Limit(1, 1024)},
+                    layout=layout,
+                    invariant=fixed,
+                )

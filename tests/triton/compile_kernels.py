@@ -84,6 +84,7 @@ def facts(compiled: Any) -> dict[str, int]:
     ptx = compiled.asm["ptx"]
     result["wgmma"] = len(re.findall(r"wgmma\.mma_async", ptx))
     result["mma"] = len(re.findall(r"\bmma\.sync", ptx))
+    result["fma64"] = len(re.findall(r"fma\.rn\.f64", ptx))
     result["cp_async"] = len(re.findall(r"cp\.async\.c[ag]", ptx))
     return result
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 import torch
 from kernel_cases import make_batch
 
+from tokenrelay.kernels.batch import PenaltyBatch, SamplingBatch
 from tokenrelay.kernels.layout import GqaLayout, MlaFp8Layout, MlaLayout
-from tokenrelay.kernels.triton import arch, elementwise, mla
+from tokenrelay.kernels.triton import arch, elementwise, gqa, matmul, mla, mla_prefill, sampling
 
 BF16 = torch.bfloat16
 Launch = tuple[str, Callable[[], object]]
@@ -23,6 +24,9 @@ def launches() -> Iterator[Launch]:
     schedule.processors = arch.processors
     yield from _elementwise()
     yield from _mla_decode()
+    yield from _prefill()
+    yield from _products()
+    yield from _sampling()
 
 
 def _elementwise() -> Iterator[Launch]:
@@ -54,3 +58,35 @@ def _mla_decode() -> Iterator[Launch]:
             for fixed in (False, True):
                 call = functools.partial(mla.mla_decode, fixed, q[..., :512], q[..., 512:], cache, batch, 0.1)
                 yield f"mla {heads} {fp8} {fixed}", call
+
+
+def _prefill() -> Iterator[Launch]:
+    batch, blocks = make_batch([(40, 1), (300, 200)], 64)
+    cache = torch.zeros(MlaLayout(512, 64, 64).shape(blocks), dtype=BF16)
+    q, w = torch.zeros(200, 16, 192, dtype=BF16), torch.zeros(16, 128, 512, dtype=BF16)
+    for tokens in (0, 1000):
+        call = functools.partial(
+            mla_prefill.mla_prefill, False, q[..., :128], q[..., 128:], cache, batch, w, w, 0.1, absorbed_tokens=tokens
+        )
+        yield f"mla prefill {tokens}", call
+    kv = torch.zeros(GqaLayout(8, 128, 64).shape(blocks), dtype=BF16)
+    for fixed in (False, True):
+        q = torch.zeros(200, 64, 128, dtype=BF16)
+        yield f"gqa decode {fixed}", functools.partial(gqa.gqa_decode, fixed, q[:1], kv, batch, 0.1)
+        yield f"gqa prefill {fixed}", functools.partial(gqa.gqa_prefill, fixed, q, kv, batch, 0.1)
+
+
+def _products() -> Iterator[Launch]:
+    x, w = torch.zeros(4, 7168, dtype=BF16), torch.zeros(512, 7168, dtype=BF16)
+    yield "linear", functools.partial(matmul.linear, x, w, None, wide=True)
+    q, w_uk = torch.zeros(4, 16, 128, dtype=BF16), torch.zeros(16, 128, 512, dtype=BF16)
+    yield "linear absorb", functools.partial(matmul.mla_absorb, q, w_uk)
+
+
+def _sampling() -> Iterator[Launch]:
+    logits, f32 = torch.zeros(2, 129_280), torch.ones(2)
+    i32, i64 = torch.ones(2, dtype=torch.int32), torch.ones(2, dtype=torch.int64)
+    yield "sample", functools.partial(sampling.sample, logits, SamplingBatch(f32, f32, i32, f32, i64, i32, i64))
+    offsets = torch.tensor([0, 1, 2])
+    penalties = PenaltyBatch(i64, f32, f32, f32, offsets, i64, i32, offsets, i64, f32)
+    yield "penalties", functools.partial(sampling.apply_penalties, logits, penalties)

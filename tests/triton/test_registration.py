@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tokenrelay.kernels import isa, registry
 from tokenrelay.kernels.triton import DEVICE, arch
 
@@ -22,36 +20,34 @@ def run(code: str, **environment: str) -> str:
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
 
 
-def test_without_a_device_they_are_listed_and_refused_and_triton_is_not_loaded() -> None:
-    code = (
-        "import sys; from tokenrelay.kernels import registry, isa\n"
-        "registry.load(); isa.register_device('cuda', lambda: frozenset())\n"
-        "print(registry.explain('mla_decode', dtype='bfloat16', heads=16, rank=512))\n"
-        "print(registry.explain('mla_decode', device='cuda', dtype='bfloat16', heads=16, rank=512))\n"
-        "print('triton' in sys.modules)"
-    )
-    out = run(code)
-    assert "triton/balanced  device: required cpu, supported cuda" in out
-    assert "triton/balanced  isa: this machine lacks dot_bf16, triton, supported dot_bf16, triton" in out.replace(
-        "required ", ""
-    )
-    assert out.endswith("False\n")
-
-
-def test_the_architecture_is_a_feature(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a device of enough features the balanced kernel runs, and in deterministic mode the fixed one."""
-    run_code = (
-        "from tokenrelay.kernels import registry, isa\n"
-        "registry.load(); isa.register_device('cuda', lambda: frozenset({'triton', 'sm_90', 'dot_bf16', 'dot_fp8'}))\n"
-        "path = lambda **d: registry.select('mla_decode', device='cuda', **d).path\n"
-        "print(path(dtype='bfloat16', rank=512), path(dtype='float8_e4m3fn'), path(dtype='bfloat16', rank=4096))\n"
-        "registry.deterministic()\n"
-        "print(path(dtype='bfloat16', rank=512), path(dtype='float8_e4m3fn'))\n"
-        "print(registry.numerics('cuda').split('/')[2])"
-    )
-    assert run(run_code).splitlines() == [
-        "triton/balanced triton/balanced-fp8 ref/torch",
+def test_what_runs_follows_from_what_the_device_can_do() -> None:
+    """Nothing: listed and refused, and triton is not even loaded. Enough: balanced, or fixed in deterministic mode."""
+    code = """
+import sys
+from tokenrelay.kernels import isa, registry
+registry.load()
+isa.register_device("cuda", lambda: frozenset())
+for device in ("cpu", "cuda"):
+    reasons = registry.explain("mla_decode", device=device, dtype="bfloat16", rank=512).verdicts
+    print(next(v.reason for v in reasons if v.kernel.path == "triton/balanced"))
+print("triton" in sys.modules)
+isa.register_device("cuda", lambda: frozenset({"triton", "sm_90", "dot_bf16", "dot_fp8"}))
+path = lambda op, **d: registry.select(op, device="cuda", **d).path
+print(path("mla_decode", dtype="bfloat16", rank=512), path("mla_decode", dtype="float8_e4m3fn"))
+print(path("mla_decode", dtype="bfloat16", rank=4096), path("linear", dtype="bfloat16"), path("sample"))
+registry.deterministic()
+print(path("mla_decode", dtype="bfloat16", rank=512), path("mla_prefill", dtype="float8_e4m3fn"))
+print(path("gqa_prefill", dtype="bfloat16"), path("linear", dtype="bfloat16"), path("mla_absorb"))
+print(registry.numerics("cuda").split("/")[2])
+"""
+    assert run(code).splitlines() == [
+        "device: required cpu, supported cuda",
+        "isa: required this machine lacks dot_bf16, triton, supported dot_bf16, triton",
+        "False",
+        "triton/balanced triton/balanced-fp8",
+        "ref/torch ref/torch triton/rows",
         "triton/fixed triton/fixed-fp8",
+        "triton/fixed triton/invariant triton/invariant",
         "dot_bf16,dot_fp8,sm_90,triton",
     ]
 
