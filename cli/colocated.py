@@ -269,6 +269,9 @@ def stats_message(stats: EngineStats) -> worker_pb2.Stats:
             block_bytes=stats.host.block_bytes,
         ),
         drafts=worker_pb2.Drafts(
-            drafts=stats.drafts.drafts, tokens=stats.drafts.tokens, accepted=stats.drafts.accepted
+            drafts=stats.drafts.drafts,
+            tokens=stats.drafts.tokens,
+            accepted=stats.drafts.accepted,
+            proposer=stats.drafts.proposer,
         ),
     )

@@ -263,6 +263,15 @@ def serve(
             help="A request waits for the floor's sake so long, at most. Default: 10.",
         ),
     ] = None,
+    drafts: Annotated[
+        Literal["auto", "ngram", "mtp", "off"] | None,
+        _option(
+            "--drafts",
+            panel=STEPS,
+            help="Who guesses tokens ahead: the answer's own text (ngram), the model's prediction layer (mtp), or mtp"
+            " where the checkpoint has one (auto, with --draft-tokens). Default: auto.",
+        ),
+    ] = None,
     draft_tokens: Annotated[
         int | None,
         _option("--draft-tokens", panel=STEPS, metavar="N", help="Tokens guessed ahead, at most; 0: none. Default: 0."),
@@ -334,6 +343,7 @@ def serve(
             "waiting_max": waiting_max,
             "tps_floor": tps_floor,
             "floor_wait_s": floor_wait_s,
+            "drafts": drafts,
             "draft_tokens": draft_tokens,
             "threads": threads,
             "log_level": log_level,

@@ -386,6 +386,7 @@ def load(
         progress=progress,
         block_tokens=config.block_tokens,
         context_tokens=config.context_tokens,
+        prediction=config.prediction,
     )
     if config.weight_dtype != "auto":
         told_s = 0.0
@@ -429,7 +430,7 @@ def sizes_of(config: WorkerConfig) -> EngineSizes:
         tps_floor=config.tps_floor,
         tps_fraction=config.tps_fraction,
         floor_wait_s=config.floor_wait_s,
-        draft_tokens=config.draft_tokens,
+        draft_tokens=config.draft_width,
     )
 
 

@@ -320,14 +320,16 @@ class Stats(_message.Message):
     def __init__(self, blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_active: _Optional[int] = ..., sequences_waiting: _Optional[int] = ..., sequences_running: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., aborts: _Optional[int] = ..., step_time_us: _Optional[int] = ..., integrity_checks: _Optional[int] = ..., integrity_failures: _Optional[int] = ..., integrity_check_us: _Optional[int] = ..., tps_floor: _Optional[_Union[TpsFloor, _Mapping]] = ..., host_tier: _Optional[_Union[HostTier, _Mapping]] = ..., drafts: _Optional[_Union[Drafts, _Mapping]] = ..., blocks_writable: _Optional[int] = ..., blocks_in_flight: _Optional[int] = ..., blocks_quarantined: _Optional[int] = ..., blocks_sealed: _Optional[int] = ...) -> None: ...
 
 class Drafts(_message.Message):
-    __slots__ = ("drafts", "tokens", "accepted")
+    __slots__ = ("drafts", "tokens", "accepted", "proposer")
     DRAFTS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    PROPOSER_FIELD_NUMBER: _ClassVar[int]
     drafts: int
     tokens: int
     accepted: int
-    def __init__(self, drafts: _Optional[int] = ..., tokens: _Optional[int] = ..., accepted: _Optional[int] = ...) -> None: ...
+    proposer: str
+    def __init__(self, drafts: _Optional[int] = ..., tokens: _Optional[int] = ..., accepted: _Optional[int] = ..., proposer: _Optional[str] = ...) -> None: ...
 
 class HostTier(_message.Message):
     __slots__ = ("blocks", "blocks_used", "copies_late", "blocks_stored", "blocks_loaded", "loads", "tokens_loaded", "copies_failed", "copies_expired", "block_bytes")

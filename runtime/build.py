@@ -20,9 +20,11 @@ from tokenrelay.runtime.executor.executor import Executor
 from tokenrelay.runtime.executor.grammars import GrammarSource
 from tokenrelay.runtime.executor.host_tier import Copier, HostMemory
 from tokenrelay.runtime.executor.memory import Pool, allocate_caches, plan_host, plan_pool, wrap_caches
+from tokenrelay.runtime.executor.predictor import Predictor
 from tokenrelay.runtime.executor.threads import default_threads
 from tokenrelay.runtime.handover import AllocatePool, OnHandover
 from tokenrelay.runtime.models.decoder import Model
+from tokenrelay.runtime.predicted import PredictedDrafter
 from tokenrelay.runtime.weights.pack import pack_model
 from tokenrelay.runtime.weights.quantize import weight_bytes
 
@@ -50,7 +52,8 @@ class EngineSizes:
     tps_fraction: float = 0.5  # of batch 1's rate on this device: the floor in force is no higher
     eviction: str = "reuse"  # or "lru": which cached block goes when room is needed (docs/eviction.md)
     host_memory_bytes: int = 0  # of the host tier of the KV pool; 0: none
-    draft_tokens: int = 0  # of one draft, guessed from the sequence's own text (runtime/drafts.py); 0: nobody drafts
+    draft_tokens: int = 0  # of one draft, guessed by the model's prediction layer where it was loaded, else from the
+    # sequence's own text (runtime/drafts.py); 0: nobody drafts
     floor_wait_s: float = 10.0  # a request that waited longer is admitted though the floor breaks; 0: never
 
 
@@ -128,6 +131,16 @@ def build_engine(
         memory = allocate([config.kv_layout.bytes_per_block(config.dtype)] * config.kv_layers, pool.blocks)
         scheduler = Scheduler(scheduler_config, generations=memory.generations)
         caches = wrap_caches(memory.layers, config.kv_layout, pool, config.dtype)
+    predictor, drafter = None, None
+    if isinstance(model, Model) and model.prediction is not None:
+        predictor = Predictor(
+            model,
+            caches[-1],
+            scheduler.block_table,
+            block_tokens=config.kv_layout.block_tokens,
+            tokens_max=sizes.draft_tokens,
+        )
+        drafter = PredictedDrafter(scheduler, predictor, tokens_max=sizes.draft_tokens)
     executor = Executor(
         model,
         caches,
@@ -137,6 +150,7 @@ def build_engine(
         steps_in_flight=sizes.steps_in_flight,
         threads=sizes.threads or default_threads(parameter_bytes),
         grammars=GrammarSource(tokenizer_file, config.vocab_size, config.eos_token_ids) if tokenizer_file else None,
+        predictor=predictor,
     )
     engine = Engine(
         scheduler,
@@ -149,6 +163,7 @@ def build_engine(
         options=EngineOptions(
             steps_in_flight=sizes.steps_in_flight, tps_floor=sizes.tps_floor, draft_tokens=sizes.draft_tokens
         ),
+        drafter=drafter,
     )
     if scheduler_config.host_blocks > 0:
         engine.tier.attach(Copier(HostMemory(caches, scheduler_config.host_blocks), engine.tier.ended))

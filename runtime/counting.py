@@ -11,9 +11,19 @@ from tokenrelay.runtime.requests import DraftStats, EngineStats, FloorStats, Hos
 
 
 def count(
-    scheduler: Scheduler, books: Books, *, steps: int, step_time_us: int, tps_floor: float, block_bytes: int
+    scheduler: Scheduler,
+    books: Books,
+    *,
+    steps: int,
+    step_time_us: int,
+    tps_floor: float,
+    block_bytes: int,
+    proposer: str = "",
 ) -> EngineStats:
-    """A snapshot. `tps_floor`: the configured one. `block_bytes`: of a block of the host tier, 0 without one."""
+    """A snapshot. `tps_floor`: the configured one. `block_bytes`: of a block of the host tier, 0 without one.
+
+    `proposer`: where drafts come from; empty: nobody drafts.
+    """
     counts = scheduler.counts()
     return EngineStats(
         blocks_free=counts.blocks_free,
@@ -37,7 +47,7 @@ def count(
         integrity_check_us=books.check_us,
         floor=_floor(counts.floor, tps_floor),
         host=_host(counts.host, block_bytes),
-        drafts=DraftStats(counts.drafts.drafts, counts.drafts.tokens, counts.drafts.accepted),
+        drafts=DraftStats(counts.drafts.drafts, counts.drafts.tokens, counts.drafts.accepted, proposer),
     )
 
 

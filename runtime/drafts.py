@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tokenrelay.libscheduler import DRAFT_TOKENS_MAX, DraftAnswer, Handover, NgramIndex, Outcome, Plan, Scheduler
+from tokenrelay.runtime.executor.predictor import Proposals
 from tokenrelay.runtime.requests import EngineRequest, SamplingParams, TokenIds
 
 ORDER = 3  # tokens that must be the same; fewer say little, more find little
@@ -56,50 +57,57 @@ class Rate:
         return (self.hits + prior * weight) / (self.trials + weight)
 
 
-def no_rates() -> tuple[Rate, ...]:
-    """One for each class of tokens in common."""
-    return tuple(Rate() for _ in FIRST_RATES)
-
-
 @dataclass(slots=True)
-class _Text:
+class Text:
     """One sequence that may draft."""
 
     index: NgramIndex | None = None  # from its first token on
     rest: TokenIds | None = None  # of its prompt, not yet in the index
     fresh: list[int] = field(default_factory=list)  # tokens that are not yet in the index
-    rates: tuple[Rate, ...] = field(default_factory=no_rates)
+    rates: tuple[Rate, ...] = ()
     guess: list[int] = field(default_factory=list)  # the draft that the scheduler has, as far as it is open
-    kind: int = 0  # class of that draft
+    kind: int = 0  # class of that draft; with a prediction layer, tokens of it that came true already
     idle: int = 0  # tokens since the last draft
+    drafted: bool = False  # with a prediction layer: the scheduler has `guess`; else it is only held against what comes
 
 
 class Drafter:
     """Of one engine; belongs to its thread. O(new tokens) for each step, whatever the length of the texts."""
 
+    _proposer = "ngram"
+
     def __init__(self, scheduler: Scheduler, *, tokens_max: int) -> None:
         """`tokens_max`: of one draft, at most; 0: nobody drafts."""
         self._scheduler = scheduler
         self._tokens_max = min(tokens_max, DRAFT_TOKENS_MAX)
-        self._texts: dict[int, _Text] = {}
-        self._touched: dict[int, _Text] = {}  # that got tokens since the last proposal
-        self._rates = no_rates()
+        self._texts: dict[int, Text] = {}
+        self._touched: dict[int, Text] = {}  # that got tokens since the last proposal
+        self._rates = self._no_rates()
         self._costs: list[float] = []  # of a step, by drafted tokens in it; a step without them costs 1
         self._rows = 0  # that decode in a step, lately
         self._steps_left = 0  # until the costs are looked up again
 
+    @property
+    def proposer(self) -> str:
+        """Where drafts come from, for metrics; empty: nobody drafts."""
+        return self._proposer if self._tokens_max else ""
+
     def opened(self, request: EngineRequest) -> None:
         """A sequence was accepted."""
         if self._tokens_max and may_draft(request.sampling) and request.handover != Handover.SOURCE:
-            self._texts[request.sequence_id] = _Text()
+            self._texts[request.sequence_id] = Text(rates=self._no_rates())
 
     def ended(self, sequence_id: int) -> None:
         """It will not go on."""
         self._texts.pop(sequence_id, None)
         self._touched.pop(sequence_id, None)
 
-    def committed(self, plan: Plan, outcome: Outcome) -> None:
-        """Tokens came; those of a draft are held against it."""
+    def _no_rates(self) -> tuple[Rate, ...]:
+        """One for each class of tokens in common."""
+        return tuple(Rate() for _ in FIRST_RATES)
+
+    def committed(self, plan: Plan, outcome: Outcome, proposals: Proposals | None = None) -> None:
+        """Tokens came; those of a draft are held against it. `proposals`: of a prediction layer, which is not asked."""
         if not self._texts:
             return
         self._steps_left -= 1
@@ -151,7 +159,7 @@ class Drafter:
                 offered += len(draft)
                 won += gain
 
-    def _indexed(self, sequence_id: int, text: _Text) -> NgramIndex | None:
+    def _indexed(self, sequence_id: int, text: Text) -> NgramIndex | None:
         """Its index with all its tokens; None while a long prompt is not in it yet."""
         if text.index is None:
             text.index = NgramIndex(order=ORDER, tokens_max=TEXT_MAX)
@@ -169,7 +177,7 @@ class Drafter:
         text.fresh.clear()
         return text.index
 
-    def _follow(self, text: _Text, token_ids: Sequence[int]) -> None:
+    def _follow(self, text: Text, token_ids: Sequence[int]) -> None:
         """The scheduler does the same: it takes what came true off the draft, or drops it."""
         for token_id in token_ids:
             if text.guess and text.guess[0] == token_id:
@@ -179,7 +187,7 @@ class Drafter:
                 self._learn(text, 0, missed=True)
                 text.guess = []
 
-    def _learn(self, text: _Text, hits: int, *, missed: bool) -> None:
+    def _learn(self, text: Text, hits: int, *, missed: bool) -> None:
         text.rates[text.kind].saw(hits, missed)
         self._rates[text.kind].saw(hits, missed)
 
@@ -188,14 +196,18 @@ class Drafter:
 
         `offered`, `won`: drafted tokens that the step has already, and what they will win. `context`: of a row.
         """
+        return self._best_width([rate] * self._tokens_max, offered, won, context)
+
+    def _best_width(self, rates: Sequence[float], offered: int, won: float, context: int) -> tuple[int, float]:
+        """As `_width`; `rates`: how often the i-th token comes true when those before it did."""
         if self._steps_left <= 0:
             self._look_up(context)
         rows = max(1, self._rows)
         before = (rows + won) / self._costs[offered]
         best, best_width, best_gain = before * GAIN_MIN, 0, 0.0
         gain, chance = 0.0, 1.0
-        for width in range(1, min(self._tokens_max, STEP_DRAFTS_MAX - offered) + 1):
-            chance *= rate
+        for width in range(1, min(len(rates), STEP_DRAFTS_MAX - offered) + 1):
+            chance *= rates[width - 1]
             gain += chance
             value = (rows + won + gain) / self._costs[offered + width]
             if value > best:
@@ -214,7 +226,11 @@ class Drafter:
         for width in range(1, STEP_DRAFTS_MAX + 1):
             more = rows + width
             with_drafts = model.predict_us(decode_rows=more, decode_context=more * context)
-            self._costs.append(max(1.0, (with_drafts + AHEAD_US) / alone))
+            self._costs.append(max(1.0, (with_drafts + AHEAD_US + self._proposing_us(width)) / alone))
+
+    def _proposing_us(self, width: int) -> float:
+        """What it takes to guess so many tokens, as a part of a step."""
+        return 0.0
 
 
 def may_draft(sampling: SamplingParams) -> bool:

@@ -104,7 +104,9 @@ class Engine:
         on_cache_events: Callable[[list[tuple[str, bytes]]], None] | None = None,
         on_handover: OnHandover | None = None,
         options: EngineOptions | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
+        """`drafter`: who guesses; None: the sequences' own texts, as far as `options` allows."""
         self._scheduler = scheduler
         self._executor = executor
         self._vocab_size = vocab_size
@@ -138,7 +140,7 @@ class Engine:
         self._step_time_us = 0
         self._steps = 0
         self._books = Books(scheduler.check)
-        self._drafter = Drafter(scheduler, tokens_max=self._options.draft_tokens)
+        self._drafter = drafter or Drafter(scheduler, tokens_max=self._options.draft_tokens)
         self._stats = EngineStats()
         self._floor_watch = FloorWatch()
 
@@ -356,7 +358,7 @@ class Engine:
         self._steps += 1
         self._step_time_us += result.run_us
         self.handover.touch(launched.plan.sequence_ids.tolist())
-        self._drafter.committed(launched.plan, outcome)
+        self._drafter.committed(launched.plan, outcome, result.proposals)
         self._collect(outcome, result, outputs)
 
     def _collect(self, outcome: Outcome, result: StepResult, outputs: list[EngineOutput]) -> None:
@@ -497,6 +499,7 @@ class Engine:
             step_time_us=self._step_time_us,
             tps_floor=self._options.tps_floor,
             block_bytes=self.tier.block_bytes,
+            proposer=self._drafter.proposer,
         )
 
 

@@ -198,6 +198,7 @@ class DraftStats:
     drafts: int = 0
     tokens: int = 0  # of those
     accepted: int = 0  # of those tokens, that came true
+    proposer: str = ""  # where they come from: ngram (the text) or mtp (a prediction layer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from tokenrelay.kernels.batch import AttentionBatch
 from tokenrelay.libscheduler import Plan
 from tokenrelay.runtime.executor.batch import Batch, BatchBuilder
 from tokenrelay.runtime.executor.grammars import GrammarSource
+from tokenrelay.runtime.executor.predictor import PredictionWork, Predictor, Proposals
 from tokenrelay.runtime.executor.sampler import Sampler, SampleWork
 from tokenrelay.runtime.executor.threads import use_threads
 from tokenrelay.runtime.requests import SamplingParams, TokenIds, TokenLogprobs
@@ -52,15 +53,24 @@ class StepResult:
     logprobs: dict[int, TokenLogprobs] | None  # by sampled row, for those that asked
     run_us: int  # time it ran, without waiting for its turn
     failures: dict[int, str] = field(default_factory=dict)  # row -> why its sequence cannot go on
+    proposals: Proposals | None = None  # of a prediction layer; the time they took is not in `run_us`
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What a step runs: made when it is launched."""
+
+    batch: Batch
+    sampling: SampleWork
+    prediction: PredictionWork | None
 
 
 class Step:
     """A launched step."""
 
-    def __init__(self, number: int, batch: Batch, work: SampleWork, on_done: Callable[[], None]) -> None:
+    def __init__(self, number: int, work: StepWork, on_done: Callable[[], None]) -> None:
         self.number = number
-        self._batch: Batch | None = batch
-        self._work: SampleWork | None = work
+        self._work: StepWork | None = work
         self._on_done = on_done
         self._ended = threading.Event()
         self._result: StepResult | None = None
@@ -80,12 +90,11 @@ class Step:
         assert self._result is not None
         return self._result
 
-    def take(self) -> tuple[Batch, SampleWork]:
+    def take(self) -> StepWork:
         """What to run; given once, so that a finished step holds no tensors."""
-        assert self._batch is not None and self._work is not None, "a step runs once"
-        batch, work = self._batch, self._work
-        self._batch = self._work = None
-        return batch, work
+        assert self._work is not None, "a step runs once"
+        work, self._work = self._work, None
+        return work
 
     def finish(self, result: StepResult | None, error: BaseException | None) -> None:
         """Called once, by the executor."""
@@ -108,9 +117,14 @@ class Executor:
         steps_in_flight: int = 2,
         threads: int | None = None,
         grammars: GrammarSource | None = None,
+        predictor: Predictor | None = None,
     ) -> None:
-        """`block_table` int32 [slots, blocks]: the scheduler's, shared. `threads`: of torch; None: its default."""
+        """`block_table` int32 [slots, blocks]: the scheduler's, shared. `threads`: of torch; None: its default.
+
+        `predictor`: of `model`'s prediction layer, whose cache is the last of `caches`; None: it is not run.
+        """
         self._model = model
+        self._predictor = predictor
         self._caches = caches
         self._device = caches[0].device
         slots = block_table.shape[0]
@@ -135,7 +149,8 @@ class Executor:
         """
         batch = self._batches.build(plan)
         work = self._sampler.prepare(plan, batch.sample_slots, batch.sample_ends, requests, token_ids_of)
-        step = Step(plan.step, batch, work, on_done)
+        prediction = None if self._predictor is None else self._predictor.prepare(plan, batch)
+        step = Step(plan.step, StepWork(batch, work, prediction), on_done)
         self._queue.put_nowait(step)  # full: more steps in flight than agreed, a programmer's error
         return step
 
@@ -154,26 +169,36 @@ class Executor:
             while (step := self._queue.get()) is not None:
                 started = time.perf_counter_ns()
                 try:
-                    batch, work = step.take()
-                    token_ids, logprobs = self._forward(batch, work)
+                    work = step.take()
+                    token_ids, logprobs, proposals = self._forward(work)
                 except Exception as error:  # the engine answers for it; the thread goes on with the next step
                     step.finish(None, error)
                 else:
-                    run_us = (time.perf_counter_ns() - started) // 1000
-                    step.finish(StepResult(token_ids, logprobs, run_us, work.failures), None)
-                    del batch, work
+                    run_us = (time.perf_counter_ns() - started) // 1000 - (proposals.run_us if proposals else 0)
+                    step.finish(StepResult(token_ids, logprobs, run_us, work.sampling.failures, proposals), None)
+                    del work
                 del step  # or its result would live until the next one comes
 
     def _forward(
-        self, batch: Batch, work: SampleWork
-    ) -> tuple[npt.NDArray[np.uint32], dict[int, TokenLogprobs] | None]:
-        self._sampler.admit(work)  # a step that samples nothing admits as well
+        self, work: StepWork
+    ) -> tuple[npt.NDArray[np.uint32], dict[int, TokenLogprobs] | None, Proposals | None]:
+        batch, sampling = work.batch, work.sampling
+        self._sampler.admit(sampling)  # a step that samples nothing admits as well
         token_ids = batch.token_ids
         if batch.feedback_at is not None and batch.feedback_slots is not None:
             token_ids[batch.feedback_at] = self._last_token[batch.feedback_slots]
-        logits = self._model(token_ids, batch.attention, self._caches, batch.sample_rows)
-        if not len(batch.sample_slots):
-            return np.zeros(0, np.uint32), None
-        sampled, logprobs = self._sampler.run(work, logits)
-        self._last_token[batch.sample_slots_device] = sampled
-        return sampled.cpu().numpy().astype(np.uint32), logprobs
+        logits, hidden = self._compute(batch)
+        sampled, logprobs, proposals = token_ids.new_empty(0), None, None
+        if len(batch.sample_slots):
+            sampled, logprobs = self._sampler.run(sampling, logits)
+            self._last_token[batch.sample_slots_device] = sampled
+        if self._predictor is not None and hidden is not None and work.prediction is not None:
+            proposals = self._predictor.run(work.prediction, batch, hidden, sampled, sampling.batch)
+        return sampled.cpu().numpy().astype(np.uint32), logprobs, proposals
+
+    def _compute(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Logits [s, V], and for a prediction layer what stands behind every token [t, d]."""
+        if self._predictor is None:
+            return self._model(batch.token_ids, batch.attention, self._caches, batch.sample_rows), None
+        hidden = self._predictor.hidden(batch, self._caches)
+        return self._predictor.logits(hidden[batch.sample_rows]), hidden

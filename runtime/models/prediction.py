@@ -99,24 +99,34 @@ class Prediction(Module):
 
         `batch`: r decode rows, one for each that is asked; `cache` is the layer's [blocks, block_tokens, rank + rope].
         """
-        x = self.mix.mix(self.enorm(pairs.embedded), self.hnorm(pairs.hidden))
-        normed = self.block.input_norm(x)
-        attended = self._attend(normed, pairs, cos_sin, batch, cache)
-        if pairs.asked.shape[0] == 0:
-            return attended
-        y, residual = self.block.feed(attended, x.index_select(0, pairs.asked))
-        normed, _ = self.norm.add(y, residual)
-        return normed
-
-    def _attend(self, x: Tensor, pairs: Pairs, cos_sin: Tensor, batch: ops.AttentionBatch, cache: Tensor) -> Tensor:
-        """As the block's attention, with queries of the asked rows only: [m, d] -> [r, d]."""
-        attention = self.block.attention
-        assert isinstance(attention, MlaAttention), "only latent attention has prediction layers here"
-        q_compressed, latent, k_rope = attention.down(x).split_with_sizes(attention.split, dim=-1)
+        attention = self._attention
+        x, normed = self._mixed(pairs)
+        q_compressed, latent, k_rope = attention.down(normed).split_with_sizes(attention.split, dim=-1)
         if attention.q_norm is None:
-            q = attention.q_up(x.index_select(0, pairs.asked))
+            q = attention.q_up(normed.index_select(0, pairs.asked))
         else:
             q = attention.q_up(attention.q_norm(q_compressed.index_select(0, pairs.asked)))
         keys = (pairs.positions, pairs.cache_slots)
-        y = attention.core.apart(q, attention.kv_norm(latent), k_rope, cos_sin, batch, cache, keys)
-        return attention.out(y)  # type: ignore[no-any-return]
+        heads = attention.core.apart(q, attention.kv_norm(latent), k_rope, cos_sin, batch, cache, keys)
+        y, residual = self.block.feed(attention.out(heads), x.index_select(0, pairs.asked))
+        y, _ = self.norm.add(y, residual)
+        return y
+
+    def write(self, pairs: Pairs, cos_sin: Tensor, cache: Tensor) -> None:
+        """Write the entries of `pairs`, and ask none."""
+        attention = self._attention
+        _, normed = self._mixed(pairs)
+        _, latent, k_rope = attention.down(normed).split_with_sizes(attention.split, dim=-1)
+        rope = k_rope.unsqueeze(1)
+        _, k_rotated = ops.rotary(rope, rope, pairs.positions, cos_sin, attention.core.interleaved)
+        ops.mla_cache_write(attention.kv_norm(latent), k_rotated.squeeze(1), cache, pairs.cache_slots)
+
+    def _mixed(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """The stream at the block's beginning, and normed: [m, d] each."""
+        x = self.mix.mix(self.enorm(pairs.embedded), self.hnorm(pairs.hidden))
+        return x, self.block.input_norm(x)
+
+    @property
+    def _attention(self) -> MlaAttention:
+        assert isinstance(self.block.attention, MlaAttention), "only latent attention has prediction layers here"
+        return self.block.attention

@@ -15,6 +15,7 @@ from tokenrelay.base.errors import ConfigError
 
 KERNELS_FILE = Path("~/.cache/tokenrelay/kernels.json").expanduser()
 BLOCK_TOKENS = (16, 32, 64, 128)
+DRAFT_WIDTHS = {"ngram": 8, "mtp": 3}  # where nobody says how many
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -90,9 +91,15 @@ class WorkerConfig:
     floor_wait_s: float = setting(
         10.0, "seconds a request waits for the floor's sake, at most; 0: as long as it takes", minimum=0, maximum=86_400
     )
+    drafts: Literal["auto", "ngram", "mtp", "off"] = setting(
+        "auto",
+        "who guesses tokens ahead: ngram, the answer's own text; mtp, the checkpoint's multi-token prediction layer; "
+        "auto, mtp where there is one, with --draft-tokens. Workers that hand over to each other need the same",
+    )
     draft_tokens: int = setting(
         0,
-        "tokens guessed ahead from an answer's own text and checked in one step, at most, where that pays; 0: none",
+        "tokens guessed ahead and checked in one step, at most, where that pays; 0: none, or with drafts = ngram 8 and "
+        "with mtp 3",
         minimum=0,
         maximum=15,
     )
@@ -114,10 +121,23 @@ class WorkerConfig:
             raise ConfigError(f"worker.weight_dtype {self.weight_dtype} is for one rank; this worker has {self.ranks}")
         if self.ranks > 1 and self.deterministic:
             raise ConfigError(f"worker.deterministic is for one rank; this worker has {self.ranks}")
-        if self.ranks > 1 and self.draft_tokens:
-            raise ConfigError(f"worker.draft_tokens is for one rank; this worker has {self.ranks}")
+        if self.ranks > 1 and self.draft_width:
+            name = "draft_tokens" if self.draft_tokens else "drafts"
+            raise ConfigError(f"worker.{name} is for one rank; this worker has {self.ranks}")
         if self.ranks > 1 and self.host_cache_gib:
             raise ConfigError(f"worker.host_cache_gib is for one rank; this worker has {self.ranks}")
+
+    @property
+    def draft_width(self) -> int:
+        """Tokens of one draft, at most; 0: nobody drafts."""
+        return 0 if self.drafts == "off" else self.draft_tokens or DRAFT_WIDTHS.get(self.drafts, 0)
+
+    @property
+    def prediction(self) -> Literal["off", "auto", "on"]:
+        """Whether the prediction layer is loaded."""
+        if self.draft_width == 0 or self.drafts == "ngram":
+            return "off"
+        return "on" if self.drafts == "mtp" else "auto"
 
     @property
     def ranks(self) -> int:

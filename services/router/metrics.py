@@ -20,6 +20,7 @@ REQUEST_BOUNDS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 150, 300,
 
 
 TOKEN_KINDS = ("prompt", "cached", "output")
+PROPOSERS = ("ngram", "mtp")  # who may guess tokens ahead, as workers tell
 
 
 class Histogram:
@@ -177,8 +178,26 @@ class Metrics:
             ("accepted_tokens", "of those tokens, that came true and were kept", accepted),
         ):
             page.add(f"spec_decode_num_{name}_total", "counter", help_text, {"": value})
-        rate = accepted / tokens if tokens else 0.0
-        page.add("spec_decode_draft_acceptance_rate", "gauge", "share of drafted tokens that came true", {"": rate})
+        page.add(
+            "spec_decode_draft_acceptance_rate",
+            "gauge",
+            "share of drafted tokens that came true",
+            {"": accepted / tokens if tokens else 0.0},
+        )
+        self._add_proposers(page, drafts)
+
+    def _add_proposers(self, page: _Page, drafts: Sequence[worker_pb2.Drafts]) -> None:
+        """The same by who guessed: the answers' own texts, or a prediction layer."""
+        by = {proposer: [one for one in drafts if (one.proposer or "ngram") == proposer] for proposer in PROPOSERS}
+        tokens = {f'proposer="{name}"': sum(one.tokens for one in found) for name, found in by.items()}
+        accepted = {f'proposer="{name}"': sum(one.accepted for one in found) for name, found in by.items()}
+        rates = {name: accepted[name] / tokens[name] if tokens[name] else 0.0 for name in tokens}
+        for name, kind, help_text, values in (
+            ("draft_tokens_total", "counter", "drafted tokens, by who guessed them", tokens),
+            ("accepted_tokens_total", "counter", "of those tokens, that came true and were kept", accepted),
+            ("acceptance_rate", "gauge", "share of drafted tokens that came true, by who guessed them", rates),
+        ):
+            page.add(f"spec_decode_proposer_{name}", kind, help_text, values)
 
     def _add_floor(self, page: _Page, floors: Mapping[str, worker_pb2.TpsFloor]) -> None:
         for name, kind, help_text in (

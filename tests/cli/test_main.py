@@ -77,6 +77,7 @@ def test_help_gives_examples_and_defaults() -> None:
         "[router]",
         "429",
         "--tps-floor",
+        "--drafts",
         "--draft-tokens",
     ):
         assert text in serve, text

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fleet import Fleet
+from predictions import make_steady_checkpoint
 
 from tokenrelay.ledger.api import State
 from tokenrelay.proto import peer_pb2, worker_pb2
@@ -80,3 +81,38 @@ async def test_a_refused_handover_disturbs_no_other(fleet: Fleet) -> None:
         assert await fleet.finish(each) == await fleet.alone("prefill", prompt, 8), fleet.logs()
     await fleet.settles("prefill", "decode")
     assert '"peer": "decode"' not in fleet.workers["prefill"].log.read_text()
+
+
+async def test_a_prediction_layers_kv_is_handed_over_with_the_rest(tmp_path: Path) -> None:
+    """What the decode worker proposes it makes of KV that the prefill worker wrote; it comes true as elsewhere."""
+    flags = ("--drafts", "mtp", "--dtype", "float32")
+    model = make_steady_checkpoint(tmp_path / "steady")
+    fleet = Fleet(model, more={"prefill": flags, "decode": flags})
+    try:
+        await fleet.start()
+        accepted = []
+        for length in (100, 64, 40):
+            relayed = await fleet.relay(prompt_of(length), 40)
+            texts = await fleet.finish(relayed)
+            assert relayed.source.terminals[0].finish == worker_pb2.FINISH_HANDOVER, fleet.logs(relayed)
+            drafts = fleet.clients["decode"].stats.drafts
+            assert drafts.proposer == "mtp"
+            accepted.append(drafts.accepted / drafts.tokens)
+            assert texts == await fleet.alone("prefill", prompt_of(length), 40)
+            await fleet.settles("prefill", "decode")
+        assert accepted[0] > 0.6
+    finally:
+        await fleet.close()
+
+
+async def test_workers_with_and_without_a_prediction_layer_do_not_fit(tmp_path: Path) -> None:
+    """Their blocks differ by a layer: who comes second is refused by name."""
+    model = make_steady_checkpoint(tmp_path / "steady")
+    fleet = Fleet(model, more={"prefill": ("--drafts", "mtp")})
+    try:
+        with pytest.raises(AssertionError):
+            await fleet.start()
+        events = [str(worker.status[-1]) for worker in fleet.workers.values()]
+        assert any("failed" in event and "with a prediction layer" in event for event in events), events
+    finally:
+        await fleet.close()

@@ -121,7 +121,16 @@ def test_drafts_of_all_workers_are_on_the_page() -> None:
     assert page["tokenrelay_spec_decode_num_draft_tokens_total"] == 40
     assert page["tokenrelay_spec_decode_num_accepted_tokens_total"] == 26
     assert page["tokenrelay_spec_decode_draft_acceptance_rate"] == 0.65
+    mtp = worker_pb2.Stats(drafts=worker_pb2.Drafts(drafts=1, tokens=4, accepted=3, proposer="mtp"))
+    page = samples(Metrics().render({**workers, "unix:d": (True, mtp)}))
+    assert page["tokenrelay_spec_decode_num_draft_tokens_total"] == 44
+    for proposer, tokens, accepted in (("ngram", 40, 26), ("mtp", 4, 3)):
+        label = f'{{proposer="{proposer}"}}'
+        assert page[f"tokenrelay_spec_decode_proposer_draft_tokens_total{label}"] == tokens
+        assert page[f"tokenrelay_spec_decode_proposer_accepted_tokens_total{label}"] == accepted
+        assert page[f"tokenrelay_spec_decode_proposer_acceptance_rate{label}"] == accepted / tokens
     nobody = samples(Metrics().render({"unix:c": (True, worker_pb2.Stats())}))
+    assert nobody['tokenrelay_spec_decode_proposer_acceptance_rate{proposer="mtp"}'] == 0
     assert nobody["tokenrelay_spec_decode_draft_acceptance_rate"] == 0
 
 

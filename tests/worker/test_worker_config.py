@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tokenrelay.base.errors import ConfigError
@@ -42,5 +44,25 @@ def test_flags_win_and_origins_are_printed(capsys: pytest.CaptureFixture[str], m
 def test_drafts_are_for_one_rank() -> None:
     with pytest.raises(ConfigError, match=r"worker\.draft_tokens is for one rank; this worker has 2"):
         WorkerConfig(tp=2, draft_tokens=4).check()
+    with pytest.raises(ConfigError, match=r"worker\.drafts is for one rank; this worker has 2"):
+        WorkerConfig(tp=2, drafts="mtp").check()
     WorkerConfig(tp=2).check()
+    WorkerConfig(tp=2, drafts="off", draft_tokens=4).check()
     WorkerConfig(draft_tokens=15).check()
+
+
+@pytest.mark.parametrize(
+    ("drafts", "tokens", "width", "prediction"),
+    [
+        ("auto", 0, 0, "off"),
+        ("auto", 5, 5, "auto"),
+        ("ngram", 0, 8, "off"),
+        ("ngram", 2, 2, "off"),
+        ("mtp", 0, 3, "on"),
+        ("mtp", 1, 1, "on"),
+        ("off", 7, 0, "off"),
+    ],
+)
+def test_who_drafts_and_how_much(drafts: Any, tokens: int, width: int, prediction: str) -> None:
+    config = WorkerConfig(drafts=drafts, draft_tokens=tokens)
+    assert (config.draft_width, config.prediction) == (width, prediction)
