@@ -43,8 +43,10 @@ class KvstoreConfig:
     handles_max: int = setting(65536, "KV handles open at once", minimum=1, maximum=1 << 24)
     directory_entries_max: int = setting(1 << 20, "block hashes the prefix directory knows", minimum=1)
     tier_memory_bytes: int = setting(256 * MIB, "blocks kept in memory, bytes; 0: no tier in memory", minimum=0)
-    tier_dir: str = setting("", "folder for blocks on disk; empty: no tier on disk")
-    tier_disk_bytes: int = setting(4096 * MIB, "blocks kept on disk, bytes", minimum=0)
+    tier_dir: str = setting(
+        "", "folder for blocks on disk, of which each kvstore uses a part of its own; empty: no tier on disk"
+    )
+    tier_disk_bytes: int = setting(4096 * MIB, "blocks that this kvstore keeps on disk, bytes", minimum=0)
     drain_s: float = setting(10.0, "how long SIGTERM waits until all is written down, seconds", minimum=0)
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "how much is logged")
     log_style: Literal["auto", "json", "terminal"] = setting("auto", "how it is logged")

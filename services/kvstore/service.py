@@ -8,6 +8,7 @@ await service.drain(); await service.stop()
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import grpc
@@ -25,6 +26,7 @@ from tokenrelay.services.chassis.security import Security
 from tokenrelay.services.chassis.server import GrpcServer
 from tokenrelay.services.kvstore.backend import EtcdBackend
 from tokenrelay.services.kvstore.config import KvstoreConfig
+from tokenrelay.services.kvstore.folders import own_folder
 from tokenrelay.services.kvstore.metrics import render
 from tokenrelay.services.kvstore.servicer import KvstoreServicer
 from tokenrelay.services.kvstore.store import Store
@@ -46,9 +48,10 @@ class KvstoreService:
             handles_max=config.handles_max, lease_max_s=config.member_lease_max_s, answer_s=config.answer_s, term=1
         )
         directory = DirectoryHost(PrefixDirectory(entries_max=config.directory_entries_max))
+        self._folder_lock, folder = own_folder(Path(config.tier_dir)) if config.tier_dir else (-1, None)
         tier = BlockTier(
             memory_bytes=config.tier_memory_bytes,
-            disk=Path(config.tier_dir) if config.tier_dir else None,
+            disk=folder,
             disk_bytes=config.tier_disk_bytes,
         )
         self.tier = tier
@@ -108,6 +111,9 @@ class KvstoreService:
         await self._server.stop(STOP_GRACE_S)
         await self._admin.stop()
         await self.tier.stop()
+        if self._folder_lock >= 0:
+            os.close(self._folder_lock)
+            self._folder_lock = -1
 
 
 async def run(config: KvstoreConfig, security: Security, incarnation: str, status: StatusPipe) -> None:

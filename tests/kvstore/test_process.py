@@ -46,7 +46,7 @@ def test_a_wrong_setting_is_named(flags: list[str], words: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--tier-dir", "/dev/null/x", "--admin-port", "0"], "error: the tier's folder /dev/null/x"),
+        (["--tier-dir", "/dev/null/x", "--admin-port", "0"], "error: kvstore.tier_dir: /dev/null/x: Not a directory"),
         (["--address", "192.0.2.1:0", "--admin-port", "0"], "error: cannot listen on 192.0.2.1:0"),
     ],
 )

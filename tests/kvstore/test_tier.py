@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+import os
 import random
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from tokenrelay.ledger.tier_client import TierClient
 from tokenrelay.ledger.tier_files import BlockFiles, Key, checksum
 from tokenrelay.proto import kvstore_pb2 as pb
 from tokenrelay.proto import kvstore_pb2_grpc
+from tokenrelay.services.kvstore.folders import FOLDERS_MAX, own_folder
 
 LAYOUT = "bfloat16 mla 512+64 x64"
 KIB = 1024
@@ -248,12 +251,52 @@ async def test_kill_9_while_blocks_are_written(empty_fleet: Fleet, tmp_path: Pat
     process.wait()
     await asyncio.gather(*putting)
     await tier.close()
-    again = BlockTier(memory_bytes=0, disk=tmp_path / "tier", disk_bytes=1 << 30)
+    again = BlockTier(memory_bytes=0, disk=tmp_path / "tier/0", disk_bytes=1 << 30)
     await again.start()
     found = [await again.get(one.block_hash, LAYOUT) for one in blocks]
     assert all(one is None or one == expected for one, expected in zip(found, blocks, strict=True))
     assert not list((tmp_path / "tier").rglob("*.part"))
     await again.stop()
+
+
+async def test_kvstores_with_one_folder_do_not_share_files(empty_fleet: Fleet, tmp_path: Path) -> None:
+    """A standby on the same volume has its own part; who comes after a dead one finds that one's blocks."""
+    fields = {"tier_dir": str(tmp_path / "tier"), "tier_memory_bytes": 0}
+    first, second = (KvProcess(tmp_path, name, **fields) for name in ("first", "second"))
+    try:
+        for number, one in enumerate((first, second)):
+            tier = TierClient((await empty_fleet.kvstore_client(one.address)).connection)
+            assert await tier.put(block(number)) is None
+            await tier.close()
+        until = time.monotonic() + 10
+        while [len([*(tmp_path / "tier" / part).rglob("??/*")]) for part in "01"] != [1, 1]:
+            assert time.monotonic() < until, [*(tmp_path / "tier").rglob("*")]
+            await asyncio.sleep(0.02)
+        first.signal(signal.SIGKILL)
+        first.wait()
+        third = KvProcess(tmp_path, "third", **fields)
+        tier = TierClient((await empty_fleet.kvstore_client(third.address)).connection)
+        assert await tier.get(block(0).block_hash, LAYOUT) == block(0)
+        assert await tier.get(block(1).block_hash, LAYOUT) is None
+        await tier.close()
+        third.close()
+    finally:
+        first.close()
+        second.close()
+
+
+def test_a_folder_that_no_kvstore_can_have(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"kvstore\.tier_dir: .*file: Not a directory|File exists"):
+        own_folder(tmp_path / "file")
+    locks = [own_folder(tmp_path / "tier")[0] for _ in range(FOLDERS_MAX)]
+    with pytest.raises(ConfigError, match=r"64 kvstores use .*tier already"):
+        own_folder(tmp_path / "tier")
+    os.close(locks[5])
+    lock, folder = own_folder(tmp_path / "tier")
+    assert folder == tmp_path / "tier/5"
+    for one in (*locks[:5], *locks[6:], lock):
+        os.close(one)
 
 
 @given(st.lists(st.tuples(st.sampled_from("atr"), st.integers(0, 9), st.integers(1, 40)), max_size=80))
