@@ -96,11 +96,14 @@ def build_engine(
         kv_sharers=sizes.kv_sharers,
         blocks=sizes.blocks,
         device=device,
+        parts=1 if isinstance(model, Model) else model.parts,
+        whole=isinstance(model, Model) or model.whole_pool,
     )
     try:
         scheduler_config = SchedulerConfig(
             block_tokens=config.kv_layout.block_tokens,
             blocks=pool.blocks,
+            parts=pool.parts,
             slots=sizes.slots,
             context_tokens=pool.context_tokens,
             step_tokens=sizes.step_tokens,

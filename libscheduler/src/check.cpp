@@ -61,6 +61,8 @@ std::optional<std::string> Scheduler::check_table(const Sequence& s, const Block
   const std::int32_t* row = &block_table_[static_cast<std::size_t>(s.slot) * static_cast<std::size_t>(table_width_)];
   const std::vector<BlockId> ids = in_order(chain);
   if (!std::equal(ids.begin(), ids.end(), row)) return "the block table's row differs from the sequence's blocks";
+  if (std::any_of(ids.begin(), ids.end(), [&](BlockId id) { return pool_.part_of(id) != s.part; }))
+    return "it has a block of another part of the pool";
   if (static_cast<std::int64_t>(ids.size()) * config_.block_tokens < s.planned)
     return "tokens are planned that have no block";
   return std::nullopt;
@@ -76,7 +78,7 @@ std::optional<std::string> Scheduler::check() const {
   int settling = 0;
   int importing = 0;
   int drafts = 0;
-  int growth = 0;
+  std::vector<int> growth(growth_.size());
   std::int64_t prefilling = 0;
   std::vector<int> flights(sequences_.size());
   for (std::size_t i = 0; i < flights_size_; ++i) {
@@ -87,7 +89,7 @@ std::optional<std::string> Scheduler::check() const {
   for (std::size_t i = 0; i < sequences_.size(); ++i) {
     const Sequence& s = sequences_[i];
     importing += s.importing;
-    growth += s.growth;
+    growth[static_cast<std::size_t>(s.part)] += s.growth;
     if (s.growth < 0 || (s.growth > 0 && s.slot < 0)) return "blocks are kept for a sequence that is not resident";
     const auto broken = std::visit(
         [&]<class S>(const S& state) -> std::optional<std::string> {

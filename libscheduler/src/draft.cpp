@@ -48,7 +48,7 @@ int Scheduler::reserve_drafted(Sequence& sequence, int width, std::optional<Writ
   TR_ASSERT(!room, "a draft is no longer than a block");
   std::int32_t* row = &block_table_[static_cast<std::size_t>(sequence.slot) * static_cast<std::size_t>(table_width_)];
   const int at_block = position / config_.block_tokens;
-  if (pool_.available() > decoding_.size()) room = pool_.take(row[at_block]);
+  if (pool_.available(sequence.part) > decoding_.size()) room = pool_.take(row[at_block]);
   if (room) {
     row[at_block + 1] = table_entry(*room);
     return width;

@@ -125,8 +125,11 @@ std::optional<Explanation> Scheduler::explanation(std::uint64_t sequence_id) con
   out.slots = config_.slots;
   out.slots_free = slots_.free();
   out.users = prefilling_.size() + decoding_.size();
-  out.blocks_reserved = blocks_reserved();
-  out.blocks_available = pool_.available() - out.blocks_reserved;
+  for (int part = 0; part < pool_.parts(); ++part) {  // the one with the most room
+    if (part > 0 && room_in(part) <= out.blocks_available) continue;
+    out.blocks_reserved = blocks_reserved(part);
+    out.blocks_available = room_in(part);
+  }
   out.overtaken = s.overtaken;
   out.overtaken_max = config_.overtakes_max;
   out.tps_in_force = floor_.in_force(s.tps_floor);

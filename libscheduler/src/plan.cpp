@@ -225,7 +225,9 @@ int Scheduler::next_class(std::uint32_t mask, bool& overdue) const noexcept {
 void Scheduler::admit_waiting(std::int64_t now_us, Budget& budget, Plan& out, Flight& flight) noexcept {
   const int running = prefilling_.size() + decoding_.size() + loading_.size();
   const Stuck now{pool_.available(), running, waiting_.version()};
-  if (now.available <= stuck_.available && now.running >= stuck_.running && now.version == stuck_.version) return;
+  if (pool_.parts() == 1 && now.available <= stuck_.available && now.running >= stuck_.running &&
+      now.version == stuck_.version)
+    return;
   stuck_ = {};
   std::uint32_t exhausted = 0;  // classes whose first requests are blocked for now
   while (slots_.free() > 0) {
@@ -270,27 +272,6 @@ bool Scheduler::admit_from(int priority_class, bool overdue, std::int64_t now_us
   return true;
 }
 
-Scheduler::Match Scheduler::match(Sequence& sequence) noexcept {
-  Match match;
-  // The last token is computed anew, as one is sampled from it; but where a peer did that.
-  const int computed = sequence.handover == Handover::destination ? 0 : 1;
-  const int reusable = (sequence.text.size() - computed) / config_.block_tokens;
-  PrefixWalk walk(pool_);
-  for (int i = 0; i < reusable; ++i) {
-    const auto at = static_cast<std::size_t>(i);
-    const BlockPool::Found found = walk.next(sequence.text.hash(at));
-    if (found.id == no_block) break;
-    found_[at] = found.id;
-    if (!found.sealed) {
-      match.promised = found.id;
-    } else if (match.promised == no_block) {
-      ++match.blocks;
-      match.unpinned += !found.pinned;
-    }
-  }
-  return match;
-}
-
 /// What keeps one more user out for the sake of those that run, if anything does.
 Why Scheduler::floor_admits(const Sequence& sequence, const Flight& flight) const noexcept {
   if (sequence.length_limit - sequence.text.size() <= 1)
@@ -307,9 +288,8 @@ Scheduler::Admission Scheduler::admit(SequenceIndex index, std::int64_t now_us, 
   sequence.why = Why::waits_step;
   const bool imports = sequence.handover == Handover::destination;  // computes nothing
   if (!imports && budget.tokens <= 0) return Admission::paced;
-  const int available = pool_.available() - blocks_reserved();
   sequence.why = Why::waits_blocks;
-  if (sequence.blocks_wanted > available) return Admission::blocked;
+  if (sequence.blocks_wanted > room()) return Admission::blocked;
   sequence.why = floor_admits(sequence, flight);
   // Past its age it goes before the floor: one at a time, so that the others still get what can be had.
   const bool overrides =
@@ -326,7 +306,7 @@ Scheduler::Admission Scheduler::admit(SequenceIndex index, std::int64_t now_us, 
   }
   const int blocks = (sequence.text.size() + config_.block_tokens - 1) / config_.block_tokens - found.blocks;
   sequence.blocks_wanted = blocks + found.unpinned + growth_of(sequence);
-  if (sequence.blocks_wanted > available) {
+  if (sequence.blocks_wanted > room_in(found.part)) {
     sequence.why = Why::waits_blocks;
     return Admission::blocked;
   }
@@ -369,6 +349,7 @@ request::Residence Scheduler::settle_in(SequenceIndex index, const Match& match,
       static_cast<std::size_t>((sequence.length_limit + config_.block_tokens - 1) / config_.block_tokens);
   request::Residence home{slots_.lease(), BlockChain(blocks_max, std::min(launched_max, blocks_max)), {}};
   sequence.slot = home.slot.slot();
+  sequence.part = match.part;
   std::int32_t* row = &block_table_[static_cast<std::size_t>(sequence.slot) * static_cast<std::size_t>(table_width_)];
   for (int i = 0; i < match.blocks; ++i) {
     SealedPin pin = pool_.pin(found_[static_cast<std::size_t>(i)]);
@@ -377,7 +358,7 @@ request::Residence Scheduler::settle_in(SequenceIndex index, const Match& match,
   }
   const int full = sequence.text.size() / config_.block_tokens;
   for (int i = match.blocks; i < match.blocks + blocks; ++i) {
-    std::optional<WritableBlock> block = pool_.take(i == 0 ? no_block : row[i - 1]);
+    std::optional<WritableBlock> block = pool_.take(i == 0 ? no_block : row[i - 1], match.part);
     TR_ASSERT(block.has_value(), "admission counted blocks that are not there");
     row[i] = table_entry(*block);
     if (i < full) pool_.promise(*block, sequence.text.content(static_cast<std::size_t>(i)));
@@ -403,16 +384,17 @@ int Scheduler::growth_of(const Sequence& sequence) const noexcept {
 
 /// A resident sequence got blocks: what it is still expected to take is kept for it.
 void Scheduler::expect_growth(Sequence& sequence) noexcept {
-  growth_ -= sequence.growth;
+  const auto part = static_cast<std::size_t>(sequence.part);
+  growth_[part] -= sequence.growth;
   sequence.growth = growth_of(sequence);
-  growth_ += sequence.growth;
+  growth_[part] += sequence.growth;
 }
 
 /// It has no slot any more, and nothing is kept for it.
 void Scheduler::vacate(Sequence& sequence) noexcept {
   if (sequence.slot < 0) return;
   floor_.leave(sequence.tps_floor);
-  growth_ -= std::exchange(sequence.growth, 0);
+  growth_[static_cast<std::size_t>(sequence.part)] -= std::exchange(sequence.growth, 0);
   sequence.slot = -1;
 }
 

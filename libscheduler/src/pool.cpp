@@ -19,25 +19,29 @@ constexpr std::size_t write_back_lag = 16;
 
 }  // namespace
 
-BlockPool::BlockPool(int blocks, int block_tokens, Eviction eviction)
+BlockPool::BlockPool(int blocks, int block_tokens, Eviction eviction, int parts)
     : records_(static_cast<std::size_t>(blocks)),
       own_generations_(static_cast<std::size_t>(blocks)),
       generations_(own_generations_),
-      index_(static_cast<std::size_t>(blocks)),
+      parts_size_(parts),
+      part_blocks_(blocks / parts),
       lineage_(static_cast<std::size_t>(blocks), static_cast<std::size_t>(block_tokens)),
-      evictor_(eviction, static_cast<std::size_t>(blocks)),
       events_(std::min(2 * static_cast<std::size_t>(blocks) + 64, static_cast<std::size_t>(blocks) / 4 + 1024)) {
+  TR_ASSERT(blocks % parts == 0, "the parts of a pool are of one size");
   fired_.reserve(static_cast<std::size_t>(blocks));
-  for (BlockId id = 0; id < blocks; ++id) free_.push_back(id, records_);
+  parts_.reserve(static_cast<std::size_t>(parts));
+  for (int part = 0; part < parts; ++part) parts_.emplace_back(part_blocks_, eviction);
+  for (BlockId id = 0; id < blocks; ++id) home(id).free.push_back(id, records_);
 }
 
-std::optional<WritableBlock> BlockPool::take(BlockId previous) noexcept {
+std::optional<WritableBlock> BlockPool::take(BlockId previous, int part) noexcept {
+  if (previous != no_block) part = part_of(previous);
   BlockId id = previous + 1;
-  if (previous == no_block || id >= blocks() || at(id).kind != Kind::free) id = free_.head;
+  if (previous == no_block || id >= (part + 1) * part_blocks_ || at(id).kind != Kind::free) id = in(part).free.head;
   if (id != no_block) {
-    free_.unlink(id, records_);
+    in(part).free.unlink(id, records_);
   } else {
-    id = evict();
+    id = evict(part);
     if (id == no_block) return std::nullopt;
   }
   // Sequentially consistent: the write that follows may not be seen before the new generation is.
@@ -45,18 +49,18 @@ std::optional<WritableBlock> BlockPool::take(BlockId previous) noexcept {
   return on(Access::make<block::Free>(id), block::Take{records_});
 }
 
-BlockId BlockPool::evict() noexcept {
-  const BlockId id = evictor_.evict(records_);
+BlockId BlockPool::evict(int part) noexcept {
+  const BlockId id = in(part).evictor.evict(records_);
   if (id == no_block) return no_block;
   forget(at(id), id);
-  emit(CacheEvent::Kind::evicted, at(id).hash);
+  if (!elsewhere(id, at(id).hash)) emit(CacheEvent::Kind::evicted, at(id).hash);
   if (host_ != nullptr) host_->touch(at(id).hash);
   return Access::dissolve(on(Access::make<block::Cached>(id), block::Evict{records_}));
 }
 
 bool BlockPool::promise(const WritableBlock& block, const Content& content) noexcept {
   const BlockId id = Access::number(block);
-  if (index_.find(content.hash, records_) != no_block) return false;
+  if (home(id).index.find(content.hash, records_) != no_block) return false;
   lineage_.remember(id, content);
   index(id, content);
   return true;
@@ -65,10 +69,11 @@ bool BlockPool::promise(const WritableBlock& block, const Content& content) noex
 void BlockPool::index(BlockId id, const Content& content) noexcept {
   at(id).hash = content.hash;
   at(id).indexed = true;
-  index_.insert(content.hash, id);
-  const BlockId parent = index_.find(content.parent, records_);
+  Part& part = home(id);
+  part.index.insert(content.hash, id);
+  const BlockId parent = part.index.find(content.parent, records_);
   if (parent != no_block) lineage_.follow(parent, id);
-  evictor_.indexed(id, parent, records_);
+  part.evictor.indexed(id, parent, records_);
 }
 
 SealedPin BlockPool::seal(WritableBlock&& block, const Content& content) noexcept {
@@ -79,10 +84,10 @@ SealedPin BlockPool::seal(WritableBlock&& block, const Content& content) noexcep
   } else {
     lineage_.remember(id, content);
     record.hash = content.hash;
-    if (index_.find(content.hash, records_) == no_block) index(id, content);
+    if (home(id).index.find(content.hash, records_) == no_block) index(id, content);
   }
   if (record.indexed) {
-    emit(CacheEvent::Kind::sealed, content.hash);
+    if (!elsewhere(id, content.hash)) emit(CacheEvent::Kind::sealed, content.hash);
     unwritten(id);
   }
   Access::dissolve(on(std::move(block), block::Seal{records_}));  // the pool holds the state from here on
@@ -114,12 +119,28 @@ QuarantinedBlock BlockPool::abandon(InFlightBlock&& block) noexcept {
 
 void BlockPool::put(block::Free&& block) noexcept {
   const BlockId id = Access::dissolve(std::move(block));
-  free_.push_back(id, records_);
+  home(id).free.push_back(id, records_);
+}
+
+BlockPool::Found BlockPool::find_in(int part, const Hash128& hash) const noexcept {
+  const BlockId id = in(part).index.find(hash, records_);
+  return id == no_block ? Found{} : found(id);
 }
 
 BlockPool::Found BlockPool::find(const Hash128& hash) const noexcept {
-  const BlockId id = index_.find(hash, records_);
-  return id == no_block ? Found{} : found(id);
+  Found best = find_in(0, hash);
+  for (int part = 1; part < parts() && !best.sealed; ++part) {
+    const Found other = find_in(part, hash);
+    if (other.sealed || best.id == no_block) best = other;
+  }
+  return best;
+}
+
+bool BlockPool::elsewhere(BlockId id, const Hash128& hash) const noexcept {
+  for (int part = 0; part < parts(); ++part) {
+    if (part != part_of(id) && find_in(part, hash).sealed) return true;
+  }
+  return false;
 }
 
 void BlockPool::unpin(SealedPin&& pin, std::size_t index) noexcept {
@@ -127,23 +148,24 @@ void BlockPool::unpin(SealedPin&& pin, std::size_t index) noexcept {
   Record& record = at(id);
   if (record.pins > 1) {
     if (record.borrowed != block::Borrowed::no && record.pins == 2) {
-      evictor_.left(id, index, records_);
+      home(id).evictor.left(id, index, records_);
       borrowed_ += record.borrowed == block::Borrowed::yes;
     }
     Access::dissolve(on(Access::make<block::Sealed>(id), block::Unpin{records_}));
     return;
   }
-  if (!record.indexed && !record.nameless && index_.find(record.hash, records_) == no_block) {
+  Part& part = home(id);
+  if (!record.indexed && !record.nameless && part.index.find(record.hash, records_) == no_block) {
     // The block that had this content first is gone: this one takes its place.
     record.indexed = true;
-    index_.insert(record.hash, id);
-    evictor_.indexed(id, index_.find(lineage_.parent(id), records_), records_);
-    emit(CacheEvent::Kind::sealed, record.hash);
+    part.index.insert(record.hash, id);
+    part.evictor.indexed(id, part.index.find(lineage_.parent(id), records_), records_);
+    if (!elsewhere(id, record.hash)) emit(CacheEvent::Kind::sealed, record.hash);
     unwritten(id);
   }
   if (record.indexed) {
     Access::dissolve(on(Access::make<block::Sealed>(id), block::UnpinLast{records_}));
-    evictor_.cached(id, index, records_);
+    part.evictor.cached(id, index, records_);
   } else {
     record.nameless = false;
     put(on(Access::make<block::Sealed>(id), block::Discard{records_}));
@@ -179,7 +201,7 @@ BlockId BlockPool::next_unwritten() noexcept {
 SealedPin BlockPool::borrow(BlockId id) noexcept {
   at(id).borrowed = block::Borrowed::yes;
   if (at(id).kind == Kind::cached) {
-    evictor_.lifted(id, records_);
+    home(id).evictor.lifted(id, records_);
     ++borrowed_;
     Access::dissolve(on(Access::make<block::Cached>(id), block::Pin{records_}));
   } else {
@@ -197,7 +219,7 @@ void BlockPool::give_back(SealedPin&& pin) noexcept {
   }
   borrowed_ -= yes;
   Access::dissolve(on(Access::make<block::Sealed>(id), block::UnpinLast{records_}));
-  evictor_.restored(id, records_);
+  home(id).evictor.restored(id, records_);
 }
 
 void BlockPool::lent_for_long(const SealedPin& pin) noexcept {
@@ -208,9 +230,9 @@ void BlockPool::lent_for_long(const SealedPin& pin) noexcept {
 
 void BlockPool::forget(Record& record, BlockId id) noexcept {
   if (!record.indexed) return;
-  index_.erase(record.hash, id);
+  home(id).index.erase(record.hash, id);
   record.indexed = false;
-  evictor_.forgotten(id, lineage_.parent(id), records_);
+  home(id).evictor.forgotten(id, lineage_.parent(id), records_);
 }
 
 void BlockPool::fire(Record& record, BlockId id) noexcept {
@@ -239,26 +261,31 @@ std::vector<CacheEvent> BlockPool::take_events() {
   return out;
 }
 
-std::optional<std::string> BlockPool::check_free() const {
+std::optional<std::string> BlockPool::check_free(const Part& part, const block::Records& records) {
   int walked = 0;
-  for (BlockId id = free_.head; id != no_block; id = at(id).next) {
-    if (at(id).kind != Kind::free) return "block " + std::to_string(id) + " is in the list of another state";
-    if (++walked > free_.size) break;
+  for (BlockId id = part.free.head; id != no_block; id = records[static_cast<std::size_t>(id)].next) {
+    if (records[static_cast<std::size_t>(id)].kind != Kind::free)
+      return "block " + std::to_string(id) + " is in the list of another state";
+    if (++walked > part.free.size) break;
   }
-  if (walked != free_.size) return "a list of blocks has another length than its count";
+  if (walked != part.free.size) return "a list of blocks has another length than its count";
   return std::nullopt;
 }
 
 BlockPool::Bytes BlockPool::bytes() const noexcept {
-  return {sizeof(*this) + records_.capacity() * sizeof(Record) + index_.bytes() + lineage_.bytes() + evictor_.bytes() +
+  std::size_t parts = parts_.capacity() * sizeof(Part);
+  for (const Part& part : parts_) parts += part.index.bytes() + part.evictor.bytes();
+  return {sizeof(*this) + records_.capacity() * sizeof(Record) + parts + lineage_.bytes() +
               (fired_.capacity() + unwritten_.capacity()) * sizeof(BlockId) +
               own_generations_.capacity() * sizeof(std::uint64_t) + events_.capacity() * sizeof(CacheEvent),
           lineage_.token_bytes()};
 }
 
 std::optional<std::string> BlockPool::check() const {
-  if (auto broken = check_free()) return broken;
-  if (auto broken = evictor_.check(records_)) return broken;
+  for (const Part& part : parts_) {
+    if (auto broken = check_free(part, records_)) return broken;
+    if (auto broken = part.evictor.check(records_)) return broken;
+  }
   int free = 0;
   int cached = 0;
   int borrowed = 0;
@@ -267,12 +294,14 @@ std::optional<std::string> BlockPool::check() const {
     const Record& record = at(id);
     ++kinds[static_cast<std::size_t>(record.kind)];
     const std::string which = "block " + std::to_string(id);
+    if (record.parent != no_block && part_of(record.parent) != part_of(id))
+      return which + " follows one of another part";
     free += record.kind == Kind::free;
     cached += record.kind == Kind::cached;
     if ((record.pins > 0) != (record.kind == Kind::sealed)) return which + " has pins that do not fit its state";
     const bool launched = record.kind == Kind::in_flight || record.kind == Kind::quarantined;
     if ((record.writers > 0) != launched) return which + " has writers that do not fit its state";
-    if (record.indexed && index_.find(record.hash, records_) != id) return which + " is not found by its hash";
+    if (record.indexed && home(id).index.find(record.hash, records_) != id) return which + " is not found by its hash";
     if (record.kind == Kind::cached && !record.indexed) return which + " is cached and cannot be found";
     const bool nobody = record.kind == Kind::free || record.kind == Kind::quarantined;
     if (record.nameless && record.kind != Kind::sealed) return which + " is nameless and not sealed";
@@ -280,7 +309,7 @@ std::optional<std::string> BlockPool::check() const {
     borrowed += record.borrowed == block::Borrowed::yes && record.pins == 1;
     if (record.borrowed != block::Borrowed::no && record.kind != Kind::sealed) return which + " is borrowed, unpinned";
   }
-  if (free != free_.size || cached != evictor_.size()) return "the counts of free and cached blocks are wrong";
+  if (free != this->free() || cached != this->cached()) return "the counts of free and cached blocks are wrong";
   for (std::size_t kind = 0; kind < kinds.size(); ++kind) {
     const int counted = records_.count(static_cast<Kind>(kind));
     if (block::Records::counts(static_cast<Kind>(kind)) && kinds[kind] != counted)

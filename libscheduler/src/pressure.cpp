@@ -13,14 +13,15 @@ double Scheduler::recompute_us(SequenceIndex index) const noexcept {
   return us > 0 ? us : tokens;
 }
 
-/// Who gives his blocks up: of the lowest class, among those that were preempted less than `preemptions_max` times, the
-/// one that is cheapest to compute again; of equal ones who came last. If all were, who came last: the oldest then
-/// keeps what it has, so somebody always comes to an end.
-SequenceIndex Scheduler::victim() const noexcept {
+/// Who gives his blocks up: of those in this part of the pool, of the lowest class, among those that were preempted
+/// less than `preemptions_max` times, the one that is cheapest to compute again; of equal ones who came last. If all
+/// were, who came last: the oldest then keeps what it has, so somebody always comes to an end.
+SequenceIndex Scheduler::victim(int part) const noexcept {
   const auto class_of = [this](SequenceIndex index) {
     return index == no_sequence ? -1 : ranks_[static_cast<std::size_t>(index)].priority_class;
   };
-  const int lowest = std::max({class_of(decoding_.last()), class_of(prefilling_.last()), class_of(loading_.last())});
+  const int lowest = std::max(
+      {class_of(last_of(decoding_, part)), class_of(last_of(prefilling_, part)), class_of(last_of(loading_, part))});
   struct Choice {
     bool spared;
     double cost;
@@ -29,7 +30,8 @@ SequenceIndex Scheduler::victim() const noexcept {
   };
   Choice best{true, 0, 0, no_sequence};
   const auto consider = [&](const auto& list) {
-    for (SequenceIndex index = list.last(); class_of(index) == lowest; index = list.before(index)) {
+    for (SequenceIndex index = last_of(list, part); class_of(index) == lowest; index = list.before(index)) {
+      if (at(index).part != part) continue;
       const bool spared = at(index).preempted >= config_.preemptions_max;
       const Choice one{spared, spared ? 0 : recompute_us(index), ranks_[static_cast<std::size_t>(index)].ticket, index};
       const bool better = one.spared != best.spared ? !one.spared
@@ -48,7 +50,7 @@ SequenceIndex Scheduler::victim() const noexcept {
 bool Scheduler::make_room(SequenceIndex for_index) noexcept {
   // A commit, or the end of a copy, will give blocks back; do not preempt more than needed.
   if (settling_ > 0 || tier_.orphans_timely() > 0 || pool_.borrowed() > 0) return false;
-  const SequenceIndex index = victim();
+  const SequenceIndex index = victim(at(for_index).part);
   preempt(index, for_index);
   Sequence& sequence = at(index);
   if (index == for_index) sequence.why = Why::preempted_self;

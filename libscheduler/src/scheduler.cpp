@@ -27,7 +27,7 @@ Scheduler::Scheduler(const Config& config)
       key_(key_from_bytes(config.hash_key)),
       table_width_((config.context_tokens + config.block_tokens - 1) / config.block_tokens),
       block_table_(static_cast<std::size_t>(config.slots) * static_cast<std::size_t>(table_width_), 0),
-      pool_(config.blocks, config.block_tokens, config.eviction),
+      pool_(config.blocks, config.block_tokens, config.eviction, config.parts),
       slots_(config.slots),
       links_(sequences_max(config)),
       ranks_(sequences_max(config)),
@@ -48,6 +48,7 @@ Scheduler::Scheduler(const Config& config)
       turns_(turns_max, 4 * static_cast<std::size_t>(config.blocks) * static_cast<std::size_t>(config.block_tokens)),
       exports_(sequences_max(config)),
       flights_(static_cast<std::size_t>(config.steps_in_flight)),
+      growth_(static_cast<std::size_t>(config.parts)),
       found_(static_cast<std::size_t>(table_width_)),
       floor_(config) {
   TR_ASSERT(!config.check(), "the configuration was not checked");
@@ -195,6 +196,7 @@ std::optional<RejectReason> Scheduler::submit(const Submission& s, std::int64_t 
   sequence.planned = 0;
   sequence.length_planned = sequence.text.size();
   sequence.slot = -1;
+  sequence.part = 0;
   sequence.cached_tokens = -1;
   sequence.overtaken = sequence.holds = sequence.blocks_wanted = sequence.preempted = sequence.reused = 0;
   sequence.submitted_us = now_us;

@@ -30,9 +30,15 @@ std::optional<std::string> Config::check() const {
   if (auto wrong = bounded("blocks", blocks, 1, 1 << 26)) return wrong;
   if (auto wrong = bounded("slots", slots, 1, 1 << 14)) return wrong;
   if (auto wrong = bounded("context_tokens", context_tokens, 2, 1 << 26)) return wrong;
-  if (static_cast<std::int64_t>(blocks) * block_tokens < context_tokens) {
+  if (auto wrong = bounded("parts", parts, 1, 64)) return wrong;
+  if (blocks % parts != 0) {
+    return "blocks is " + std::to_string(blocks) + ", expected a multiple of parts, " + std::to_string(parts);
+  }
+  if (parts > 1 && host_blocks > 0) return "host_blocks is " + std::to_string(host_blocks) + ", but with parts it is 0";
+  if (static_cast<std::int64_t>(blocks / parts) * block_tokens < context_tokens) {
     return "context_tokens is " + std::to_string(context_tokens) + ", but blocks * block_tokens hold only " +
-           std::to_string(static_cast<std::int64_t>(blocks) * block_tokens);
+           std::to_string(static_cast<std::int64_t>(blocks / parts) * block_tokens) +
+           (parts > 1 ? " in one of the parts" : "");
   }
   if (auto wrong = bounded("step_tokens", step_tokens, slots, 1 << 22)) return wrong;  // each slot may decode one
   if (auto wrong = bounded("chunk_tokens", chunk_tokens, 1, 1 << 22)) return wrong;

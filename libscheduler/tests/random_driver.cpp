@@ -38,6 +38,10 @@ struct Driver {
       config.write_backs_max = 1 + pick(8);
       if (pick(2) == 0) config.copy_deadline_us = 1 + pick(12);  // a call is a microsecond
     }
+    if (config.host_blocks == 0 && pick(2) == 0) {
+      config.parts = 2 + pick(3);
+      config.blocks = config.parts * (blocks_min + pick(blocks_min));
+    }
     for (int i = 0; i < 3; ++i) texts.push_back(tokens(config.context_tokens));
   }
 

@@ -7,7 +7,7 @@ cache and the other processes of a shared machine), but no more than all slots c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -46,7 +46,14 @@ class Pool:
 
     blocks: int
     context_tokens: int  # of one sequence, at most
-    bytes: int  # all layers
+    bytes: int  # all layers, in this process
+    parts: int = 1  # of one size: the scheduler's, where ranks have KV of different sequences
+    whole: bool = True  # this process has memory for all parts, else for one
+
+    @property
+    def own_blocks(self) -> int:
+        """Blocks that this process has memory for."""
+        return self.blocks if self.whole else self.blocks // self.parts
 
 
 def plan_pool(
@@ -61,10 +68,14 @@ def plan_pool(
     kv_sharers: int = 1,
     blocks: int | None = None,
     device: torch.device | None = None,
+    parts: int = 1,
+    whole: bool = True,
 ) -> Pool:
     """Size the pool. `blocks` decides if given, else `kv_memory_bytes`, else what is free, by `kv_sharers`.
 
-    Where one whole context does not fit, the context is lowered, or refused if it was asked for (`context_asked`).
+    The pool is divided into `parts`, each in a process of its own; not `whole`: this one has memory for one of them
+    only, and bytes say how much that is. A sequence's KV is in one part. Where one whole context does not fit, the
+    context is lowered, or refused if it was asked for (`context_asked`).
     Raises ConfigError that says how much is needed and how much there is.
     """
     block_tokens = layout.block_tokens
@@ -74,15 +85,20 @@ def plan_pool(
             budget, origin = default_budget(device or torch.device("cpu")) // kv_sharers, "of the memory that is free"
         else:
             budget, origin = kv_memory_bytes, "of --kv-memory"
-        blocks = min(budget // block_bytes, BLOCKS_MAX)
+        part_blocks = budget // block_bytes // (parts if whole else 1)
+        blocks = min(part_blocks * parts, BLOCKS_MAX // parts * parts)
         if kv_memory_bytes is None:
             context_blocks = -(-context_tokens // block_tokens)
-            blocks = min(blocks, SHARED_BLOCKS_FACTOR * slots * context_blocks)
+            most = SHARED_BLOCKS_FACTOR * slots * context_blocks
+            blocks = min(blocks, -(-most // parts) * parts)
     else:
-        budget, origin = blocks * block_bytes, "of --blocks"
-    if blocks < 2:
-        raise ConfigError(f"two KV blocks of {block_bytes} bytes do not fit in {budget} bytes {origin}")
-    capacity = blocks * block_tokens
+        if blocks % parts:
+            raise ConfigError(f"--blocks is {blocks}, and {parts} ranks along dp divide them: give a multiple of that")
+        budget, origin = blocks * block_bytes // (1 if whole else parts), "of --blocks"
+    if blocks < 2 * parts:
+        many = f" of each of {parts} parts" if parts > 1 else ""
+        raise ConfigError(f"two KV blocks{many} of {block_bytes} bytes do not fit in {budget} bytes {origin}")
+    capacity = blocks // parts * block_tokens
     if capacity < context_tokens:
         if context_asked:
             needed = -(-context_tokens // block_tokens) * block_bytes
@@ -91,7 +107,8 @@ def plan_pool(
             )
         log.warning("context lowered to what the KV pool holds", model_tokens=context_tokens, context_tokens=capacity)
         context_tokens = capacity
-    return Pool(blocks=blocks, context_tokens=context_tokens, bytes=blocks * block_bytes)
+    pool = Pool(blocks, context_tokens, 0, parts, whole)
+    return replace(pool, bytes=pool.own_blocks * block_bytes)
 
 
 def plan_host(
@@ -118,7 +135,7 @@ def allocate_caches(
 ) -> list[Tensor]:
     """One zeroed region per layer. On a CPU pages are taken when they are first touched. Raises ConfigError."""
     try:
-        return [torch.zeros(layout.shape(pool.blocks), dtype=dtype, device=device) for _ in range(layers)]
+        return [torch.zeros(layout.shape(pool.own_blocks), dtype=dtype, device=device) for _ in range(layers)]
     except RuntimeError as error:
         raise ConfigError(f"cannot allocate {pool.bytes} bytes for {pool.blocks} KV blocks: {error}") from error
 

@@ -94,6 +94,16 @@ class Comm:
         kinds = (all_reduce, all_gather, reduce_scatter, all_to_all)
         return next((kind for kind in kinds if kind.__name__ == move.kind), cut)
 
+    def begin_send(self, axis: str, target: int, x: Tensor) -> Callable[[], None]:
+        """`x` goes to the rank at place `target` along `axis`, which receives it; the answer waits until it is gone."""
+        x = x.contiguous()  # kept until then: the wait holds it
+        work = self._groups[(axis,)][0].send([x], target, 0)
+
+        def wait(_: Tensor = x) -> None:
+            work.wait(self._timeout)
+
+        return wait
+
     def send(self, axis: str, target: int, x: Tensor) -> None:
         """`x` to the rank at place `target` along `axis`, which receives it."""
         self.send_in((axis,), target, x)
@@ -136,8 +146,8 @@ class Comm:
             rows.append(wanted)
             sizes.append(len(wanted))
             packed.append(_pack(x[wanted], local[wanted], weights[wanted]))
-        arriving = torch.empty(count, dtype=torch.int64)
-        group.alltoall_base(arriving, torch.tensor(sizes), [], []).wait(self._timeout)
+        arriving = torch.empty(count, dtype=torch.int64, device=x.device)
+        group.alltoall_base(arriving, torch.tensor(sizes, device=x.device), [], []).wait(self._timeout)
         counts = arriving.tolist()
         sent = torch.cat(packed)
         came = sent.new_empty((sum(counts), sent.shape[1]))

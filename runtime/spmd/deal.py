@@ -49,7 +49,7 @@ def deal(
     places = _pieces(batch, homes, mesh)
     offsets = batch.offsets.tolist()
     mine = at["dp"] * mesh.size("cp") + at["cp"]
-    indices = [_indices(pieces, offsets) for pieces in places]
+    indices = [indices_of(pieces, offsets) for pieces in places]
     tp = mesh.size("tp")
     tokens = max(1, max(map(len, indices)))
     wide = tokens >= tp * SPLIT_TOKENS_MIN  # enough for the program that cuts tokens over tp as well
@@ -62,7 +62,7 @@ def deal(
     return Dealt(
         token_ids=_padded(token_ids, indices[mine], tokens, 0),
         positions=keys[at["cp"]],
-        batch=_batch(batch, places[mine], indices[mine]),
+        batch=take_pieces(batch, places[mine], indices[mine]),
         sample_rows=rows[mine],
         keys=(torch.cat(keys), torch.cat(slots)),
         order=order,
@@ -89,7 +89,7 @@ def _pieces(batch: AttentionBatch, homes: Sequence[int], mesh: Mesh) -> list[lis
     return [first + then for first, then in zip(decoded, prefilled, strict=True)]
 
 
-def _indices(pieces: list[Piece], offsets: list[int]) -> Tensor:
+def indices_of(pieces: list[Piece], offsets: list[int]) -> Tensor:
     """Where the pieces' tokens stand in the step: int64."""
     ranges = [torch.arange(offsets[row] + first, offsets[row] + first + count) for row, first, count in pieces]
     return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
@@ -119,7 +119,8 @@ def _sampled(indices: list[Tensor], sample_rows: Tensor, tokens: int, multiple: 
     return rows, order
 
 
-def _batch(batch: AttentionBatch, pieces: list[Piece], index: Tensor) -> AttentionBatch:
+def take_pieces(batch: AttentionBatch, pieces: list[Piece], index: Tensor) -> AttentionBatch:
+    """The batch of some pieces, decode rows first; `index`: where their tokens stand in the step."""
     rows = torch.tensor([row for row, _, _ in pieces], dtype=torch.int64)
     firsts = torch.tensor([first for _, first, _ in pieces], dtype=torch.int32)
     lengths = torch.tensor([count for _, _, count in pieces], dtype=torch.int32)

@@ -38,14 +38,10 @@ def follow(rank: int, store: Any, timeout_s: float, orders: int, answers: int, *
             kind, payload = frame
             if kind == frames.STEP:
                 assert model is not None, "a step before a load"
-                token_ids, batch, sample_rows, homes, copies = frames.unpack_step(payload)
-                if model.cos_sin.is_cuda:
-                    token_ids, batch, sample_rows = frames.on_device(
-                        token_ids, batch, sample_rows, model.cos_sin.device
-                    )
-                model(token_ids, batch, caches, sample_rows, homes, copies)
+                token_ids, batch, sample_rows = frames.unpack_step(payload)
+                model(token_ids, batch, caches, sample_rows)
                 if model.mirror is not None:
-                    model.mirror.collect(batch.cache_slots, caches, [])
+                    model.mirror.collect(batch.cache_slots, model.part_blocks, caches, [])
                 continue
             order = json.loads(payload)
             if kind == frames.REPLACE:
@@ -54,12 +50,12 @@ def follow(rank: int, store: Any, timeout_s: float, orders: int, answers: int, *
                 continue
             if kind == frames.SPREAD:
                 assert model is not None and model.mirror is not None, "a pool that is not shared is not spread"
-                model.mirror.spread(order["blocks"], caches, [])
+                model.mirror.spread(order["blocks"], model.part_blocks, caches, [])
                 continue
             if kind == frames.CACHES:
                 assert model is not None, "caches before a load"
                 config = model.config
-                shape = config.kv_layout.shape(order["blocks"])
+                shape = config.kv_layout.shape(model.allocate(order["blocks"]))
                 device = model.cos_sin.device
                 caches = [torch.zeros(shape, dtype=config.dtype, device=device) for _ in range(config.layers)]
             else:

@@ -7,7 +7,6 @@ import os
 import select
 import struct
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +16,11 @@ from torch import Tensor
 
 from tokenrelay.base.errors import Unavailable
 from tokenrelay.kernels.batch import AttentionBatch
-from tokenrelay.runtime.spmd.homes import Copy
 
 HEAD = struct.Struct("<cQ")
 LOAD, CACHES, STEP, SPREAD, REPLACE = b"L", b"C", b"S", b"P", b"E"
 FRAME_BYTES_MAX = 1 << 30
-_COUNTS = 8  # tokens, rows, sampled rows, table columns, decodes, context_max, homes, numbers of copies
+_COUNTS = 6  # tokens, rows, sampled rows, table columns, decodes, context_max
 
 
 def write_frame(fd: int, kind: bytes, payload: bytes, timeout_s: float) -> None:
@@ -69,36 +67,23 @@ def pack_json(values: dict[str, Any]) -> bytes:
     return json.dumps(values).encode()
 
 
-def pack_step(
-    token_ids: Tensor,
-    batch: AttentionBatch,
-    sample_rows: Tensor,
-    block_tokens: int,
-    homes: Sequence[int] = (),
-    copies: Sequence[Copy] = (),
-) -> bytes:
-    """int64 all through: the counts, then each tensor; of the block table the rows and columns in use.
-
-    Copies are runs of source, target, count and blocks.
-    """
-    moved = [n for copy in copies for n in (copy.source, copy.target, len(copy.blocks), *copy.blocks)]
+def pack_step(token_ids: Tensor, batch: AttentionBatch, sample_rows: Tensor, block_tokens: int) -> bytes:
+    """int64 all through: the counts, then each tensor; of the block table the rows and columns in use."""
     columns = -(-batch.context_max // block_tokens)
     table = batch.block_table[batch.slots.long(), :columns]
     counts = [len(token_ids), len(batch.slots), len(sample_rows), columns, batch.decodes, batch.context_max]
-    counts += [len(homes), len(moved)]
     tensors = (token_ids, batch.positions, batch.cache_slots, batch.starts, batch.lengths, batch.offsets, sample_rows)
     arrays = [tensor.cpu().numpy().astype("<i8", copy=False) for tensor in (*tensors, table.reshape(-1))]
-    rest = np.array([*homes, *moved], "<i8")
-    return b"".join([np.array(counts, "<i8").tobytes(), *(array.tobytes() for array in arrays), rest.tobytes()])
+    return b"".join([np.array(counts, "<i8").tobytes(), *(array.tobytes() for array in arrays)])
 
 
-def unpack_step(payload: bytes) -> tuple[Tensor, AttentionBatch, Tensor, list[int], list[Copy]]:
-    """The step's token ids, batch, sampled rows, homes and copies, as `pack_step` had them."""
+def unpack_step(payload: bytes) -> tuple[Tensor, AttentionBatch, Tensor]:
+    """The step's token ids, batch and sampled rows, as `pack_step` had them."""
     values = torch.frombuffer(bytearray(payload), dtype=torch.int64)
-    tokens, rows, sampled, columns, decodes, context_max, homed, moved = values[:_COUNTS].tolist()
-    sizes = [tokens, tokens, tokens, rows, rows, rows + 1, sampled, rows * columns, homed, moved]
+    tokens, rows, sampled, columns, decodes, context_max = values[:_COUNTS].tolist()
+    sizes = [tokens, tokens, tokens, rows, rows, rows + 1, sampled, rows * columns]
     tensors = torch.split(values[_COUNTS:], sizes)
-    token_ids, positions, cache_slots, starts, lengths, offsets, sample_rows, table, homes, copies = tensors
+    token_ids, positions, cache_slots, starts, lengths, offsets, sample_rows, table = tensors
     batch = AttentionBatch(
         block_table=table.view(rows, columns).int(),
         slots=torch.arange(rows, dtype=torch.int32),
@@ -110,22 +95,15 @@ def unpack_step(payload: bytes) -> tuple[Tensor, AttentionBatch, Tensor, list[in
         decodes=decodes,
         context_max=context_max,
     )
-    return token_ids.clone(), batch, sample_rows.clone(), homes.tolist(), _copies(copies.tolist())
+    return token_ids.clone(), batch, sample_rows.clone()
 
 
 def on_device(
     token_ids: Tensor, batch: AttentionBatch, sample_rows: Tensor, device: torch.device
 ) -> tuple[Tensor, AttentionBatch, Tensor]:
     """A step's tensors where the model is."""
+    if token_ids.device == device:
+        return token_ids, batch, sample_rows
     fields = ("block_table", "slots", "starts", "lengths", "offsets", "positions", "cache_slots")
     moved = {name: getattr(batch, name).to(device) for name in fields}
     return token_ids.to(device), replace(batch, **moved), sample_rows.to(device)
-
-
-def _copies(numbers: list[int]) -> list[Copy]:
-    found, at = [], 0
-    while at < len(numbers):
-        source, target, count = numbers[at : at + 3]
-        found.append(Copy(source, target, tuple(numbers[at + 3 : at + 3 + count])))
-        at += 3 + count
-    return found

@@ -69,4 +69,6 @@ def meet(
     # Experts of one rank alone have nowhere to go.
     balanced = order["experts"]["spare"] > 0 and programs.mesh.ranks > programs.mesh.size(STAGES)
     folder = Path(order["folder"]) if balanced and model.architecture.moe is not None else None
-    return RankModel(model, programs, comm, rank, shared=order["shared"], folder=folder)
+    made = RankModel(model, programs, comm, rank, shared=order["shared"], folder=folder)
+    made.part_tokens_min = order["part_tokens_min"]
+    return made

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from tokenrelay.kernels.batch import AttentionBatch
 from tokenrelay.kernels.layout import GqaLayout, MlaLayout
-from tokenrelay.runtime.placement import AXES, Mesh
+from tokenrelay.runtime.placement import STAGES, Mesh
+from tokenrelay.runtime.placement.mesh import MESH_AXES
+from tokenrelay.runtime.placement.stages import stage_layers
 from tokenrelay.runtime.spmd.comm import Comm
 
 
@@ -48,55 +50,77 @@ class Unseen:
 class Mirror:
     """One rank's part in `spread` and `collect`. All ranks of the mesh call them together."""
 
-    def __init__(self, comm: Comm, mesh: Mesh, rank: int, layout: GqaLayout | MlaLayout) -> None:
-        """`layout` of this rank's caches."""
+    def __init__(self, comm: Comm, mesh: Mesh, rank: int, layout: GqaLayout | MlaLayout, layers: int) -> None:
+        """`layout` of this rank's caches; `layers` of the whole model."""
         self._comm = comm
         self._mesh = mesh
         self._rank = rank
-        self._at = mesh.coordinates(rank)
         self._layout = layout
-        self._all = tuple(axis for axis in AXES if mesh.size(axis) > 1)
+        self._heads = layout.kv_heads if isinstance(layout, GqaLayout) else 0  # of a rank; 0: latents, whole on each
+        self._stages = [stage_layers(layers, stage, mesh.size(STAGES)) for stage in range(mesh.size(STAGES))]
+        self._all = tuple(axis for axis in MESH_AXES if mesh.size(axis) > 1)
         comm.connect(self._all)
-        if mesh.size("tp") > 1:
-            comm.connect(("tp",))
+        self._keepers = [other for other in range(mesh.ranks) if self._keeps(mesh.coordinates(other))]
+        self.in_place = mesh.size("dp") == 1 and (not self._heads or mesh.size("tp") == 1)
+        """The leader's caches are the first layers of the pool."""
 
-    @property
-    def _heads(self) -> int:
-        """Of a rank; 0: latents, which are whole on each."""
-        return self._layout.kv_heads if isinstance(self._layout, GqaLayout) else 0
+    def _keeps(self, at: dict[str, int]) -> bool:
+        """Whether the leader hears from the rank there what it wrote; the others have the same as one of these."""
+        return not at["cp"] and not at["ep"] and (bool(self._heads) or not at["tp"])
 
-    def spread(self, blocks: list[int], caches: list[Tensor], pool: list[Tensor]) -> None:
-        """`blocks` of the leader's `pool` to every rank's `caches`; followers have no pool."""
-        if not blocks:
-            return
-        index = torch.tensor(blocks)
-        if self._rank:
-            like = torch.empty((len(caches), len(blocks), *caches[0].shape[1:]), dtype=caches[0].dtype)
-            for cache, part in zip(caches, self._comm.receive_in(self._all, 0, like), strict=True):
-                cache[index] = part
-            return
-        whole = torch.stack([layer[index] for layer in pool])  # [layers, blocks, …]
-        for rank in range(1, self._mesh.ranks):
-            self._comm.send_in(self._all, rank, self._part(whole, self._mesh.coordinates(rank)["tp"]))
-        if caches[0] is not pool[0]:
-            for cache, part in zip(caches, self._part(whole, 0), strict=True):
-                cache[index] = part
+    def _layers(self, pool: list[Tensor], rank: int) -> list[Tensor]:
+        held = self._stages[self._mesh.coordinates(rank)[STAGES]]
+        return pool[held.start : held.stop]
 
-    def _part(self, whole: Tensor, tp: int) -> Tensor:
-        """[layers, blocks, 2, heads, …] -> one rank's heads; latents as they are."""
-        return whole.narrow(3, tp * self._heads, self._heads) if self._heads else whole
+    def spread(self, blocks: list[int], part_blocks: int, caches: list[Tensor], pool: list[Tensor]) -> None:
+        """`blocks` of the leader's `pool` to the `caches` of the ranks that lack them; followers have no pool."""
+        for rank in range(self._mesh.ranks):
+            home = self._mesh.coordinates(rank)["dp"] * part_blocks
+            own = torch.tensor([block for block in blocks if home <= block < home + part_blocks], dtype=torch.int64)
+            if not len(own) or (self._rank and rank != self._rank) or (not rank and self.in_place):
+                continue
+            if self._rank:
+                like = torch.empty((len(caches), len(own), *caches[0].shape[1:]), dtype=caches[0].dtype)
+                came = self._comm.receive_in(self._all, 0, like)
+            else:
+                came = torch.stack([layer[own] for layer in self._layers(pool, rank)])  # [layers, blocks, …]
+                if self._heads:
+                    came = came.narrow(3, self._mesh.coordinates(rank)["tp"] * self._heads, self._heads)
+                if rank:
+                    self._comm.send_in(self._all, rank, came)
+                    continue
+            for cache, part in zip(caches, came, strict=True):
+                cache[own - home] = part
 
-    def collect(self, slots: Tensor, caches: list[Tensor], pool: list[Tensor]) -> None:
-        """What the ranks wrote at `slots` (int64 [t] of the cache) into the leader's `pool`."""
-        if not self._heads or self._mesh.size("tp") == 1 or any(self._at[a] for a in self._at if a != "tp"):
-            return
+    def collect(self, slots: Tensor, part_blocks: int, caches: list[Tensor], pool: list[Tensor]) -> None:
+        """What the ranks wrote at `slots` (int64 [t] of the pool) into the leader's `pool`."""
         size = self._layout.block_tokens
         blocks, places = slots // size, slots % size
-        mine = torch.stack([cache[blocks, :, :, places] for cache in caches])  # [layers, t, 2, heads, head_dim]
-        if self._rank:
-            self._comm.send_in(("tp",), 0, mine)
-            return
-        parts = [mine]
-        parts += [self._comm.receive_in(("tp",), n, torch.empty_like(mine)) for n in range(1, self._mesh.size("tp"))]
-        for layer, written in zip(pool, torch.cat(parts, 3), strict=True):
-            layer[blocks, :, :, places] = written
+        homes = blocks // part_blocks
+        for rank in self._keepers:
+            at = self._mesh.coordinates(rank)
+            mine = torch.nonzero(homes == at["dp"]).flatten()
+            if not len(mine) or (self._rank and rank != self._rank) or (not rank and self.in_place):
+                continue
+            held, inside = blocks[mine], places[mine]
+            if rank == self._rank:
+                came = torch.stack([_written(cache, held - at["dp"] * part_blocks, inside) for cache in caches])
+                if rank:
+                    self._comm.send_in(self._all, 0, came)
+                    continue
+            else:
+                shape = _written(pool[0], held, inside).shape  # [t, 2, heads, …], or [t, width]
+                heads = (shape[0], 2, self._heads, shape[3]) if self._heads else shape
+                like = torch.empty((len(self._layers(pool, rank)), *heads), dtype=pool[0].dtype)
+                came = self._comm.receive_in(self._all, rank, like)
+            first = at["tp"] * self._heads
+            for layer, part in zip(self._layers(pool, rank), came, strict=True):
+                if self._heads:
+                    layer[:, :, first : first + self._heads][held, :, :, inside] = part
+                else:
+                    layer[held, inside] = part
+
+
+def _written(cache: Tensor, blocks: Tensor, places: Tensor) -> Tensor:
+    """What a cache has at each token: [t, 2, heads, head_dim], or [t, width] of latents."""
+    return cache[blocks, places] if cache.dim() == 3 else cache[blocks, :, :, places]

@@ -39,8 +39,10 @@ from tokenrelay.runtime.placement.stages import cut_stages, stage_layers
 from tokenrelay.runtime.spmd.balance import Balancer
 from tokenrelay.runtime.spmd.comm import Comm
 from tokenrelay.runtime.spmd.deal import deal
-from tokenrelay.runtime.spmd.homes import Copy
+from tokenrelay.runtime.spmd.frames import on_device
+from tokenrelay.runtime.spmd.homes import at_home, homes_of
 from tokenrelay.runtime.spmd.line import Bound, Line
+from tokenrelay.runtime.spmd.micro import PART_TOKENS_MIN, count_parts, cut_step
 from tokenrelay.runtime.spmd.mirror import Mirror
 from tokenrelay.runtime.spmd.shard import cuts_of
 
@@ -61,6 +63,20 @@ class Inputs:
     def step(self) -> Inputs:
         """Itself, for what takes it whole."""
         return self
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a rank computes: a program, its tokens, and the rest that it reads."""
+
+    line: Line
+    token_ids: Tensor  # int64 [t]
+    inputs: Inputs
+    order: Tensor | None  # int64: where among the gathered logits each sampled row stands; None: in place
+
+    def in_order(self, logits: Tensor) -> Tensor:
+        """Gathered logits as the step's sampled rows stand."""
+        return logits if self.order is None or not len(logits) else logits[self.order]
 
 
 Fn = Callable[..., Any]  # values -> a tensor, or a tuple of them
@@ -121,94 +137,107 @@ class RankModel:
         for program in (few, many):
             for axes in _groups(program):
                 comm.connect(axes)
-        for axis in ("dp", STAGES):  # blocks are copied along dp, values passed on along pp
-            if self.mesh.size(axis) > 1:
-                comm.connect((axis,))
+        if stages > 1:
+            comm.connect((STAGES,))  # values are passed on
+        self.part_blocks = 0  # of this rank's caches
+        self.part_tokens_min = PART_TOKENS_MIN  # of a micro-batch
         self.balancer = Balancer(model, comm, self.mesh, rank, folder) if folder is not None else None
-        self.mirror = Mirror(comm, self.mesh, rank, model.config.kv_layout) if shared else None
+        layers = len(model.layers)
+        self.mirror = Mirror(comm, self.mesh, rank, model.config.kv_layout, layers) if shared else None
         self._few = Line(few, self.bind, fused=not self.dealt)
         self._many = Line(many, self.bind, fused=not self.dealt)
 
-    def __call__(
-        self,
-        token_ids: Tensor,
-        batch: AttentionBatch,
-        caches: list[Tensor],
-        sample_rows: Tensor,
-        homes: Sequence[int] = (),
-        copies: Sequence[Copy] = (),
-    ) -> Tensor:
-        """As `Model.forward`, whose docstring has the shapes. With dp each row has its home, and blocks are copied.
+    def allocate(self, blocks: int) -> int:
+        """The blocks of this rank's caches, for a pool of so many: its part of it, along dp."""
+        self.part_blocks = blocks // self.mesh.size("dp")
+        return self.part_blocks
+
+    def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[Tensor], sample_rows: Tensor) -> Tensor:
+        """As `Model.forward`, whose docstring has the shapes; on the CPU where tokens or layers are dealt out.
 
         The first rank returns the logits, and the others something of no meaning.
         """
-        self._copy(caches, copies)
-        order = None
-        keys = (batch.positions, batch.cache_slots)
-        inputs = Inputs(batch, caches, sample_rows, batch.positions, keys, token_ids.shape[0], self.cos_sin)
-        if self.dealt:
-            dealt = deal(token_ids, batch, sample_rows, homes or [0] * len(batch.starts), self.mesh, self._at)
-            token_ids, order = dealt.token_ids, dealt.order
-            real = len(dealt.batch.positions)
-            inputs = Inputs(dealt.batch, caches, dealt.sample_rows, dealt.positions, dealt.keys, real, self.cos_sin)
-        tokens, tp, sampled = token_ids.shape[0], self.mesh.size("tp"), inputs.sample_rows.shape[0]
-        # The last layer's rows are cut too, so both must divide.
-        cut = not tokens % tp and not sampled % tp and tokens >= tp * SPLIT_TOKENS_MIN
-        line = self._many if cut and sampled else self._few
-        logits = self._whole(line, token_ids, inputs) if self._stages == 1 else self._staged(line, token_ids, inputs)
-        return logits[order] if order is not None and len(logits) else logits
+        homes = [0] * len(batch.starts)
+        if self.mesh.size("dp") > 1:
+            homes = homes_of(batch, self.part_blocks)
+            batch = at_home(batch, self._at["dp"], self.part_blocks, self.config.kv_layout.block_tokens)
+        if self._stages > 1:
+            return self._staged(token_ids, batch, caches, sample_rows, homes)
+        work = self._work(token_ids, batch, caches, sample_rows, homes)
+        made = work.line.run(work.token_ids, work.inputs)
+        if made is None:  # a step without samples ends at the last layer's attention
+            return torch.empty((0, self.config.vocab_size), dtype=torch.float32, device=self.cos_sin.device)
+        return work.in_order(made[0])
 
     @property
     def shard(self) -> Model:
         """This rank's part of the model. It computes nothing alone."""
         return self._model
 
-    # -- dp and pp ----------------------------------------------------------------------------------------------------
-    def _copy(self, caches: list[Tensor], copies: Sequence[Copy]) -> None:
-        """Blocks that a row's home lacks, along dp; each rank for its layers and heads."""
-        place = self._at["dp"]
-        for copy in copies:
-            blocks = torch.tensor(copy.blocks)
-            if place == copy.source:
-                self._comm.send("dp", copy.target, torch.stack([cache[blocks] for cache in caches]))
-            elif place == copy.target:
-                like = torch.empty((len(caches), len(blocks), *caches[0].shape[1:]), dtype=caches[0].dtype)
-                for cache, filled in zip(caches, self._comm.receive("dp", copy.source, like), strict=True):
-                    cache[blocks] = filled
-
-    def _whole(self, line: Line, token_ids: Tensor, inputs: Inputs) -> Tensor:
-        """All layers. A step without samples ends at the last layer's attention."""
-        made = line.run(token_ids, inputs)
-        if made is None:
-            return torch.empty((0, self.config.vocab_size), dtype=torch.float32, device=token_ids.device)
-        logits: Tensor = made[0]
-        return logits
-
-    def _staged(self, line: Line, token_ids: Tensor, inputs: Inputs) -> Tensor:
-        """This stage's part: values from the stage before, values to the one behind, and logits back to rank 0."""
-        stage, last = self._at[STAGES], self.mesh.size(STAGES) - 1
-        if stage == 0:
-            given = [token_ids]
+    def _work(
+        self, token_ids: Tensor, batch: AttentionBatch, caches: list[Tensor], sample_rows: Tensor, homes: Sequence[int]
+    ) -> Work:
+        """What this rank computes of a step, or of a part of one."""
+        order, device = None, self.cos_sin.device
+        if self.dealt:
+            dealt = deal(token_ids, batch, sample_rows, homes, self.mesh, self._at)
+            real, order = len(dealt.batch.positions), dealt.order.to(device)
+            token_ids, batch, sample_rows = on_device(dealt.token_ids, dealt.batch, dealt.sample_rows, device)
+            positions, keys = dealt.positions.to(device), (dealt.keys[0].to(device), dealt.keys[1].to(device))
         else:
-            dtype, tokens = self.config.dtype, token_ids.shape[0]
-            likes = [torch.empty(_local(value, self.mesh, tokens), dtype=dtype) for value in line.takes]
-            given = [self._comm.receive(STAGES, stage - 1, like) for like in likes]
-        made = line.run(*given, inputs)
-        if stage < last:
-            assert made is not None
-            for value in made:
-                self._comm.send(STAGES, stage + 1, value)
+            token_ids, batch, sample_rows = on_device(token_ids, batch, sample_rows, device)
+            positions, keys, real = batch.positions, (batch.positions, batch.cache_slots), token_ids.shape[0]
+        inputs = Inputs(batch, caches, sample_rows, positions, keys, real, self.cos_sin)
+        tokens, tp, sampled = token_ids.shape[0], self.mesh.size("tp"), sample_rows.shape[0]
+        # The last layer's rows are cut too, so both must divide.
+        cut = not tokens % tp and not sampled % tp and tokens >= tp * SPLIT_TOKENS_MIN
+        return Work(self._many if cut and sampled else self._few, token_ids, inputs, order)
+
+    # -- pp -----------------------------------------------------------------------------------------------------------
+    def _staged(
+        self, token_ids: Tensor, batch: AttentionBatch, caches: list[Tensor], sample_rows: Tensor, homes: Sequence[int]
+    ) -> Tensor:
+        """This stage's part of each micro-batch: values come from the stage before, and go to the one behind.
+
+        Nobody waits for a value to arrive before it goes on with the next micro-batch. The logits go to rank 0 when all
+        are there, so that no message stands in the way of one that somebody waits for.
+        """
+        stage, last = self._at[STAGES], self._stages - 1
+        places = self.mesh.size("dp") * self.mesh.size("cp")
+        count = count_parts(len(token_ids), places, self._stages, self.part_tokens_min)
+        parts = cut_step(token_ids, batch, sample_rows, homes, count)
         leads = not any(place for axis, place in self._at.items() if axis != STAGES)
-        sampled, vocab = inputs.sample_rows.shape[0], self.config.vocab_size
-        if not leads or not sampled or 0 < stage < last:
+        works, logits, sends = list[Work](), list[Tensor](), list[Callable[[], None]]()
+        for part in parts:
+            work = self._work(part.token_ids, part.batch, caches, part.sample_rows, part.homes)
+            works.append(work)
+            made = work.line.run(*self._given(work, stage), work.inputs)
+            if stage < last:
+                assert made is not None
+                sends += [self._comm.begin_send(STAGES, stage + 1, value) for value in made]
+            elif made is not None:
+                logits.append(made[0])
+        for wait in sends:
+            wait()
+        vocab, sampled = self.config.vocab_size, [work.inputs.sample_rows.shape[0] * places for work in works]
+        if not leads or not len(sample_rows) or 0 < stage < last:
             return torch.empty((0, vocab))
         if stage == last:
-            assert made is not None
-            logits: Tensor = made[0]
-            self._comm.send(STAGES, 0, logits)
-            return logits
-        places = self.mesh.size("dp") * self.mesh.size("cp")
-        return self._comm.receive(STAGES, last, torch.empty((places * sampled, vocab)))
+            self._comm.send(STAGES, 0, found := torch.cat(logits))
+            return found
+        came = self._comm.receive(STAGES, last, torch.empty((sum(sampled), vocab), device=self.cos_sin.device))
+        found = torch.empty((len(sample_rows), vocab), device=came.device)
+        for part, work, rows in zip(parts, works, torch.split(came, sampled), strict=True):
+            found[part.sampled.to(came.device)] = work.in_order(rows)
+        return found
+
+    def _given(self, work: Work, stage: int) -> list[Tensor]:
+        """What the line takes: the tokens in the first stage, values of the one before in the others."""
+        if stage == 0:
+            return [work.token_ids]
+        tokens, dtype, device = work.token_ids.shape[0], self.config.dtype, self.cos_sin.device
+        likes = [torch.empty(_local(v, self.mesh, tokens), dtype=dtype, device=device) for v in work.line.takes]
+        return [self._comm.receive(STAGES, stage - 1, like) for like in likes]
 
     # -- a program's operations ---------------------------------------------------------------------------------------
     def bind(self, op: Op) -> Bound:

@@ -39,8 +39,8 @@ from tokenrelay.runtime.spmd import frames
 from tokenrelay.runtime.spmd.balance import Replaced
 from tokenrelay.runtime.spmd.comm import HOST, LOAD_MAX_S
 from tokenrelay.runtime.spmd.followers import JOIN_MAX_S, Child, Follower, Rendezvous
-from tokenrelay.runtime.spmd.homes import Homes
 from tokenrelay.runtime.spmd.load import code_identity, load_shard, meet
+from tokenrelay.runtime.spmd.micro import PART_TOKENS_MIN
 from tokenrelay.runtime.spmd.mirror import Unseen
 from tokenrelay.runtime.spmd.rank_model import RankModel
 
@@ -120,11 +120,7 @@ class Ranks:
         `shared`: the pool that the leader is given is as one rank would have it, for peers of any width (`mirror.py`).
         """
         if device == "cuda":
-            refuse_devices(mesh, len(self.pids) + 1, shared=shared or bool(experts and experts.spare))
-        if shared and mesh.size("dp") * mesh.size(STAGES) > 1:
-            raise PlacementError(
-                f"KV of {mesh!r} is not handed over: along dp and pp no rank has all of it; use tp, ep, cp"
-            )
+            refuse_devices(len(self.pids) + 1, shared=shared or bool(experts and experts.spare))
         if mesh.ranks > self.count:
             raise PlacementError(f"{mesh!r} has {mesh.ranks} ranks, and {self.count} were started")
         self._check()
@@ -141,6 +137,7 @@ class Ranks:
             "device": device,
             "options": options,
             "experts": asdict(experts or ExpertSplit()),
+            "part_tokens_min": PART_TOKENS_MIN,
         }
         followers = self._followers[: mesh.ranks - 1]
         try:
@@ -237,12 +234,15 @@ class Ranks:
             self.on_death(reason)
 
 
-def refuse_devices(mesh: Mesh, here: int, *, shared: bool) -> None:
+def refuse_devices(here: int, *, shared: bool) -> None:
     """Raises PlacementError for ranks that this machine's GPUs cannot hold, and for what is not done on them."""
     if here > (count := torch.cuda.device_count()):
         raise PlacementError(f"{here} ranks on this host, and it has {count} GPUs: a rank needs one of its own")
-    if shared or mesh.ranks > mesh.size("tp") * mesh.size("ep"):
-        raise PlacementError(f"on GPUs ranks have tp and ep, no handover and no spare experts so far, not {mesh!r}")
+    if shared:
+        raise PlacementError(
+            "on GPUs ranks are no members of a fleet and have no spare experts: a pool for peers lies in host memory, "
+            "and experts that move are counted there"
+        )
 
 
 class LeadingModel:
@@ -255,15 +255,17 @@ class LeadingModel:
         self._model = model
         self._followers = followers
         self._block_tokens = model.config.kv_layout.block_tokens
-        places = model.mesh.size("dp")
-        self._homes = Homes(places, self._block_tokens) if places > 1 else None
+        self.parts = model.mesh.size("dp")  # of the pool, for the scheduler: a sequence's blocks are of one
+        self.whole_pool = model.mirror is not None  # the leader has all parts of it, and not only its own
+        self._from_host = model.dealt or model.mesh.size(STAGES) > 1  # steps are dealt out on the CPU
         self.replace_steps = REPLACE_STEPS  # between two re-placements of experts, where these have spare places
         self._steps = 0
         self._unseen: Unseen | None = None
         self._caches: list[Tensor] | None = None  # rank 0's own, where the pool that it is given is laid out otherwise
         if model.mirror is not None:
-            layout = model.shard.architecture.kv_layout(self._block_tokens)
-            self.config = replace(self.config, kv_layout=layout)
+            architecture = model.shard.architecture
+            layout = architecture.kv_layout(self._block_tokens)
+            self.config = replace(self.config, kv_layout=layout, layers=architecture.layers)
 
     def replace_experts(self) -> Replaced:
         """Move experts to where their load is even, now, between two steps. Raises Unavailable."""
@@ -279,39 +281,42 @@ class LeadingModel:
         return self._model.shard
 
     def allocate(self, blocks: int, generations: npt.NDArray[np.uint64] | None = None) -> None:
-        """Followers make their caches, as many blocks as the leader has; before the first step.
+        """Ranks make their caches for a pool of so many blocks; before the first step.
 
         `generations` [blocks]: the scheduler's words, for a pool that others write to.
         """
+        part_blocks = self._model.allocate(blocks)
         if self._model.mirror is not None:
             assert generations is not None, "a shared pool has generations"
             self._unseen = Unseen(generations, self._block_tokens)
             own = self._model.config
-            if own.kv_layout != self.config.kv_layout:
-                shape = own.kv_layout.shape(blocks)
+            if not self._model.mirror.in_place:
+                shape = own.kv_layout.shape(part_blocks)
                 self._caches = [torch.zeros(shape, dtype=own.dtype) for _ in range(own.layers)]
-        if self._homes is not None:
-            self._homes.allocate(blocks)
         payload = frames.pack_json({"blocks": blocks})
         self._ranks.run(self._followers, frames.CACHES, payload, lambda: None)
 
     def __call__(self, token_ids: Tensor, batch: AttentionBatch, caches: list[Tensor], sample_rows: Tensor) -> Tensor:
         """As `Model.forward`. Raises Unavailable once a rank is dead or hangs."""
-        homes, copies = self._homes.choose(batch) if self._homes is not None else ([], [])
-        payload = frames.pack_step(token_ids, batch, sample_rows, self._block_tokens, homes, copies)
+        payload = frames.pack_step(token_ids, batch, sample_rows, self._block_tokens)
+        if self._from_host and token_ids.is_cuda:
+            token_ids, batch, sample_rows = frames.unpack_step(payload)
         self._steps += 1
         if self._model.balancer is not None and self._steps % self.replace_steps == 0:
             self.replace_experts()
-        own, mirror = self._caches or caches, self._model.mirror
+        own, mirror = self._caches or caches[: self._model.config.layers], self._model.mirror
+        part_blocks = self._model.part_blocks
 
         def step() -> Tensor:
-            made = self._model(token_ids, batch, own, sample_rows, homes, copies)
+            made = self._model(token_ids, batch, own, sample_rows)
             if mirror is not None:
-                mirror.collect(batch.cache_slots, own, caches)
+                mirror.collect(batch.cache_slots, part_blocks, own, caches)
             return made
 
         if self._unseen is not None and mirror is not None and (blocks := self._unseen.choose(batch)):
             order = frames.pack_json({"blocks": blocks})
-            self._ranks.run(self._followers, frames.SPREAD, order, lambda: mirror.spread(blocks, own, caches))
+            self._ranks.run(
+                self._followers, frames.SPREAD, order, lambda: mirror.spread(blocks, part_blocks, own, caches)
+            )
         logits: Tensor = self._ranks.run(self._followers, frames.STEP, payload, step)
         return logits

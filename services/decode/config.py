@@ -41,7 +41,9 @@ class WorkerConfig:
     )
     tp: int = setting(1, "rank processes that heads and features are cut over (CPU)", minimum=1, maximum=64)
     ep: int = setting(1, "rank processes that whole experts are dealt out to (CPU)", minimum=1, maximum=64)
-    dp: int = setting(1, "rank processes that sequences are dealt out to, and experts (CPU)", minimum=1, maximum=64)
+    dp: int = setting(
+        1, "rank processes that sequences, their KV and experts are dealt out to (CPU)", minimum=1, maximum=64
+    )
     cp: int = setting(1, "rank processes that a prompt's tokens are cut over (CPU)", minimum=1, maximum=64)
     pp: int = setting(1, "rank processes that layers are dealt out to, in stages (CPU)", minimum=1, maximum=64)
     experts: str = setting(
@@ -121,9 +123,8 @@ class WorkerConfig:
             raise ConfigError(f"worker.weight_dtype {self.weight_dtype} is for one rank; this worker has {self.ranks}")
         if self.ranks > 1 and self.deterministic:
             raise ConfigError(f"worker.deterministic is for one rank; this worker has {self.ranks}")
-        if self.ranks > 1 and self.draft_width:
-            name = "draft_tokens" if self.draft_tokens else "drafts"
-            raise ConfigError(f"worker.{name} is for one rank; this worker has {self.ranks}")
+        if self.ranks > 1 and self.prediction == "on":
+            raise ConfigError(f"worker.drafts mtp is for one rank; this worker has {self.ranks}: use ngram")
         if self.ranks > 1 and self.host_cache_gib:
             raise ConfigError(f"worker.host_cache_gib is for one rank; this worker has {self.ranks}")
 

@@ -27,10 +27,13 @@ def configs() -> st.SearchStrategy[Config]:
         host: int,
         late: int,
         drafts: int,
+        parts: int,
     ) -> Config:
+        parts = 1 if host else parts
         return Config(
             block_tokens=16,
-            blocks=(context + 15) // 16 + spare,
+            blocks=((context + 15) // 16 + spare) * parts,
+            parts=parts,
             slots=slots,
             context_tokens=context,
             step_tokens=slots + budget,
@@ -59,6 +62,7 @@ def configs() -> st.SearchStrategy[Config]:
         st.sampled_from([0, 2, 40]),
         st.sampled_from([3, 1_000_000]),
         st.sampled_from([0, 1, 4, 15]),
+        st.sampled_from([1, 1, 2, 3]),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +12,8 @@ from tokenrelay.kernels.batch import AttentionBatch
 from tokenrelay.runtime.placement import Mesh
 from tokenrelay.runtime.spmd import frames
 from tokenrelay.runtime.spmd.deal import NOWHERE, Dealt, deal
-from tokenrelay.runtime.spmd.homes import Copy, Homes
+from tokenrelay.runtime.spmd.homes import at_home, homes_of
+from tokenrelay.runtime.spmd.micro import count_parts, cut_step
 
 
 def batch_of(starts: list[int], lengths: list[int], decodes: int) -> AttentionBatch:
@@ -91,26 +94,58 @@ def test_a_long_prompt_costs_each_rank_the_same() -> None:
     ] * 4
 
 
-def test_rows_stay_with_their_blocks() -> None:
-    homes = Homes(2, 16)
-    homes.allocate(400)
-    first, copies = homes.choose(batch_of([0, 0], [20, 20], 0))
-    assert sorted(first) == [0, 1] and not copies
+def test_a_row_is_computed_where_its_blocks_are() -> None:
+    """Of three parts of 100 blocks, which every rank numbers from 0."""
     batch = batch_of([20, 20, 0], [1, 1, 5], 2)
-    again, copies = homes.choose(batch)
-    assert again[:2] == first and not copies
-    batch.block_table[2, :2] = torch.tensor([0, 101])  # a prefix of both
-    batch.starts[2] = 32
-    shared, copies = homes.choose(batch)
-    lacks = 0 if shared[2] == first[1] else 101
-    assert copies == [Copy(first[0] if lacks == 0 else first[1], shared[2], (lacks,))]
-    assert homes.choose(batch)[1] == [], "both hold it now"
+    batch.block_table[0] += 200
+    batch = replace(batch, cache_slots=batch.cache_slots + torch.tensor([200 * 16, 0, *[-100 * 16] * 5]))
+    batch.block_table[2] -= 100
+    assert homes_of(batch, 100) == [2, 1, 1]
+    first, second = at_home(batch, 2, 100, 16), at_home(batch, 1, 100, 16)
+    assert first.block_table[0].tolist() == [0, 1] and first.cache_slots[0] == 20
+    assert second.block_table[1:].tolist() == [[0, 1], [0, 1]]
+    assert second.cache_slots[1:].tolist() == [20, *range(5)]
+    assert batch.block_table[0, 0] == 200, "the scheduler's table is left alone"
 
 
-def test_homes_and_copies_reach_followers() -> None:
+def test_a_step_reaches_followers() -> None:
     batch = batch_of([20, 3], [1, 5], 1)
-    copies = [Copy(0, 1, (3, 4)), Copy(1, 0, (7,))]
-    payload = frames.pack_step(torch.arange(6), batch, torch.tensor([0]), 16, [1, 0], copies)
-    ids, found, rows, homes, moved = frames.unpack_step(payload)
-    assert ids.tolist() == list(range(6)) and rows.tolist() == [0] and homes == [1, 0] and moved == copies
+    payload = frames.pack_step(torch.arange(6), batch, torch.tensor([0]), 16)
+    ids, found, rows = frames.unpack_step(payload)
+    assert ids.tolist() == list(range(6)) and rows.tolist() == [0]
     assert torch.equal(found.cache_slots, batch.cache_slots) and found.decodes == 1
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(steps(), st.integers(1, 6))
+def test_micro_batches_have_each_token_once_and_in_order(
+    step: tuple[AttentionBatch, Mesh, list[int], torch.Tensor], count: int
+) -> None:
+    batch, mesh, homes, sampled = step
+    ids = torch.arange(len(batch.positions)) + 7
+    cut = cut_step(ids, batch, sampled, homes, count)
+    assert len(cut) <= count
+    assert sorted(torch.cat([part.token_ids for part in cut]).tolist()) == ids.tolist()
+    done = dict.fromkeys(range(len(homes)), 0)  # a piece comes when all before it have been computed
+    for part in cut:
+        at = part.token_ids - 7
+        assert torch.equal(part.batch.positions, batch.positions[at])
+        assert torch.equal(part.batch.cache_slots, batch.cache_slots[at])
+        assert torch.equal(part.token_ids[part.sample_rows] - 7, sampled[part.sampled])
+        for row, (start, length) in enumerate(
+            zip(part.batch.starts.tolist(), part.batch.lengths.tolist(), strict=True)
+        ):
+            whole = int(part.batch.slots[row])
+            assert part.homes[row] == homes[whole]
+            assert start == int(batch.starts[whole]) + done[whole]
+            done[whole] += length
+    assert sorted(torch.cat([part.sampled for part in cut]).tolist()) == list(range(len(sampled)))
+    for home in range(mesh.size("dp")):
+        tokens = [sum(n for n, h in zip(p.batch.lengths.tolist(), p.homes, strict=True) if h == home) for p in cut]
+        assert max(tokens) - min([*tokens, *[0] * (len(cut) < count)]) <= len(homes), "each part costs a rank the same"
+
+
+def test_how_many_micro_batches() -> None:
+    assert count_parts(4096, 1, 1) == 1, "nobody waits for another stage"
+    assert [count_parts(tokens, 1, 2) for tokens in (1, 255, 256, 1024, 9000)] == [1, 1, 2, 8, 8]
+    assert count_parts(1024, 4, 2) == 2, "each of four ranks has a quarter of the tokens"

@@ -107,25 +107,15 @@ def test_experts_of_dealt_sequences(
     compare(ranks, checkpoint(name, family, **overrides), mesh, experts)
 
 
+@pytest.mark.parametrize("mesh", [Mesh(pp=2), Mesh(pp=2, dp=2), Mesh(pp=2, cp=2), Mesh(pp=2, tp=2)], ids=str)
 @pytest.mark.parametrize("name", ["v3", "qwen3"])
-def test_blocks_follow_a_sequence_to_its_home(ranks: Ranks, checkpoint: Callable[..., Path], name: str) -> None:
-    """A prefix whose blocks were computed on two ranks: what the third sequence's home lacks is copied there."""
+def test_stages_work_on_micro_batches(
+    ranks: Ranks, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str, mesh: Mesh
+) -> None:
+    """A step of some tokens is cut into as many parts as there may be, prefills in the middle."""
     family, overrides = FAMILIES[name]
-    folder = checkpoint(name, family, **overrides)
-    tokens = prompt(40, 5)
-
-    def answer(model: Any) -> torch.Tensor:
-        paged = Paged(model, blocks=BLOCKS, seed=3)
-        a, b = paged.add(tokens), paged.add(tokens)
-        paged.step({a: 40, b: 40})  # with dp one home each
-        c = paged.add(tokens, prefix_of=a, prefix_blocks=2)
-        paged.rows[c].blocks[1] = paged.rows[b].blocks[1]
-        return paged.step({c: 8})[c]
-
-    expected = answer(load_model(folder, dtype=torch.float32, block_tokens=16))
-    model = ranks.load(folder, Mesh(dp=2, tp=2), dtype=torch.float32, block_tokens=16)
-    model.allocate(BLOCKS)
-    assert relative_error(answer(model), expected) <= TOLERANCE
+    monkeypatch.setattr("tokenrelay.runtime.spmd.ranks.PART_TOKENS_MIN", 3)
+    compare(ranks, checkpoint(name, family, **overrides), mesh)
 
 
 def test_every_family_is_covered() -> None:

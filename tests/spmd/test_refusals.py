@@ -101,12 +101,11 @@ def test_a_rank_that_differs(checkpoint: Callable[..., Path], tmp_path: Path, wh
 def test_more_ranks_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """On GPUs a rank has one of its own; NCCL moves what lies there, gloo the rest."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    refuse_devices(Mesh(tp=2), 2, shared=False)
+    refuse_devices(2, shared=False)
     with pytest.raises(PlacementError, match="4 ranks on this host, and it has 2 GPUs"):
-        refuse_devices(Mesh(tp=4), 4, shared=False)
-    for mesh, shared in ((Mesh(dp=2), False), (Mesh(tp=2), True)):
-        with pytest.raises(PlacementError, match="on GPUs ranks have tp and ep"):
-            refuse_devices(mesh, 2, shared=shared)
+        refuse_devices(4, shared=False)
+    with pytest.raises(PlacementError, match="on GPUs ranks are no members of a fleet"):
+        refuse_devices(2, shared=True)
     made: list[str] = []
     for kind in ("_gloo", "_nccl"):
         monkeypatch.setattr(Comm, kind, lambda *_, kind=kind: made.append(kind))

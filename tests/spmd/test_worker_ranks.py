@@ -73,11 +73,15 @@ async def test_workers_whose_ranks_have_sequences_tokens_and_layers_of_their_own
     first = [prefix, [*prefix[:70], 5, 6, 7], prefix[:40]]
     second = [prefix + [9] * 30, prefix[:130] + [8] * 9, [*prefix[:64], 7]]
     flags = ("--slots", "8", "--blocks", "100")
-    expected = None
+    expected, whole = None, 0
     for mesh in ((), ("--dp", "2", "--experts", "send,spare:2", "--replace-steps", "7"), ("--pp", "2", "--cp", "2")):
         worker = WorkerProcess(*flags, *mesh, model=folder)
         try:
-            assert worker.wait_settled()["event"] == "ready", worker.log.read_text()
+            ready = worker.wait_settled()
+            assert ready["event"] == "ready", worker.log.read_text()
+            whole = whole or ready["kv_bytes"]
+            layers, share = (2, 1) if "--pp" in mesh else (3, 2 if "--dp" in mesh else 1)
+            assert ready["kv_bytes"] * share * 3 == whole * layers, "a rank has KV of its sequences and layers"
             found = [await generate(worker, first), await generate(worker, second)]
             expected = expected or found
             assert found == expected, mesh

@@ -26,6 +26,7 @@ class Row:
 
     tokens: list[int]
     slot: int
+    part: int = 0  # that its blocks are of
     done: int = 0
     blocks: list[int] = field(default_factory=list)
 
@@ -39,20 +40,24 @@ class Paged:
         self.block_tokens: int = layout.block_tokens
         dtype = model.config.dtype
         # Poison: whoever reads a slot that nobody wrote gets NaN.
-        self.caches = [torch.full(layout.shape(blocks), float("nan"), dtype=dtype) for _ in range(model.config.layers)]
+        parts = getattr(model, "parts", 1)  # a model of several ranks along dp: each has a part of the blocks
+        shape = layout.shape(blocks // parts)
+        self.caches = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(model.config.layers)]
         self.block_table = torch.full((SEQUENCES_MAX, blocks), -1, dtype=torch.int32)
         order = random.Random(seed)
-        self.free = list(range(blocks))
-        order.shuffle(self.free)
+        self.free = [list(range(i * blocks // parts, (i + 1) * blocks // parts)) for i in range(parts)]
+        for free in self.free:
+            order.shuffle(free)
         self.slots = list(range(SEQUENCES_MAX))
         order.shuffle(self.slots)
         self.rows: list[Row] = []
 
     def add(self, tokens: Sequence[int], *, prefix_of: int | None = None, prefix_blocks: int = 0) -> int:
         """A new sequence; with `prefix_of` its first `prefix_blocks` full blocks are that sequence's, KV and all."""
-        row = Row(list(tokens), self.slots.pop())
+        row = Row(list(tokens), self.slots.pop(), len(self.rows) % len(self.free))
         if prefix_of is not None:
             row.blocks = self.rows[prefix_of].blocks[:prefix_blocks]
+            row.part = self.rows[prefix_of].part
             row.done = prefix_blocks * self.block_tokens
             assert self.rows[prefix_of].tokens[: row.done] == row.tokens[: row.done]
             assert row.done < len(row.tokens) and row.done <= self.rows[prefix_of].done
@@ -70,7 +75,7 @@ class Paged:
             row = self.rows[i]
             span = range(row.done, row.done + lengths[i])
             while len(row.blocks) * self.block_tokens < span.stop:
-                row.blocks.append(self.free.pop())
+                row.blocks.append(self.free[row.part].pop())
             self.block_table[row.slot, : len(row.blocks)] = torch.tensor(row.blocks, dtype=torch.int32)
             tokens += [row.tokens[p] for p in span]
             positions += span

@@ -41,13 +41,10 @@ def test_flags_win_and_origins_are_printed(capsys: pytest.CaptureFixture[str], m
     assert lines["prefill.handle_deadline_s"].split()[1] == "5.0"
 
 
-def test_drafts_are_for_one_rank() -> None:
-    with pytest.raises(ConfigError, match=r"worker\.draft_tokens is for one rank; this worker has 2"):
-        WorkerConfig(tp=2, draft_tokens=4).check()
-    with pytest.raises(ConfigError, match=r"worker\.drafts is for one rank; this worker has 2"):
+def test_predicted_drafts_are_for_one_rank() -> None:
+    with pytest.raises(ConfigError, match=r"worker\.drafts mtp is for one rank; this worker has 2: use ngram"):
         WorkerConfig(tp=2, drafts="mtp").check()
-    WorkerConfig(tp=2).check()
-    WorkerConfig(tp=2, drafts="off", draft_tokens=4).check()
+    WorkerConfig(tp=2, draft_tokens=4).check()
     WorkerConfig(draft_tokens=15).check()
 
 

@@ -211,7 +211,10 @@ class Config:
         write_backs_max: int = 64,
         copy_deadline_us: int = 10_000_000,
         draft_tokens: int = 0,
+        parts: int = 1,
     ) -> None: ...
+    @property
+    def parts(self) -> int: ...
     @property
     def draft_tokens(self) -> int: ...
     @property

@@ -5,6 +5,10 @@
 //     pool.unpin(std::move(pin));                                  // the last reader leaves it as cache
 //
 // Everything is O(1) and allocates nothing after construction.
+//
+// A pool may be divided into parts of as many blocks each, one behind the other, where several ranks hold KV of
+// different sequences: a sequence's blocks are of one part, and so is what it finds in the cache. Free blocks, the
+// order of eviction and the prefix index are each part's own.
 #pragma once
 
 #include <cstdint>
@@ -30,14 +34,14 @@ struct CacheEvent {
 
 class BlockPool {
  public:
-  BlockPool(int blocks, int block_tokens, Eviction eviction = Eviction::reuse);
+  BlockPool(int blocks, int block_tokens, Eviction eviction = Eviction::reuse, int parts = 1);
   BlockPool(const BlockPool&) = delete;
   BlockPool& operator=(const BlockPool&) = delete;
 
-  /// A block for one owner: the one after `previous` if it is free (runs coalesce), else any free one, else a cached
-  /// one, by the policy. Empty when every block is active.
-  [[nodiscard]] std::optional<WritableBlock> take(BlockId previous) noexcept;
-  /// Announces what a writable block will hold, so that others wait for it. False: the index knows that content
+  /// A block for one owner: the one after `previous` if it is free (runs coalesce), else any free one of its part, else
+  /// a cached one, by the policy. Empty when every block of the part is active. `part`: of a sequence's first block.
+  [[nodiscard]] std::optional<WritableBlock> take(BlockId previous, int part = 0) noexcept;
+  /// Announces what a writable block will hold, so that others wait for it. False: its part's index knows that content
   /// already.
   bool promise(const WritableBlock& block, const Content& content) noexcept;
   /// Makes a full block immutable; the caller is its first reader.
@@ -54,7 +58,9 @@ class BlockPool {
     bool sealed = false;  // else: promised, somebody computes it
     bool pinned = false;
   };
+  /// In any part, a sealed one if there is one.
   [[nodiscard]] Found find(const Hash128& hash) const noexcept;
+  [[nodiscard]] Found find_in(int part, const Hash128& hash) const noexcept;
   /// The block after `parent` (one that was found) that holds these tokens, if it is the one that followed last.
   [[nodiscard]] BlockId find_child(BlockId parent, std::span<const TokenId> tokens) const noexcept {
     return lineage_.child(parent, at(parent).hash, tokens, records_);
@@ -78,9 +84,13 @@ class BlockPool {
   [[nodiscard]] int borrowed() const noexcept { return borrowed_; }
 
   /// A sequence gives its pins back, from the last one to the first.
-  void releasing(const Usage& usage) noexcept { evictor_.releasing(usage); }
+  void releasing(const Usage& usage) noexcept {
+    for (Part& part : parts_) part.evictor.releasing(usage);
+  }
   /// What happens from here on happens at this time.
-  void clock(std::int64_t now_us) noexcept { evictor_.clock(now_us); }
+  void clock(std::int64_t now_us) noexcept {
+    for (Part& part : parts_) part.evictor.clock(now_us);
+  }
 
   /// Asks for the block's number in `fired` when it is sealed or given up.
   void watch(BlockId id) noexcept { records_[static_cast<std::size_t>(id)].watched = true; }
@@ -94,13 +104,27 @@ class BlockPool {
   void count_in(std::span<std::uint64_t> words) noexcept { generations_ = words; }
   [[nodiscard]] std::span<const std::uint64_t> generations() const noexcept { return generations_; }
   [[nodiscard]] int blocks() const noexcept { return static_cast<int>(records_.size()); }
-  [[nodiscard]] int free() const noexcept { return free_.size; }
-  [[nodiscard]] int cached() const noexcept { return evictor_.size(); }
-  [[nodiscard]] int available() const noexcept { return free_.size + evictor_.size(); }
+  [[nodiscard]] int parts() const noexcept { return parts_size_; }
+  [[nodiscard]] int part_blocks() const noexcept { return part_blocks_; }
+  [[nodiscard]] int part_of(BlockId id) const noexcept { return parts_size_ == 1 ? 0 : id / part_blocks_; }
+  [[nodiscard]] int free() const noexcept {
+    int free = 0;
+    for (const Part& part : parts_) free += part.free.size;
+    return free;
+  }
+  [[nodiscard]] int cached() const noexcept {
+    int cached = 0;
+    for (const Part& part : parts_) cached += part.evictor.size();
+    return cached;
+  }
+  [[nodiscard]] int available() const noexcept { return free() + cached(); }
+  [[nodiscard]] int free(int part) const noexcept { return in(part).free.size; }
+  [[nodiscard]] int available(int part) const noexcept { return in(part).free.size + in(part).evictor.size(); }
 
   /// The events since the last call. When nobody called for too long the oldest are dropped, and the first one says so.
   [[nodiscard]] std::vector<CacheEvent> take_events();
-  [[nodiscard]] const ReuseModel& reuse() const noexcept { return evictor_.model(); }
+  /// Of the first part; each learns from its own blocks.
+  [[nodiscard]] const ReuseModel& reuse() const noexcept { return parts_.front().evictor.model(); }
   /// What the pool keeps beside the KV, `token_ids` apart: the tokens of each block.
   struct Bytes {
     std::size_t bookkeeping = 0;
@@ -112,27 +136,40 @@ class BlockPool {
 
  private:
   friend class PrefixWalk;
+  struct Part {
+    Part(int blocks, Eviction eviction)
+        : index(static_cast<std::size_t>(blocks)), evictor(eviction, static_cast<std::size_t>(blocks)) {}
+    PrefixIndex index;
+    BlockList free;
+    Evictor evictor;
+  };
+  Part& in(int part) noexcept { return parts_[static_cast<std::size_t>(part)]; }
+  [[nodiscard]] const Part& in(int part) const noexcept { return parts_[static_cast<std::size_t>(part)]; }
+  Part& home(BlockId id) noexcept { return in(part_of(id)); }
+  [[nodiscard]] const Part& home(BlockId id) const noexcept { return in(part_of(id)); }
   [[nodiscard]] Found found(BlockId id) const noexcept {
     const block::Kind kind = at(id).kind;
     return {id, kind == block::Kind::sealed || kind == block::Kind::cached, kind == block::Kind::sealed};
   }
-  BlockId evict() noexcept;
+  /// Whether another part than that of `id` has a sealed block of this content.
+  [[nodiscard]] bool elsewhere(BlockId id, const Hash128& hash) const noexcept;
+  BlockId evict(int part) noexcept;
   void index(BlockId id, const Content& content) noexcept;
   void forget(block::Record& record, BlockId id) noexcept;
   void fire(block::Record& record, BlockId id) noexcept;
   void emit(CacheEvent::Kind kind, const Hash128& hash) noexcept;
   void unwritten(BlockId id) noexcept;
-  std::optional<std::string> check_free() const;
+  [[nodiscard]] static std::optional<std::string> check_free(const Part& part, const block::Records& records);
   block::Record& at(BlockId id) noexcept { return records_[static_cast<std::size_t>(id)]; }
   const block::Record& at(BlockId id) const noexcept { return records_[static_cast<std::size_t>(id)]; }
 
   block::Records records_;
   std::vector<std::uint64_t> own_generations_;
   std::span<std::uint64_t> generations_;
-  PrefixIndex index_;
+  int parts_size_;
+  int part_blocks_;
+  std::vector<Part> parts_;
   Lineage lineage_;
-  BlockList free_;
-  Evictor evictor_;
   std::vector<BlockId> fired_;      // room for every block
   std::vector<CacheEvent> events_;  // a ring of fixed size
   std::size_t events_first_ = 0;
@@ -145,16 +182,16 @@ class BlockPool {
   int borrowed_ = 0;
 };
 
-/// Finds a prompt's blocks one after the other: each as the one that followed the last one most recently, else through
-/// the index. Their records lie anywhere in memory: those that will be read soon are fetched already.
+/// Finds a prompt's blocks in one part, one after the other: each as the one that followed the last one most recently,
+/// else through the index. Their records lie anywhere in memory: those that will be read soon are fetched already.
 class PrefixWalk {
  public:
-  explicit PrefixWalk(const BlockPool& pool) noexcept : pool_(pool) {}
+  PrefixWalk(const BlockPool& pool, int part) noexcept : pool_(pool), part_(part) {}
   /// The block with this hash, or none.
   [[nodiscard]] BlockPool::Found next(const Hash128& hash) noexcept {
     const BlockId guess = last_ == no_block ? no_block : pool_.lineage_.next(last_);
     const bool right = guess != no_block && pool_.at(guess).indexed && pool_.at(guess).hash == hash;
-    const BlockPool::Found found = right ? pool_.found(guess) : pool_.find(hash);
+    const BlockPool::Found found = right ? pool_.found(guess) : pool_.find_in(part_, hash);
     last_ = found.id;
     if (right) {
       fetch();
@@ -175,6 +212,7 @@ class PrefixWalk {
   }
 
   const BlockPool& pool_;
+  int part_;
   BlockId last_ = no_block;
   BlockId ahead_ = no_block;
 };
@@ -186,10 +224,10 @@ inline SealedPin BlockPool::pin(BlockId id) noexcept {
   Evictor::shared(record);
   if (record.borrowed == block::Borrowed::yes && record.pins == 1) {
     --borrowed_;
-    evictor_.found(record);
+    home(id).evictor.found(record);
   }
   if (record.kind == block::Kind::cached) {
-    evictor_.taken(id, records_);
+    home(id).evictor.taken(id, records_);
     Access::dissolve(on(Access::make<block::Cached>(id), block::Pin{records_}));
   } else {
     Access::dissolve(on(Access::make<block::Sealed>(id), block::Pin{records_}));

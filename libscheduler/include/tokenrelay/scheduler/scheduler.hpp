@@ -136,6 +136,7 @@ class Scheduler {
     std::int32_t planned = 0;          // tokens whose KV stands or is being computed by a launched step
     std::int32_t length_planned = 0;   // tokens known, plus those that launched steps will sample
     std::int32_t slot = -1;            // while resident
+    std::int32_t part = 0;             // of the pool, while resident
     std::int32_t flights = 0;          // mirrors the state's Flights, to settle without looking inside
     std::int32_t cached_tokens = -1;   // at first admission
     std::int32_t overtaken = 0;        // requests of its class that went before it while it was blocked
@@ -181,6 +182,8 @@ class Scheduler {
     int blocks = 0;               // sealed ones at its beginning
     int unpinned = 0;             // of those, cached: they would no longer be available
     BlockId promised = no_block;  // the last of the blocks after them that are being computed
+    int promised_blocks = 0;      // all of those
+    int part = 0;                 // of the pool
   };
   enum class Admission : std::uint8_t { admitted, held, blocked, paced };  // paced: not now, for the floor's sake
 
@@ -233,7 +236,17 @@ class Scheduler {
   Admission admit(SequenceIndex index, std::int64_t now_us, Budget& budget, Plan& out, Flight& flight) noexcept;
   [[nodiscard]] Why floor_admits(const Sequence& sequence, const Flight& flight) const noexcept;
   [[nodiscard]] bool fits(Sequence& sequence, const Budget& budget) const noexcept;
+  // parts.cpp
   [[nodiscard]] Match match(Sequence& sequence) noexcept;
+  [[nodiscard]] Match match_in(int part, Sequence& sequence) noexcept;
+  [[nodiscard]] int room() const noexcept;
+  [[nodiscard]] int room_in(int part) const noexcept;
+  template <class List>
+  [[nodiscard]] SequenceIndex last_of(const List& list, int part) const noexcept {
+    SequenceIndex index = list.last();
+    while (index != no_sequence && at(index).part != part) index = list.before(index);
+    return index;
+  }
   void reside(SequenceIndex index, const Match& match, int blocks, Plan& out) noexcept;
   [[nodiscard]] request::Residence settle_in(SequenceIndex index, const Match& match, int blocks,
                                              std::size_t launched_max) noexcept;
@@ -244,10 +257,12 @@ class Scheduler {
   void vacate(Sequence& sequence) noexcept;
 
   /// Room for running ones to grow, against thrashing: some for everybody, and what is known to be needed. When nothing
-  /// runs there is none: a whole pool must be had by one.
-  [[nodiscard]] int blocks_reserved() const noexcept {
+  /// runs there is none: a whole part must be had by one.
+  [[nodiscard]] int blocks_reserved(int part) const noexcept {
     const int running = prefilling_.size() + decoding_.size() + loading_.size();
-    return running == 0 ? 0 : std::max(1, running / 4) + growth_;
+    const bool empty = pool_.available(part) == pool_.part_blocks();
+    const int everybody = std::max(1, running / (4 * pool_.parts()));
+    return running == 0 || empty ? 0 : everybody + growth_[static_cast<std::size_t>(part)];
   }
 
   void first_admitted(Sequence& sequence) noexcept;
@@ -280,7 +295,7 @@ class Scheduler {
 
   // pressure.cpp
   bool make_room(SequenceIndex for_index) noexcept;
-  [[nodiscard]] SequenceIndex victim() const noexcept;
+  [[nodiscard]] SequenceIndex victim(int part) const noexcept;
   [[nodiscard]] double recompute_us(SequenceIndex index) const noexcept;
   void preempt(SequenceIndex index, SequenceIndex for_index) noexcept;
 
@@ -346,7 +361,7 @@ class Scheduler {
     std::uint64_t version = 0;
   };
   Stuck stuck_;
-  int growth_ = 0;              // blocks that outputs of resident sequences will likely take beyond those they have
+  std::vector<int> growth_;     // by part: blocks that outputs of its sequences will likely take beyond those they have
   int settling_ = 0;            // sequences that will give blocks back at a commit
   std::vector<BlockId> found_;  // what `match` found, block by block
   bool stalled_ = false;        // a decode found no block in the step being planned

@@ -23,6 +23,7 @@ enum class Eviction : std::uint8_t {
 struct Config {
   int block_tokens = 64;          // 16, 32, 64 or 128
   int blocks = 0;                 // pool size
+  int parts = 1;                  // of the pool, of one size: a sequence's blocks are of one part (pool.hpp)
   int slots = 0;                  // sequences resident at once
   int context_tokens = 0;         // prompt + output of one sequence
   int step_tokens = 2048;         // of one step, all rows together; a decode row takes one, so it is at least `slots`
