@@ -85,20 +85,7 @@ def build_engine(
     """
     config = model.config
     device = model.cos_sin.device
-    pool = plan_pool(
-        config.kv_layout,
-        config.kv_layers,
-        config.dtype,
-        slots=sizes.slots,
-        context_tokens=min(sizes.context_tokens or config.context_tokens, config.context_tokens),
-        context_asked=sizes.context_tokens is not None,
-        kv_memory_bytes=sizes.kv_memory_bytes,
-        kv_sharers=sizes.kv_sharers,
-        blocks=sizes.blocks,
-        device=device,
-        parts=1 if isinstance(model, Model) else model.parts,
-        whole=isinstance(model, Model) or model.whole_pool,
-    )
+    pool = _pool_for(model, sizes)
     try:
         scheduler_config = SchedulerConfig(
             block_tokens=config.kv_layout.block_tokens,
@@ -171,3 +158,22 @@ def build_engine(
     if scheduler_config.host_blocks > 0:
         engine.tier.attach(Copier(HostMemory(caches, scheduler_config.host_blocks), engine.tier.ended))
     return BuiltEngine(engine, scheduler, pool)
+
+
+def _pool_for(model: Model | LeadingModel, sizes: EngineSizes) -> Pool:
+    """Of a model on several ranks along dp each has a part. Raises ConfigError."""
+    config = model.config
+    return plan_pool(
+        config.kv_layout,
+        config.kv_layers,
+        config.dtype,
+        slots=sizes.slots,
+        context_tokens=min(sizes.context_tokens or config.context_tokens, config.context_tokens),
+        context_asked=sizes.context_tokens is not None,
+        kv_memory_bytes=sizes.kv_memory_bytes,
+        kv_sharers=sizes.kv_sharers,
+        blocks=sizes.blocks,
+        device=model.cos_sin.device,
+        parts=1 if isinstance(model, Model) else model.parts,
+        whole=isinstance(model, Model) or model.whole_pool,
+    )
