@@ -258,6 +258,7 @@ class FleetWorker:
             lambda output: self.host.deliver_one(output),
             address=self._address,
             handle_deadline_s=self._config.handle_deadline_s,
+            ledger_wait_s=self._config.ledger_wait_s,
             on_life_over=self._life_is_over,
         )
         destination = Destination(

@@ -24,6 +24,9 @@ class FleetConfig:
     lease_s: float = setting(10.0, "how long the fleet waits for a sign of life, seconds", minimum=0.1, maximum=3600)
     join_s: float = setting(60.0, "how long to wait for a kvstore at the start, seconds", minimum=0.1)
     handle_deadline_s: float = setting(600.0, "seconds from admission until a peer must have claimed", minimum=0.1)
+    ledger_wait_s: float = setting(
+        5.0, "seconds that a computed prompt waits for a silent kvstore before its request is moved", minimum=0.1
+    )
     read_deadline_s: float = setting(30.0, "seconds without a sign of reading until a claim is over", minimum=0.1)
     transfer_deadline_s: float = setting(600.0, "seconds from admission until all KV must be here", minimum=0.1)
     block_tier: bool = setting(False, "write sealed blocks to the kvstore's tier, and load prefixes from it")

@@ -65,6 +65,7 @@ class Source:
         *,
         address: str,
         handle_deadline_s: float,
+        ledger_wait_s: float,
         on_life_over: Callable[[str], None],
     ) -> None:
         """`transports`: the preferred one first. `deliver` takes outputs that no step brought, under the host's ids.
@@ -78,6 +79,7 @@ class Source:
         self._deliver = deliver
         self._address = address
         self._handle_deadline_s = handle_deadline_s
+        self._ledger_wait_s = ledger_wait_s
         self._on_life_over = on_life_over
         self._life_over = False
         self._fences = Fences(transports)
@@ -233,7 +235,9 @@ class Source:
 
     async def _complete(self, export: Export, first_token: int) -> None:
         """All extents are sealed in the ledger first: only then can they be adopted."""
-        refusal = await self._insist(lambda: self._ledger.seal(export.handle, self._actor, extents=1))
+        refusal = await self._insist(
+            lambda: self._ledger.seal(export.handle, self._actor, extents=1), self._ledger_wait_s
+        )  # its client waits meanwhile
         if refusal is not None:
             await self._take_back(export, encode_error(Unavailable(f"the handle cannot be sealed: {refusal.reason}")))
             return
@@ -436,9 +440,11 @@ class Source:
         if not self._exports and not self._starting:
             self._quiet.set()
 
-    async def _insist(self, call: Callable[[], Coroutine[Any, Any, Rejection | None]]) -> Rejection | None:
-        """Until somebody decided, within the handle's deadline."""
-        deadline = Deadline.after(self._handle_deadline_s)
+    async def _insist(
+        self, call: Callable[[], Coroutine[Any, Any, Rejection | None]], within_s: float | None = None
+    ) -> Rejection | None:
+        """Until somebody decided, within the handle's deadline (or `within_s`, when that is less)."""
+        deadline = Deadline.after(min(within_s or self._handle_deadline_s, self._handle_deadline_s))
         for pause_s in itertools.chain((0.05, 0.1, 0.2), itertools.repeat(RETRY_S)):
             refusal = await call()
             if refusal is None or refusal.code is not Code.UNAVAILABLE or deadline.passed:

@@ -135,6 +135,7 @@ class Node:
             lambda output: self.host.deliver_one(output),
             address=self.address,
             handle_deadline_s=given["handle_s"],
+            ledger_wait_s=5.0,
             on_life_over=lambda _: None,  # a test ends it, or begins another
         )
         self.destination = Destination(

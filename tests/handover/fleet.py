@@ -17,7 +17,18 @@ from tokenrelay.proto import worker_pb2
 from tokenrelay.services.chassis.client import WorkerClient
 
 PREFILL, DECODE = worker_pb2.Handover.ROLE_SOURCE, worker_pb2.Handover.ROLE_DESTINATION
-TIMES = ("--lease-s", "1.0", "--read-deadline-s", "2.0", "--handle-deadline-s", "20", "--transfer-deadline-s", "20")
+TIMES = (
+    "--lease-s",
+    "1.0",
+    "--read-deadline-s",
+    "2.0",
+    "--handle-deadline-s",
+    "20",
+    "--transfer-deadline-s",
+    "20",
+    "--ledger-wait-s",
+    "1.0",
+)
 
 
 @dataclass
@@ -70,6 +81,11 @@ class Fleet:
         self.ledger = KvstoreClient([self.kvstore.address])
         self.ledger.start()
         await asyncio.gather(self.start_worker("prefill"), self.start_worker("decode"))
+
+    async def start_kvstore(self) -> None:
+        """Another life of it, at the same address."""
+        self.kvstore.close()
+        self.kvstore = await asyncio.to_thread(KvProcess, Path(self._folder.name), "kv")
 
     async def start_worker(self, role: str) -> None:
         """A life of this role's worker."""
@@ -138,7 +154,7 @@ class Fleet:
     async def settles(self, *roles: str) -> None:
         """Nothing is left: no handle in the ledger, no block held in any worker."""
         for _ in range(600):
-            views = await self.open_handles()
+            views = await self.ledger.views(None)  # a Rejection while no kvstore answers
             stats = [await self.clients[role].get_stats() for role in roles]
             held = [(s.blocks_active, s.sequences_running, s.sequences_waiting) for s in stats]
             if not views and all(h == (0, 0, 0) for h in held):

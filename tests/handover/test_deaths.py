@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import time
 
 import pytest
 from fleet import Fleet
@@ -30,6 +31,31 @@ async def test_a_death_during_the_transfer(fleet: Fleet, victim: str) -> None:
     await fleet.start_worker(victim)
     again = await fleet.relay(LONG[:100], 6)
     assert await fleet.finish(again) == text
+    await fleet.settles("prefill", "decode")
+
+
+@pytest.mark.parametrize("back", ["stays away", "comes back"])
+async def test_the_kvstore_dies_during_the_transfer(fleet: Fleet, back: str) -> None:
+    """Nobody waits out a handle's deadline (20 s here): the source gives up on the ledger after a second, both legs
+    end, and the router can place the request anew. The pins go back when a kvstore is there again.
+    """
+    text = await fleet.alone("decode", LONG[:100], 6)
+    relayed = await fleet.relay(LONG, 12)
+    assert relayed.destination is not None
+    destination = relayed.destination
+    await asyncio.sleep(0.05)  # chunks of the prompt are being computed and pulled
+    fleet.kvstore.signal(signal.SIGKILL)
+    if back == "comes back":
+        await fleet.start_kvstore()
+    assert (await relayed.source.ended()).finish in (worker_pb2.FINISH_HANDOVER, worker_pb2.FINISH_ERROR)
+    computed_s = time.monotonic()
+    ended = await destination.ended()
+    assert time.monotonic() - computed_s < 8, "a silent ledger has a second, a call to it two"
+    assert ended.finish == worker_pb2.FINISH_ERROR or back == "comes back"
+    assert await fleet.alone("decode", LONG[:100], 6) == text
+    assert await fleet.alone("prefill", LONG[:100], 6) == text
+    if back == "stays away":
+        await fleet.start_kvstore()
     await fleet.settles("prefill", "decode")
 
 

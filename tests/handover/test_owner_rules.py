@@ -98,6 +98,7 @@ class Scene:
             self.outputs.append,
             address="unix:/nowhere",
             handle_deadline_s=30.0,
+            ledger_wait_s=5.0,
             on_life_over=self.over.append,
         )
         self._tasks: list[asyncio.Task[Any]] = []
