@@ -10,14 +10,16 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenrelay.base.errors import ConfigError
 from tokenrelay.libscheduler import Config as SchedulerConfig
 from tokenrelay.libscheduler import Scheduler
 from tokenrelay.runtime.engine import Engine, EngineOptions, OnStep
+from tokenrelay.runtime.executor.device import DeviceExecutor
 from tokenrelay.runtime.executor.executor import Executor
 from tokenrelay.runtime.executor.grammars import GrammarSource
+from tokenrelay.runtime.executor.graphs import Backend
 from tokenrelay.runtime.executor.host_tier import Copier, HostMemory
 from tokenrelay.runtime.executor.memory import Pool, allocate_caches, plan_host, plan_pool, wrap_caches
 from tokenrelay.runtime.executor.predictor import Predictor
@@ -77,11 +79,13 @@ def build_engine(
     hash_key: bytes | None = None,
     allocate: AllocatePool | None = None,
     tokenizer_file: Path | None = None,
+    graphs: Backend | None = None,
 ) -> BuiltEngine:
     """Raises ConfigError when the sizes do not fit together or into memory. `hash_key`: 16 bytes, the fleet's.
 
     `allocate`: where the pool's memory comes from, for a transport that shares it; None: torch. `tokenizer_file`: for
-    outputs that must follow a grammar; None: none is constrained.
+    outputs that must follow a grammar; None: none is constrained. `graphs`: how decode steps are recorded; None: as the
+    device does it, and on a CPU not at all.
     """
     config = model.config
     device = model.cos_sin.device
@@ -131,17 +135,20 @@ def build_engine(
             tokens_max=sizes.draft_tokens,
         )
         drafter = PredictedDrafter(scheduler, predictor, tokens_max=sizes.draft_tokens)
-    executor = Executor(
-        model,
-        caches,
-        scheduler.block_table,
-        block_tokens=config.kv_layout.block_tokens,
-        vocab_size=config.vocab_size,
-        steps_in_flight=sizes.steps_in_flight,
-        threads=sizes.threads or default_threads(parameter_bytes),
-        grammars=GrammarSource(tokenizer_file, config.vocab_size, config.eos_token_ids) if tokenizer_file else None,
-        predictor=predictor,
-    )
+    common: dict[str, Any] = {
+        "block_tokens": config.kv_layout.block_tokens,
+        "vocab_size": config.vocab_size,
+        "steps_in_flight": sizes.steps_in_flight,
+        "grammars": GrammarSource(tokenizer_file, config.vocab_size, config.eos_token_ids) if tokenizer_file else None,
+    }
+    executor: Executor | DeviceExecutor
+    if (graphs is not None or device.type != "cpu") and predictor is None and isinstance(model, Model):
+        executor = DeviceExecutor(
+            model, caches, scheduler.block_table, draft_tokens=sizes.draft_tokens, backend=graphs, **common
+        )
+    else:
+        threads = sizes.threads or default_threads(parameter_bytes)
+        executor = Executor(model, caches, scheduler.block_table, threads=threads, predictor=predictor, **common)
     engine = Engine(
         scheduler,
         executor,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from tokenrelay.libscheduler import Plan
 class Batch:
     """t tokens of n rows, s of them sampled; the tensors are on the model's device.
 
-    Rows with a draft are cut into rows of one token (`_rows`), so several decode rows may have the same slot.
+    Rows with a draft are cut into rows of one token (`rows_of`), so several decode rows may have the same slot.
     """
 
     token_ids: Tensor  # int64 [t]
@@ -46,7 +47,7 @@ class BatchBuilder:
 
     def build(self, plan: Plan) -> Batch:
         """The tensors of `plan`. Reads the block table as it is now, so call it before the next plan is made."""
-        row = _rows(plan)
+        row = rows_of(plan)
         slots, starts, lengths = row.slots, row.starts, row.lengths
         rows = len(slots)
         ends = starts + lengths
@@ -79,6 +80,7 @@ class BatchBuilder:
                 cache_slots=self._to_device(cache_slots),
                 decodes=row.decodes,
                 context_max=context_max,
+                **self._told(row, starts, lengths),
             ),
             sample_rows=self._to_device(offsets[1:][sampled].astype(np.int64) - 1),
             sample_slots=sample_slots,
@@ -94,13 +96,25 @@ class BatchBuilder:
         rows = np.ascontiguousarray(self._table[slots, :used])
         return self._to_device(rows), torch.arange(len(slots), dtype=torch.int32, device=self._device)
 
+    def _told(self, row: Rows, starts: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]) -> dict[str, Any]:
+        """What kernels elsewhere than on a CPU want to know without asking the device."""
+        told: dict[str, Any] = {}
+        if self._device.type == "cpu":
+            return told
+        if row.decodes < len(starts):
+            told["extents"] = tuple(zip(starts.tolist(), lengths.tolist(), strict=True))
+        if row.groups is not None:
+            told["groups"] = self._to_device(row.groups)
+            told["group_max"] = int(np.diff(row.groups).max(initial=1))
+        return told
+
     def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class Rows:
     """The rows of a step as kernels see them: [n] each."""
 
     slots: npt.NDArray[np.int32]
@@ -109,9 +123,10 @@ class _Rows:
     samples: npt.NDArray[np.uint8]
     feedback: npt.NDArray[np.uint8]
     decodes: int
+    groups: npt.NDArray[np.int32] | None = None  # [g + 1] first row of each draft; None: there are none
 
 
-def _rows(plan: Plan) -> _Rows:
+def rows_of(plan: Plan) -> Rows:
     """The plan's rows; each token of one with a draft becomes a row of its own, of the same slot.
 
     A layer writes the KV of all tokens before any of them attends, and a row attends to what is before it, so a drafted
@@ -120,7 +135,7 @@ def _rows(plan: Plan) -> _Rows:
     """
     decodes = int(plan.decodes)
     if not plan.drafted:
-        return _Rows(plan.slots, plan.starts, plan.lengths, plan.samples, plan.feedback, decodes)
+        return Rows(plan.slots, plan.starts, plan.lengths, plan.samples, plan.feedback, decodes)
     counts = np.ones(len(plan.slots), np.int32)
     counts[:decodes] = plan.lengths[:decodes]
     row_of = np.repeat(np.arange(len(counts)), counts)
@@ -129,7 +144,9 @@ def _rows(plan: Plan) -> _Rows:
     lengths = plan.lengths[row_of]
     lengths[:tokens] = 1
     starts = plan.starts[row_of] + within
-    return _Rows(plan.slots[row_of], starts, lengths, plan.samples[row_of], plan.feedback[row_of], tokens)
+    groups = np.zeros(decodes + 1, np.int32)
+    np.cumsum(counts[:decodes], dtype=np.int32, out=groups[1:])
+    return Rows(plan.slots[row_of], starts, lengths, plan.samples[row_of], plan.feedback[row_of], tokens, groups)
 
 
 def _shared(array: npt.NDArray[np.int32]) -> Tensor:

@@ -68,9 +68,9 @@ class StepWork:
 class Step:
     """A launched step."""
 
-    def __init__(self, number: int, work: StepWork, on_done: Callable[[], None]) -> None:
+    def __init__(self, number: int, work: StepWork | None, on_done: Callable[[], None]) -> None:
         self.number = number
-        self._work: StepWork | None = work
+        self._work = work
         self._on_done = on_done
         self._ended = threading.Event()
         self._result: StepResult | None = None

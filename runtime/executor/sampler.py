@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,13 @@ class SampleWork:
     failures: dict[int, str] = field(default_factory=dict)  # row -> why its sequence cannot go on; set by `run`
     logprob_rows: Int64s | None = None
     logprob_counts: Int64s | None = None  # how many most likely ones each of those rows wants
+    gathered: bool = True  # else `batch` is empty: nothing special is asked, and the caller has the settings (`fill`)
+
+    @property
+    def special(self) -> bool:
+        """Whether a row asks for more than a token."""
+        asked = (self.penalty_rows, self.masks, self.grammar_rows, self.logprob_rows)
+        return any(part is not None for part in asked)
 
 
 class Sampler:
@@ -65,6 +73,7 @@ class Sampler:
         self._grammars = GrammarState(grammars) if grammars is not None else None
         self._last_slots: Int64s | None = None  # the slots of the last step, whose gathered tensors are below
         self._last_batch: SamplingBatch | None = None
+        self._no_settings = SamplingBatch(*(torch.empty(0) for _ in range(7)))
 
     # -- engine's thread ----------------------------------------------------------------------------------------------
     def prepare(
@@ -74,20 +83,33 @@ class Sampler:
         ends: Int64s,
         requests: Mapping[int, SamplingParams],
         token_ids_of: Callable[[int], TokenIds | None],
+        *,
+        captured: bool = False,
     ) -> SampleWork:
         """Take over the sequences that the plan admits, and gather what the sampled rows ask.
 
-        `slots`, `ends`: [s] of the sampled rows; `ends` counts the tokens before the one to sample.
+        `slots`, `ends`: [s] of the sampled rows; `ends` counts the tokens before the one to sample. `captured`: rows
+        that ask for nothing but a token need no tensors, the caller takes their settings by `fill`.
         """
         admissions: list[PenaltyAdmission] = []
         grammars: list[GrammarAdmission] = []
         if len(plan.admitted_ids):
             self._admit(plan, requests, token_ids_of, admissions, grammars)
         positions = ends - self._output_start[slots]
-        work = SampleWork(self._gather(slots, positions), admissions, grammar_admissions=grammars)
-        if self._special[slots].any():
+        special = bool(self._special[slots].any())
+        gathered = special or not captured
+        batch = self._gather(slots, positions) if gathered else self._no_settings
+        work = SampleWork(batch, admissions, grammar_admissions=grammars, gathered=gathered)
+        if special:
             self._prepare_special(work, slots, positions)
         return work
+
+    def fill(self, into: Mapping[str, npt.NDArray[Any]], slots: Int64s, ends: Int64s) -> None:
+        """The settings of `slots` [s] into the first s elements of arrays named as `SamplingBatch`'s fields are."""
+        rows = len(slots)
+        for name in ("temperature", "top_p", "top_k", "min_p", "seed", "choice"):
+            into[name][:rows] = getattr(self, f"_{name}")[slots]
+        into["position"][:rows] = ends - self._output_start[slots]
 
     def _admit(
         self,

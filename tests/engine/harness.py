@@ -39,7 +39,7 @@ class Transcript:
 class Harness:
     """Runs requests on a real engine; `wait` returns when all asked for have ended."""
 
-    def __init__(self, model: Any, *, tokenizer_file: Path | None = None, **sizes: Any) -> None:
+    def __init__(self, model: Any, *, tokenizer_file: Path | None = None, graphs: Any = None, **sizes: Any) -> None:
         self.transcripts: dict[int, Transcript] = {}
         self.stats: list[EngineStats] = []
         self.fatal: list[BaseException] = []
@@ -55,6 +55,7 @@ class Harness:
             on_cache_events=self.cache_events.extend,
             hash_key=bytes(16),
             tokenizer_file=tokenizer_file,
+            graphs=graphs,
         )
         self.engine = self.built.engine
         self._next_id = 1
