@@ -41,7 +41,7 @@ import uvloop
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests/support")]
 
-from router import MOCK_WORKER, Chain, about, cpu_s, free_port, load, percentile  # noqa: E402 - its folder
+from router import MOCK_WORKER, Chain, about, free_port, load, percentile  # noqa: E402 - its folder
 
 MODEL = ROOT / "assets/tokenrelay-tiny"
 VENVS = ROOT / ".cache/bench/venvs"
@@ -176,6 +176,12 @@ def _wait_until_served(name: str, port: int) -> None:
             return
         time.sleep(0.3)
     raise SystemExit(f"{name} did not answer within {START_S:.0f} s")
+
+
+def cpu_s(pid: int) -> float:
+    """What all threads of a process ran so far, to the microsecond (schedstat(5) of each)."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
 
 
 # -- measurements ----------------------------------------------------------------------------------------------------

@@ -27,8 +27,7 @@ from tokenrelay.services.router.sse import PING, EventStream
 from tokenrelay.services.router.state import STATE, RouterState
 from tokenrelay.services.router.structured import constrained
 from tokenrelay.services.router.text import ChatText, PlainText, TextSink
-from tokenrelay.services.router.tokenize import pack_ids
-from tokenrelay.services.router.validate import Wanted, check_token_ids, decode, wanted_of
+from tokenrelay.services.router.validate import Wanted, decode, packed_token_ids, wanted_of
 
 log = get_logger("router")
 
@@ -130,7 +129,7 @@ async def _completion_prompts(model: ServedModel, body: CompletionRequest, salt:
         return [await _text_prompt(model, given, "prompt", body, salt)]
     if not given:
         raise InvalidRequest("prompt is empty", param="prompt")
-    if all(isinstance(item, int) for item in given):
+    if isinstance(given[0], int) and set(map(type, given)) == {int}:  # a long prompt: no Python for each id
         return [_ids_prompt(model, given, "prompt")]  # type: ignore[arg-type]
     if len(given) > limits.PROMPTS_MAX:
         raise InvalidRequest(f"prompt has {len(given)} entries, at most {limits.PROMPTS_MAX}", param="prompt")
@@ -155,8 +154,7 @@ async def _text_prompt(model: ServedModel, text: str, name: str, body: Completio
 
 
 def _ids_prompt(model: ServedModel, token_ids: list[int], name: str) -> Prompt:
-    check_token_ids(name, token_ids, model.vocabulary_size)
-    return _checked(model, Prompt(pack_ids(token_ids), name))
+    return _checked(model, Prompt(packed_token_ids(name, token_ids, model.vocabulary_size), name))
 
 
 def _checked(model: ServedModel, prompt: Prompt) -> Prompt:
