@@ -11,15 +11,23 @@ aside afterwards: requests pay nothing for it.
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import ssl
+import time
 from collections.abc import Callable
 from typing import Any, cast
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from tokenrelay.base.errors import ConfigError
+from tokenrelay.base.logging import get_logger
 from tokenrelay.services.router.config import RouterConfig
 
+log = get_logger("router")
+
+COMPLAIN_S = 10.0  # between two lines about heads that are no HTTP
 _END_OF_HEAD = b"\r\n\r\n"
 _LATE = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
@@ -49,7 +57,8 @@ class DoorRunner(web.AppRunner):
     """Makes its connections pass the guard."""
 
     def __init__(self, app: web.Application, *, connections_max: int, head_timeout_s: float, **settings: Any) -> None:
-        super().__init__(app, **settings)
+        self.log = DoorLog()
+        super().__init__(app, logger=self.log, **settings)
         self._connections_max = connections_max
         self._head_timeout_s = head_timeout_s
 
@@ -73,6 +82,28 @@ class DoorRunner(web.AppRunner):
 
     def _admits(self) -> bool:
         return self.connections_open <= self._connections_max  # the new one is among them
+
+
+class DoorLog(logging.LoggerAdapter[logging.Logger]):
+    """What aiohttp says of its connections. Anybody can send what is no HTTP: that is a line now and then, and neither
+    bytes of a stranger nor a traceback.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.getLogger("tokenrelay.router"), {})
+        self.malformed = 0
+        self._complained_s = -math.inf
+
+    def exception(self, msg: object, *args: object, **kwargs: Any) -> None:
+        """A request could not be handled."""
+        if not isinstance(kwargs.get("exc_info"), HttpProcessingError):
+            super().exception(msg, *args, **kwargs)
+            return
+        self.malformed += 1
+        now_s = time.monotonic()
+        if now_s - self._complained_s >= COMPLAIN_S:
+            self._complained_s = now_s
+            log.warning("a head that is no HTTP", malformed=self.malformed)
 
 
 class _Guard(asyncio.Protocol):

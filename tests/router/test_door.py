@@ -103,6 +103,34 @@ async def test_headers_have_a_bound(stack: Stack) -> None:
         writer.close()
 
 
+MALFORMED = [
+    b"nonsense\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nno colon\r\n\r\n",
+    b"GET /health HTTP/9.9\r\nHost: x\r\n\r\n",
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",  # somebody speaks TLS to us
+    b"GET /\xff\x00 HTTP/1.1\r\n\x01: \x02\r\n\r\n",
+]
+
+
+async def test_what_is_no_http_is_a_400_and_one_line_in_the_log(
+    stack: Stack, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for head in MALFORMED:
+        reader, writer = await connect(stack)
+        writer.write(head)
+        assert (await asyncio.wait_for(reader.read(), 5)).split()[1] == b"400", head
+        writer.close()
+    lines = [record for record in caplog.records if record.name.startswith(("aiohttp", "tokenrelay"))]
+    assert [record.message for record in lines if record.levelname != "DEBUG"] == ["a head that is no HTTP"]
+    assert not any(record.exc_info for record in lines if record.levelname != "DEBUG")
+    assert "Traceback" not in capfd.readouterr().err
+    assert stack.service._runner.log.malformed >= len(MALFORMED) - 2  # two are a method that is none: aiohttp's debug
+    assert (await stack.chat())["choices"]
+
+
 # -- TLS -------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def certificate(tmp_path: Path) -> tuple[Path, Path, ssl.SSLContext]:
