@@ -71,6 +71,33 @@ _STATUS = {
 }
 
 
+# What fields take beyond their type, in every API that has them; docs/api.md says the rest.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "temperature": limits.TEMPERATURE,
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "top_k": (-1, limits.TOP_K_MAX),
+    "presence_penalty": limits.PENALTY,
+    "frequency_penalty": limits.PENALTY,
+    "repetition_penalty": limits.REPETITION_PENALTY,
+    "n": (1, limits.CHOICES_MAX),
+    "top_logprobs": (0, limits.TOP_LOGPROBS_MAX),
+    "seed": limits.SEED,
+    "priority": limits.PRIORITY,
+    "tps_floor": limits.TPS_FLOOR,
+    "expected_output_tokens": limits.EXPECTED_TOKENS,
+}
+
+
+def _bound(schema: dict[str, Any]) -> None:
+    """Write the bounds into an object's numbers."""
+    for name, field in schema.get("properties", {}).items():
+        if name in _BOUNDS:
+            for one in field.get("anyOf", [field]):
+                if one.get("type") in ("integer", "number"):
+                    one["minimum"], one["maximum"] = _BOUNDS[name]
+
+
 def _header_parameters() -> list[dict[str, Any]]:
     return [
         {"name": name, "in": "header", "required": False, "schema": schema, "description": said}
@@ -89,6 +116,8 @@ def document() -> bytes:
     """The document, encoded."""
     types = [kind for kind, _ in _POSTS.values()]
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    for component in components.values():
+        _bound(component)
     paths: dict[str, dict[str, Any]] = {}
     for (path, (_, summary)), schema in zip(_POSTS.items(), schemas, strict=True):
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
