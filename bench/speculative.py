@@ -1,12 +1,15 @@
-"""Drafts from a sequence's own text: tokens per second with them and without, and how many came true.
+"""Drafts, from a sequence's own text and from a prediction layer: tokens per second with and without, and how many came
+true.
 
     python bench/speculative.py --quick
     python bench/speculative.py --json result.json [--model FOLDER] [--threads 1]
 
 **Tasks**, on the bundled model, greedy, 1 and 4 answers at a time: `repeat` goes on with a text that says the same
 phrases again and again, `code_edit` writes a file again of which one name was changed, `agent` has the turns of
-held-out dialogues (tool calls, and answers about their results). Drafts are as wide as the engine chooses in
-production, and both runs must say the same.
+held-out dialogues (tool calls, and answers about their results). Drafts come from the text (ngram) and from the bundled
+model's multi-token prediction layer (mtp), as wide as the engine chooses in production, and all runs must say the same.
+**Places**: the same tasks with the prediction layer, all that it proposes drafted, 1 and 3 tokens wide: how often the
+first, second and third token came true when those before it did, and what that brings.
 **Device**, without --quick: a model of random weights (`--model`, or a Qwen3 shape of 110 M parameters) on which a
 known share of the drafted tokens comes true, of a fixed width: what a row of 1 + d tokens costs, and when it pays.
 Rounds take turns (without, with), so that a busy machine hurts both alike: ratios are medians over rounds.
@@ -39,14 +42,15 @@ from scheduler import about  # noqa: E402 - once its folder is known
 
 from tokenrelay.assets.training import evaluate, tokenizer  # noqa: E402
 from tokenrelay.runtime.build import EngineSizes, build_engine  # noqa: E402
-from tokenrelay.runtime.drafts import Drafter  # noqa: E402
+from tokenrelay.runtime.drafts import Drafter, Text  # noqa: E402
 from tokenrelay.runtime.models.decoder import Model  # noqa: E402
+from tokenrelay.runtime.predicted import PredictedDrafter  # noqa: E402
 from tokenrelay.runtime.requests import EngineOutput, EngineRequest, EngineStats, Finish  # noqa: E402
 from tokenrelay.runtime.weights.loader import load_model  # noqa: E402
 
 BUNDLED = ROOT / "assets/tokenrelay-tiny"
 WAIT_S = 600.0
-WIDTH = 8  # of drafts, as a worker has it by default
+WIDTH, MTP_WIDTH = 8, 3  # of drafts, as a worker has them by default
 Prompts = Sequence[Sequence[int]]
 Guess = Callable[[int, int], Sequence[int]]  # (number of the prompt, tokens known) -> what comes next
 
@@ -55,6 +59,7 @@ class Worker:
     """An engine; `answer` runs prompts and measures."""
 
     def __init__(self, model: Model, *, threads: int | None, draft_tokens: int) -> None:
+        """With a `model` whose prediction layer was loaded drafts come from that."""
         self._outputs: dict[int, list[int]] = {}
         self._ended = threading.Semaphore(0)
         self._next = 0
@@ -139,26 +144,85 @@ def tasks(quick: bool) -> dict[str, tuple[Prompts, int]]:
         old, new = "".join(lines), "".join(lines).replace("files", "notes")
         edits.append(encode(f"{old}\n{new[: len(new) // 3]}", add_special_tokens=False).ids)
     agents = [question.ids for question in islice(evaluate.questions(count, 0, BUNDLED), 2 * count)]
-    return {"repeat": (repeats, 96), "code_edit": (edits, 96), "agent": (agents, 96)}
+    tokens_max = 64 if quick else 96
+    return {"repeat": (repeats, tokens_max), "code_edit": (edits, tokens_max), "agent": (agents, tokens_max)}
 
 
 def run_tasks(quick: bool, threads: int | None) -> list[dict[str, Any]]:
     """Each task, so many answers at a time, without drafts and with them."""
     model = load_model(BUNDLED, dtype=torch.float32)
-    plain, drafting = (Worker(model, threads=threads, draft_tokens=width) for width in (0, WIDTH))
+    workers = {
+        name: Worker(one, threads=threads, draft_tokens=width)
+        for name, one, width in (
+            ("none", model, 0),
+            ("ngram", model, WIDTH),
+            ("mtp", load_model(BUNDLED, dtype=torch.float32, prediction="on"), MTP_WIDTH),
+        )
+    }
     ends = tuple(model.config.eos_token_ids)
     rows = []
-    for name, (prompts, tokens_max) in tasks(quick).items():
+    for task, (prompts, tokens_max) in tasks(quick).items():
         for at_once in (1, 4):
-            stops = ends if name == "agent" else ()
+            stops = ends if task == "agent" else ()
             rounds = []
             for _ in range(2 if quick else 5):
-                rounds.append(tuple(w.answer(prompts, tokens_max, at_once, stops) for w in (plain, drafting)))
-            same = all(one["outputs"] == other["outputs"] for one, other in rounds)
-            rows.append({"part": "tasks", "case": name, "at_once": at_once, **summary(rounds[1:]), "same_text": same})
-    for worker in (plain, drafting):
+                rounds.append({name: w.answer(prompts, tokens_max, at_once, stops) for name, w in workers.items()})
+            for name in ("ngram", "mtp"):
+                pairs = [(one["none"], one[name]) for one in rounds]
+                same = all(one["outputs"] == other["outputs"] for one, other in pairs)
+                case = {"part": "tasks", "case": task, "proposer": name, "at_once": at_once}
+                rows.append({**case, **summary(pairs[1:]), "same_text": same})
+    for worker in workers.values():
         worker.engine.close()
     return rows
+
+
+def run_places(quick: bool, threads: int | None) -> list[dict[str, Any]]:
+    """The prediction layer with all that it proposes drafted, one answer at a time."""
+    plain = Worker(load_model(BUNDLED, dtype=torch.float32), threads=threads, draft_tokens=0)
+    model = load_model(BUNDLED, dtype=torch.float32, prediction="on")
+    rows = []
+    for width in (1, MTP_WIDTH):
+        worker = Worker(model, threads=threads, draft_tokens=width)
+        places = Places(worker, width)
+        for task, (prompts, tokens_max) in tasks(quick).items():
+            pairs = []
+            for _ in range(1 if quick else 3):
+                places.clear()
+                pairs.append(tuple(w.answer(prompts, tokens_max, 1, ()) for w in (plain, worker)))
+            same = all(one["outputs"] == other["outputs"] for one, other in pairs)
+            case = {"part": "places", "case": f"{task}, always {width}", "proposer": "mtp", "at_once": 1}
+            rows.append({**case, **summary(pairs), "by_place": places.rates(), "same_text": same})
+        worker.engine.close()
+    plain.engine.close()
+    return rows
+
+
+class Places:
+    """Makes a worker draft all that its prediction layer proposes, and counts what came true place by place."""
+
+    def __init__(self, worker: Worker, width: int) -> None:
+        drafter = worker.engine._drafter
+        assert isinstance(drafter, PredictedDrafter)
+        learn = drafter._learn
+        self._seen: list[list[int]] = [[] for _ in range(width)]
+
+        def look(text: Text, hits: int, *, missed: bool) -> None:
+            for place, came in enumerate([1] * hits + [0] * missed, start=text.kind):
+                self._seen[place].append(came)
+            learn(text, hits, missed=missed)
+
+        drafter._learn = look  # type: ignore[method-assign]
+        drafter._best_width = lambda rates, *_: (len(rates), 1.0)  # type: ignore[method-assign]
+
+    def clear(self) -> None:
+        """Begin anew."""
+        for seen in self._seen:
+            seen.clear()
+
+    def rates(self) -> list[float | None]:
+        """How often each place came true when those before it did."""
+        return [round(statistics.mean(seen), 3) if seen else None for seen in self._seen]
 
 
 def run_device(model: Model, threads: int | None, rounds_max: int) -> list[dict[str, Any]]:
@@ -231,9 +295,10 @@ def random_model(folder: Path) -> Path:
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """As a table."""
-    table = Table(title="drafts from a sequence's own text")
+    table = Table(title="drafts")
     for name in (
         "case",
+        "from",
         "at once",
         "tokens/s without",
         "with",
@@ -242,25 +307,27 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
         "drafted per token",
         "came true",
     ):
-        table.add_column(name, justify="left" if name == "case" else "right")
+        table.add_column(name, justify="left" if name in ("case", "from") else "right")
     for row in rows:
         came = "-" if row["acceptance"] is None else f"{row['acceptance']:.0%}"
+        if places := [f"{place:.0%}" for place in row.get("by_place", ()) if place is not None]:
+            came += f" ({', '.join(places)})"
         speeds = (f"{row['tokens_per_s_without']:.0f}", f"{row['tokens_per_s']:.0f}")
         ratios = (f"{row['speedup']:.2f}", f"{row['cpu_gain']:.2f}", f"{row['drafted_per_token']:.2f}")
-        table.add_row(row["case"], str(row["at_once"]), *speeds, *ratios, came)
+        table.add_row(row["case"], row.get("proposer", "told"), str(row["at_once"]), *speeds, *ratios, came)
     console.print(table)
 
 
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer prompts, no device sweep: under 30 s when idle")
+    parser.add_argument("--quick", action="store_true", help="fewer prompts, no device sweep: under 50 s when idle")
     parser.add_argument("--json", metavar="FILE", help="write the result here (-: stdout)")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="of the device sweep")
     parser.add_argument("--threads", type=int, metavar="N", help="of a step")
     options = parser.parse_args()
     began = time.perf_counter()
-    rows = run_tasks(options.quick, options.threads)
+    rows = run_tasks(options.quick, options.threads) + run_places(options.quick, options.threads)
     if not options.quick:
         with tempfile.TemporaryDirectory() as scratch:
             model = load_model(options.model or random_model(Path(scratch)), dtype=None)

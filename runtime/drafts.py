@@ -84,6 +84,7 @@ class Drafter:
         self._touched: dict[int, Text] = {}  # that got tokens since the last proposal
         self._rates = self._no_rates()
         self._costs: list[float] = []  # of a step, by drafted tokens in it; a step without them costs 1
+        self._alone_us = 0.0  # that such a step takes; 0: not known
         self._rows = 0  # that decode in a step, lately
         self._steps_left = 0  # until the costs are looked up again
 
@@ -198,10 +199,16 @@ class Drafter:
         """
         return self._best_width([rate] * self._tokens_max, offered, won, context)
 
-    def _best_width(self, rates: Sequence[float], offered: int, won: float, context: int) -> tuple[int, float]:
-        """As `_width`; `rates`: how often the i-th token comes true when those before it did."""
+    def _best_width(
+        self, rates: Sequence[float], offered: int, won: float, context: int, guessing_us: float = 0.0
+    ) -> tuple[int, float]:
+        """As `_width`; `rates`: how often the i-th token comes true when those before it did.
+
+        `guessing_us`: what each token takes to guess, where that is still to be decided.
+        """
         if self._steps_left <= 0:
             self._look_up(context)
+        guessing = guessing_us / self._alone_us if self._alone_us > 0 else 0.0
         rows = max(1, self._rows)
         before = (rows + won) / self._costs[offered]
         best, best_width, best_gain = before * GAIN_MIN, 0, 0.0
@@ -209,7 +216,7 @@ class Drafter:
         for width in range(1, min(len(rates), STEP_DRAFTS_MAX - offered) + 1):
             chance *= rates[width - 1]
             gain += chance
-            value = (rows + won + gain) / self._costs[offered + width]
+            value = (rows + won + gain) / (self._costs[offered + width] + guessing * width)
             if value > best:
                 best, best_width, best_gain = value, width, gain
         return best_width, best_gain
@@ -219,6 +226,7 @@ class Drafter:
         self._steps_left = REFRESH_STEPS
         model, rows = self._scheduler.cost_model(), max(1, self._rows)
         alone = model.predict_us(decode_rows=rows, decode_context=rows * context)
+        self._alone_us = alone
         if alone <= 0:
             self._costs = [1.0, *(1.0 + UNKNOWN_COST * (1 + width) for width in range(STEP_DRAFTS_MAX))]
             return
@@ -226,11 +234,7 @@ class Drafter:
         for width in range(1, STEP_DRAFTS_MAX + 1):
             more = rows + width
             with_drafts = model.predict_us(decode_rows=more, decode_context=more * context)
-            self._costs.append(max(1.0, (with_drafts + AHEAD_US + self._proposing_us(width)) / alone))
-
-    def _proposing_us(self, width: int) -> float:
-        """What it takes to guess so many tokens, as a part of a step."""
-        return 0.0
+            self._costs.append(max(1.0, (with_drafts + AHEAD_US) / alone))
 
 
 def may_draft(sampling: SamplingParams) -> bool:

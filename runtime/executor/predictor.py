@@ -70,7 +70,9 @@ class PredictionWork:
 
     width: int
     decode_only: bool
-    admitted_slots: Tensor  # int64 [a]
+    carries: bool  # an entry is made of what stood behind an earlier step's token
+    in_order: bool  # entry i is made of the step's i-th hidden state
+    admitted_slots: Tensor | None  # int64 [a]
     row_slots: Tensor  # int64 [n]
     hidden_at: Tensor  # int64 [m] among the step's hidden states, then the rows' carried ones
     token_at: Tensor  # int64 [m] among the step's tokens, then the sampled ones
@@ -126,7 +128,9 @@ class Predictor:
         return PredictionWork(
             width=min(self.width, self._tokens_max),
             decode_only=decodes == rows,
-            admitted_slots=self._tensor(plan.admitted_slots.astype(np.int64)),
+            carries=bool((within == 0).any()),
+            in_order=len(hidden_at) == tokens and bool((hidden_at == np.arange(tokens)).all()),
+            admitted_slots=self._tensor(plan.admitted_slots.astype(np.int64)) if len(plan.admitted_slots) else None,
             row_slots=self._tensor(slots),
             hidden_at=self._tensor(hidden_at),
             token_at=self._tensor(token_at),
@@ -195,8 +199,9 @@ class Predictor:
     ) -> Proposals | None:
         """Write the step's entries, and propose. hidden [t, d], sampled int64 [s], whose parameters are `sampling`."""
         began, token_ids = time.perf_counter_ns(), batch.token_ids
-        self._carried[work.admitted_slots] = 0.0
-        source = torch.cat((hidden, self._carried[work.row_slots]))
+        if work.admitted_slots is not None:
+            self._carried[work.admitted_slots] = 0.0
+        source = torch.cat((hidden, self._carried[work.row_slots])) if work.carries else hidden
         accepted = self._accepted(work, token_ids, sampled)
         self._carried[work.row_slots] = hidden[work.last_at + accepted]
         said = torch.cat((token_ids, sampled))
@@ -207,7 +212,7 @@ class Predictor:
             kept = (entries <= asked.entries_last).nonzero().flatten()
             at, positions = entries[kept], (asked.positions + came)[kept]
         pairs = Pairs(
-            hidden=source[work.hidden_at],
+            hidden=source if work.in_order else source[work.hidden_at],
             embedded=self._model.embed(said[work.token_at]),
             positions=work.positions,
             cache_slots=work.cache_slots,
