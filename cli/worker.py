@@ -501,7 +501,7 @@ def handshake_of(model: Model | LeadingModel, options: WorkerSettings, pool: Poo
         device=str(model.cos_sin.device),
         vocab_size=model_config.vocab_size,
         eos_token_ids=model_config.eos_token_ids,
-        numerics=_numerics(str(model_config.dtype).removeprefix("torch."), config.weight_dtype),
+        numerics=_numerics(str(model_config.dtype).removeprefix("torch."), config),
     )
 
 
@@ -516,16 +516,19 @@ def _choose_kernels(config: WorkerConfig) -> None:
     registry.tuned(tune.load(file))
 
 
-def _numerics(dtype: str, weight_dtype: str) -> str:
+def _numerics(dtype: str, config: WorkerConfig) -> str:
     """The numerics fingerprint: what two workers must share for their sums to be comparable."""
     import torch
 
     from tokenrelay.kernels import registry
     from tokenrelay.kernels.isa import features, machine
 
-    mode = ";deterministic" if registry.is_deterministic() else ""
+    mode = ""
+    if registry.is_deterministic():  # terms of several ranks are other ones than those of one
+        widths = [f"{axis}{size}" for axis in ("dp", "ep", "tp") if (size := getattr(config, axis)) > 1]
+        mode = ";".join(["", "deterministic", *widths, *([config.experts] if widths and config.experts else [])])
     mode += f";tuned-{digest}" if (digest := registry.tuned_digest()) else ""
-    return f"{machine()};{','.join(sorted(features()))};{dtype};{weight_dtype};torch-{torch.__version__}{mode}"
+    return f"{machine()};{','.join(sorted(features()))};{dtype};{config.weight_dtype};torch-{torch.__version__}{mode}"
 
 
 def _facts(handshake: worker_pb2.HandshakeReply, pool: Pool, load_s: float) -> dict[str, Any]:

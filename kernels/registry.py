@@ -340,6 +340,12 @@ def tuned(choices: Mapping[TunedKey, str]) -> None:
         _forget()
 
 
+def tuned_choices() -> dict[TunedKey, str]:
+    """What is preferred: for other processes, whose sums shall be the same."""
+    with _lock:
+        return dict(_tuned)
+
+
 def tuned_digest() -> str:
     """Of the choices that are preferred; empty where there are none."""
     if not _tuned:

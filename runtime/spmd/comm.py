@@ -32,8 +32,15 @@ class Comm:
         timeout_s: float,
         host: str = HOST,
         device: torch.device | None = None,
+        *,
+        ordered: bool = False,
     ) -> None:
-        """`host`: this machine's address, for gloo. `device`: of the tensors; NCCL moves those of a GPU."""
+        """`host`: this machine's address, for gloo. `device`: of the tensors; NCCL moves those of a GPU.
+
+        `ordered`: terms are added in the order of ranks, whatever stands beside them in a tensor. A ring adds each part
+        of a tensor in another order, so that a token's bits would depend on how many others the step has.
+        """
+        self._ordered = ordered
         self._store = store
         self._name = name
         self._mesh = mesh
@@ -73,6 +80,8 @@ class Comm:
         dim, timeout = move.dim, self._timeout
 
         def all_reduce(x: Tensor) -> Tensor:
+            if self._ordered:
+                return _added(self._gather(group, count, x))
             x = x.contiguous()
             group.allreduce([x]).wait(timeout)
             return x
@@ -82,7 +91,7 @@ class Comm:
 
         def reduce_scatter(x: Tensor) -> Tensor:
             parts = torch.stack(x.chunk(count, dim))  # [ranks, …]: gloo deals out whole tensors
-            return self._exchange(group, parts).sum(0)
+            return _added(self._exchange(group, parts))
 
         def all_to_all(x: Tensor) -> Tensor:
             received = self._exchange(group, torch.stack(x.chunk(count, dim)))
@@ -155,7 +164,10 @@ class Comm:
         answered = work(*_unpack(came, x, experts))
         back = answered.new_empty((sum(sizes), answered.shape[1]))
         group.alltoall_base(back, answered.contiguous(), sizes, counts).wait(self._timeout)
-        return torch.zeros_like(x).index_add_(0, torch.cat(rows), back)
+        total = torch.zeros_like(x)
+        for wanted, part in zip(rows, torch.split(back, sizes), strict=True):  # in the order of ranks
+            total[wanted] += part
+        return total
 
     def _gather(self, group: Any, count: int, x: Tensor) -> list[Tensor]:
         x = x.contiguous()
@@ -168,6 +180,14 @@ class Comm:
         received = torch.empty_like(parts)
         group.alltoall_base(received, parts, [], []).wait(self._timeout)
         return received
+
+
+def _added(terms: Sequence[Tensor] | Tensor) -> Tensor:
+    """One term after the other."""
+    total = terms[0] + terms[1]
+    for term in terms[2:]:
+        total += term
+    return total
 
 
 def _pack(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:

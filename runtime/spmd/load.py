@@ -11,6 +11,7 @@ import torch
 
 import tokenrelay.runtime
 from tokenrelay.base.errors import PlacementError
+from tokenrelay.kernels import registry
 from tokenrelay.runtime.layers.moe import ExpertSplit
 from tokenrelay.runtime.models.decoder import Model
 from tokenrelay.runtime.placement import STAGES, Mesh
@@ -28,6 +29,21 @@ def code_identity() -> str:
         for path in sorted(package.rglob("*.py")):
             digest.update(f"{path.relative_to(package)} {path.stat().st_size}\n".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def kernel_choices() -> dict[str, Any]:
+    """What this process was told about kernels, for the other ranks: sums are the same where kernels are."""
+    tuned = [
+        [op, device, dtype, list(dims), path] for (op, device, dtype, dims), path in registry.tuned_choices().items()
+    ]
+    return {"deterministic": registry.is_deterministic(), "tuned": tuned}
+
+
+def take_kernels(choices: dict[str, Any]) -> None:
+    """As the leader has it."""
+    registry.deterministic(choices["deterministic"])
+    found = {(op, on, dtype, tuple(map(tuple, dims))): path for op, on, dtype, dims, path in choices["tuned"]}
+    registry.tuned(found)
 
 
 def device_of(kind: str, rank: int) -> torch.device:
@@ -48,6 +64,8 @@ def load_shard(order: dict[str, Any], rank: int, **more: Any) -> tuple[Model, Pr
         raise PlacementError(
             f"it runs other code than the leader (here {code_identity()[:12]}, torch {torch.__version__})"
         )
+    if rank:
+        take_kernels(order["kernels"])
     mesh = Mesh(**order["mesh"])
     dtype = getattr(torch, order["dtype"]) if order["dtype"] else None
     said = order["experts"]
@@ -65,7 +83,8 @@ def meet(
     Raises RuntimeError when one does not come.
     """
     model, programs = shard
-    comm = Comm(store, order["name"], programs.mesh, rank, timeout_s, host, model.cos_sin.device)
+    ordered = order["kernels"]["deterministic"]
+    comm = Comm(store, order["name"], programs.mesh, rank, timeout_s, host, model.cos_sin.device, ordered=ordered)
     # Experts of one rank alone have nowhere to go.
     balanced = order["experts"]["spare"] > 0 and programs.mesh.ranks > programs.mesh.size(STAGES)
     folder = Path(order["folder"]) if balanced and model.architecture.moe is not None else None

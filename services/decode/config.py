@@ -121,8 +121,8 @@ class WorkerConfig:
 
         if self.ranks > 1 and self.weight_dtype != "auto":
             raise ConfigError(f"worker.weight_dtype {self.weight_dtype} is for one rank; this worker has {self.ranks}")
-        if self.ranks > 1 and self.deterministic:
-            raise ConfigError(f"worker.deterministic is for one rank; this worker has {self.ranks}")
+        if self.deterministic and "spare" in self.experts:
+            raise ConfigError("worker.deterministic and experts spare:N exclude each other: replicas take turns")
         if self.ranks > 1 and self.prediction == "on":
             raise ConfigError(f"worker.drafts mtp is for one rank; this worker has {self.ranks}: use ngram")
         if self.ranks > 1 and self.host_cache_gib:

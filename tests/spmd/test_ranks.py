@@ -77,6 +77,16 @@ def test_expert_parallel(ranks: Ranks, checkpoint: Callable[..., Path], name: st
     compare(ranks, checkpoint(name, family, **overrides), mesh)
 
 
+@pytest.mark.parametrize("mesh", [Mesh(ep=2), Mesh(dp=2, ep=2)], ids=str)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_a_model_without_experts_on_their_axis(
+    ranks: Ranks, checkpoint: Callable[..., Path], name: str, mesh: Mesh
+) -> None:
+    """Along `ep` its ranks do the same, and nothing is sent."""
+    family, overrides = FAMILIES[name]
+    compare(ranks, checkpoint(name, family, **overrides), mesh)
+
+
 @pytest.mark.parametrize("mesh", [Mesh(cp=2), Mesh(pp=2), Mesh(dp=2), Mesh(cp=2, tp=2), Mesh(pp=2, dp=2)], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sequences_tokens_and_layers_dealt_out(
