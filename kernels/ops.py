@@ -16,6 +16,7 @@ from tokenrelay.kernels.batch import AttentionBatch, PenaltyBatch, SamplingBatch
 from tokenrelay.kernels.packed import PackedWeight
 from tokenrelay.kernels.quantized import QuantizedWeight
 from tokenrelay.kernels.registry import pick
+from tokenrelay.kernels.scaled import BlockScaledWeight
 
 __all__ = [
     "AttentionBatch",
@@ -42,6 +43,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "sample",
+    "scaled_moe",
     "silu_mul",
     "token_logprobs",
 ]
@@ -242,6 +244,17 @@ def packed_moe(x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: PackedWei
     """As `moe` or `quantized_moe`, with packed w_gate_up [E, 2f, d] and w_down [E, d, f]; d, f: multiples of 16."""
     sizes = (w_down.experts, x.shape[-1], w_down.width, w_down.bits, w_down.group)
     result: Tensor = pick("packed_moe", x.device.type, x.dtype, *sizes)(x, experts, weights, w_gate_up, w_down)
+    return result
+
+
+def scaled_moe(
+    x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: BlockScaledWeight, w_down: BlockScaledWeight
+) -> Tensor:
+    """As `moe`, with weights in float8 and a factor for each 128 x 128 (DeepSeek-V3, arXiv 2412.19437, section 3.3):
+    w_gate_up [E, 2f, d], w_down [E, d, f]. Kernels round activations to float8 too, scaled by the largest of each 128.
+    """
+    sizes = (w_down.data.shape[0], x.shape[-1], w_down.data.shape[2])
+    result: Tensor = pick("scaled_moe", x.device.type, x.dtype, *sizes)(x, experts, weights, w_gate_up, w_down)
     return result
 
 

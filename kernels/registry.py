@@ -54,6 +54,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "moe": ("experts", "width", "hidden"),
     "quantized_moe": ("experts", "width", "hidden", "bits", "group"),
     "packed_moe": ("experts", "width", "hidden", "bits", "group"),
+    "scaled_moe": ("experts", "width", "hidden"),
     "moe_route": ("experts",),
     "sample": ("vocab",),
     "token_logprobs": ("vocab",),

@@ -11,6 +11,7 @@ from tokenrelay.kernels.packed import PackedWeight
 from tokenrelay.kernels.quantized import QuantizedWeight
 from tokenrelay.kernels.ref.elementwise import accumulate
 from tokenrelay.kernels.registry import register
+from tokenrelay.kernels.scaled import BlockScaledWeight
 
 NO_EXPERT = -1  # in `experts`: the choice lives on another rank
 
@@ -40,6 +41,14 @@ def quantized_moe(
 def packed_moe(x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: PackedWeight, w_down: PackedWeight) -> Tensor:
     """See `ops.packed_moe`; activations stay as they are."""
     return moe(x.float(), experts, weights, w_gate_up.unpack().float(), w_down.unpack().float()).to(x.dtype)
+
+
+@register(op="scaled_moe", path="ref/torch", device="any", priority=0, invariant=False)
+def scaled_moe(
+    x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: BlockScaledWeight, w_down: BlockScaledWeight
+) -> Tensor:
+    """See `ops.scaled_moe`; activations stay as they are."""
+    return moe(x.float(), experts, weights, w_gate_up.dequantize(), w_down.dequantize()).to(x.dtype)
 
 
 @register(op="moe_route", path="ref/torch", device="any", priority=0)

@@ -84,6 +84,10 @@ def register_all() -> None:
     heads = {"kv_heads": Limit(1, 256), "head_dim": Limit(1, 512)}
     _add("gqa_cache_write", "triton/rows", _later("elementwise", "gqa_cache_write"), limits=heads, layout="gqa")
     _register_attention()
+    for fixed, name in ((False, "grouped"), (True, "fixed")):
+        for op, needs, dtypes in (("moe", ("dot_bf16",), _BF16), ("scaled_moe", ("dot_fp8",), ("bfloat16",))):
+            call, priority = _later("moe", op, fixed), PRIORITY - 5 * fixed
+            _add(op, f"triton/{name}", call, priority=priority, needs=needs, dtypes=dtypes, invariant=fixed)
     sample = _later("sampling", "sample")
     _add("sample", "triton/rows", sample, dtypes=("float32",), limits={"vocab": Limit(1, 1 << 20)})
     _add("apply_penalties", "triton/rows", _later("sampling", "apply_penalties"), dtypes=("float32",))

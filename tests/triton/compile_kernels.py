@@ -57,7 +57,9 @@ def record(target: GPUTarget) -> dict[str, Any]:
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = run(self, *arguments, grid=grid, warmup=True, **options)
-        widths = [f"{k}={v}" for k, v in options.items() if k in ("BLOCK_M", "BLOCK_N", "FIXED", "GROUP", "HALVES")]
+        widths = [
+            f"{k}={v}" for k, v in options.items() if k in ("BLOCK_M", "BLOCK_N", "FIXED", "GROUP", "GATED", "SCALED")
+        ]
         name = f"{self.__module__.rpartition('.')[2]}.{self.__name__} {' '.join(widths)}".strip()
         found.setdefault(name, compiled)
         return compiled

@@ -10,7 +10,8 @@ from kernel_cases import make_batch
 
 from tokenrelay.kernels.batch import PenaltyBatch, SamplingBatch
 from tokenrelay.kernels.layout import GqaLayout, MlaFp8Layout, MlaLayout
-from tokenrelay.kernels.triton import arch, elementwise, gqa, matmul, mla, mla_prefill, sampling
+from tokenrelay.kernels.scaled import BlockScaledWeight
+from tokenrelay.kernels.triton import arch, elementwise, gqa, matmul, mla, mla_prefill, moe, sampling
 
 BF16 = torch.bfloat16
 Launch = tuple[str, Callable[[], object]]
@@ -27,6 +28,7 @@ def launches() -> Iterator[Launch]:
     yield from _prefill()
     yield from _products()
     yield from _sampling()
+    yield from _moe()
 
 
 def _elementwise() -> Iterator[Launch]:
@@ -90,3 +92,14 @@ def _sampling() -> Iterator[Launch]:
     offsets = torch.tensor([0, 1, 2])
     penalties = PenaltyBatch(i64, f32, f32, f32, offsets, i64, i32, offsets, i64, f32)
     yield "penalties", functools.partial(sampling.apply_penalties, logits, penalties)
+
+
+def _moe() -> Iterator[Launch]:
+    """Few and many rows an expert; 7168 x 2048 as DeepSeek-V3's, of two experts."""
+    gate_up, down = torch.zeros(2, 4096, 7168, dtype=BF16), torch.zeros(2, 7168, 2048, dtype=BF16)
+    small = BlockScaledWeight.of(gate_up), BlockScaledWeight.of(down)
+    for tokens in (4, 100, 400):
+        x, chosen = torch.zeros(tokens, 7168, dtype=BF16), torch.zeros(tokens, 2, dtype=torch.int32)
+        weights = torch.zeros(tokens, 2)
+        yield f"moe {tokens}", functools.partial(moe.moe, False, x, chosen, weights, gate_up, down)
+        yield f"moe {tokens} scaled", functools.partial(moe.scaled_moe, False, x, chosen, weights, *small)

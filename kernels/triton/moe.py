@@ -1,0 +1,187 @@
+"""Mixture of experts: choices sorted by expert on the device, two grouped products, a sum.
+
+Nothing waits for the device, and all sizes follow from the numbers of tokens and experts, so a recorded step may have
+other choices at each replay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from tokenrelay.kernels.scaled import BLOCK, BlockScaledWeight
+from tokenrelay.kernels.triton import moe_kernels as kernels
+from tokenrelay.kernels.triton.checks import check, check_axes, check_dense
+from tokenrelay.kernels.triton.language import INTERPRET
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Groups:
+    """Choices sorted by expert; int32 on the device."""
+
+    order: Tensor  # [t k] choices, by expert and then by token
+    offsets: Tensor  # [E + 1]: first of each expert
+    tile_expert: Tensor  # [tiles]; E: none
+    tile_first: Tensor  # [tiles]: first row of the tile in the sorted order
+    tiles: int
+
+
+def _group(experts: Tensor, count: int, block_m: int) -> _Groups:
+    chosen = experts.flatten()
+    known = torch.where((chosen < 0) | (chosen >= count), count, chosen)
+    by_expert, order = torch.sort(known, stable=True)
+    device, choices = experts.device, chosen.shape[0]
+    each = torch.arange(count + 1, dtype=torch.int32, device=device)
+    offsets = torch.searchsorted(by_expert, each, out_int32=True)  # [E + 1]; the last one ends what lives here
+    per_expert = (offsets[1:] - offsets[:-1] + (block_m - 1)) // block_m  # [E]
+    ends = torch.cumsum(per_expert, 0, dtype=torch.int32)
+    tiles = -(-choices // block_m) + min(count, choices)
+    tile = torch.arange(tiles, dtype=torch.int32, device=device)
+    tile_expert = torch.searchsorted(ends, tile, right=True, out_int32=True)  # [tiles]; E beyond the last tile
+    inside = tile_expert.clamp(max=count - 1)
+    within = tile - (ends[inside] - per_expert[inside])
+    return _Groups(order.to(torch.int32), offsets, tile_expert, offsets[inside] + within * block_m, tiles)
+
+
+def _tile(choices: int, count: int, dtype: torch.dtype, *, fixed: bool) -> tuple[int, int, int, int, int]:
+    """block_m, block_n, block_k, warps, stages. Few rows an expert: the weights' bytes are the floor, and a tile of 16
+    rows is enough; many: the product's rate. Fixed: one size, so that a row does not see how many others there are."""
+    if INTERPRET.value:
+        return 16, 32, 128 if dtype is torch.float8_e4m3fn else 32, 4, 2
+    if dtype is torch.float32:
+        return 16, 64, 32, 4, 2
+    block_k = 128 if dtype is torch.float8_e4m3fn else 64
+    rows = choices / count
+    if fixed or rows <= 16:
+        return 16, 64, 128, 4, 4
+    many = rows > 128 and dtype is not torch.float8_e4m3fn  # whose second sums would not fit the registers
+    return (128 if many else 64, 128, block_k, 8, 3)
+
+
+def moe(fixed: bool, x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    """See `ops.moe`."""
+    check_axes("w_down", w_down, 3)
+    count, width, hidden = w_down.shape
+    _check(x, experts, weights, width)
+    check_dense("w_gate_up", w_gate_up, x, (count, 2 * hidden, width))
+    check_dense("w_down", w_down, x, (count, width, hidden))
+    tokens, top_k = experts.shape
+    out = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
+    if not experts.numel():
+        return out.zero_()
+    tile = _tile(tokens * top_k, count, x.dtype, fixed=fixed)
+    groups = _group(experts, count, tile[0])
+    inner = torch.empty((tokens * top_k, hidden), dtype=x.dtype, device=x.device)
+    _product(x, None, w_gate_up, None, weights, inner, groups, tile, top_k, gated=True)
+    parts = torch.empty((tokens * top_k, width), dtype=torch.float32, device=x.device)
+    _product(inner, None, w_down, None, weights, parts, groups, tile, top_k, gated=False)
+    return _sum(parts, experts, out, count)
+
+
+def scaled_moe(
+    fixed: bool,
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    w_gate_up: BlockScaledWeight,
+    w_down: BlockScaledWeight,
+) -> Tensor:
+    """See `ops.scaled_moe`."""
+    check_axes("w_down", w_down.data, 3)
+    count, width, hidden = w_down.data.shape
+    _check(x, experts, weights, width)
+    fp8 = torch.float8_e4m3fn
+    check_dense("w_gate_up", w_gate_up.data, x, (count, 2 * hidden, width), fp8)
+    check_dense("w_down", w_down.data, x, (count, width, hidden), fp8)
+    for name, weight in (("w_gate_up", w_gate_up), ("w_down", w_down)):
+        check_dense(f"{name}.factors", weight.factors, x, tuple(weight.factors.shape), torch.float32)
+    tokens, top_k = experts.shape
+    out = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
+    if not experts.numel():
+        return out.zero_()
+    tile = _tile(tokens * top_k, count, fp8, fixed=fixed)
+    groups = _group(experts, count, tile[0])
+    inner = torch.empty((tokens * top_k, hidden), dtype=x.dtype, device=x.device)
+    small, factors = _quantize(x)
+    _product(small, factors, w_gate_up.data, w_gate_up.factors, weights, inner, groups, tile, top_k, gated=True)
+    small, factors = _quantize(inner)
+    parts = torch.empty((tokens * top_k, width), dtype=torch.float32, device=x.device)
+    _product(small, factors, w_down.data, w_down.factors, weights, parts, groups, tile, top_k, gated=False)
+    return _sum(parts, experts, out, count)
+
+
+def _check(x: Tensor, experts: Tensor, weights: Tensor, width: int) -> None:
+    check_axes("experts", experts, 2)
+    check("x", x, experts, (experts.shape[0], width), x.dtype)
+    check_dense("experts", experts, x, tuple(experts.shape), torch.int32)
+    check_dense("weights", weights, x, tuple(experts.shape), torch.float32)
+
+
+def _product(
+    a: Tensor,
+    a_factors: Tensor | None,
+    b: Tensor,
+    b_factors: Tensor | None,
+    weights: Tensor,
+    out: Tensor,
+    groups: _Groups,
+    tile: tuple[int, int, int, int, int],
+    top_k: int,
+    *,
+    gated: bool,
+) -> None:
+    block_m, block_n, block_k, warps, stages = tile
+    count, _, depth = b.shape
+    columns = out.shape[1]
+    kernels.experts[(groups.tiles, triton.cdiv(columns, block_n))](
+        a,
+        a if a_factors is None else a_factors,
+        b,
+        b if b_factors is None else b_factors,
+        weights,
+        out,
+        groups.order,
+        groups.offsets,
+        groups.tile_expert,
+        groups.tile_first,
+        a.stride(0),
+        depth,
+        columns,
+        b.stride(0),
+        0 if b_factors is None else b_factors.stride(0),
+        0 if b_factors is None else b_factors.stride(1),
+        TOP_K=top_k,
+        GATED=gated,
+        SCALED=b_factors is not None,
+        EXPERTS=count,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=warps,
+        num_stages=stages,
+    )
+
+
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations in float8, and float32 [rows, width / 128] factors."""
+    rows, width = x.shape
+    groups = triton.cdiv(width, BLOCK)
+    out = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x.device)
+    factors = torch.empty((rows, groups), dtype=torch.float32, device=x.device)
+    block_g = min(8, triton.next_power_of_2(groups))
+    grid = (rows, triton.cdiv(groups, block_g))
+    kernels.quantize[grid](x, out, factors, width, x.stride(0), groups, BLOCK_G=block_g, num_warps=4)
+    return out, factors
+
+
+def _sum(parts: Tensor, experts: Tensor, out: Tensor, count: int) -> Tensor:
+    tokens, top_k = experts.shape
+    width = out.shape[1]
+    block = min(1024, triton.next_power_of_2(width))
+    kernels.gather[(tokens, triton.cdiv(width, block))](
+        parts, experts, out, width, EXPERTS=count, TOP_K=top_k, BLOCK=block, num_warps=4
+    )
+    return out
