@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from tokenrelay.runtime.spmd.ranks import LeadingModel
 
 HASH_KEY_BYTES = 16
+# A copy of one token's KV costs far less than to compute it. Followers of a mesh, who have caches of their own, are not
+# told of copies: none is made there.
+TAIL_TOKENS_MIN = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +86,8 @@ def build_engine(
 ) -> BuiltEngine:
     """Raises ConfigError when the sizes do not fit together or into memory. `hash_key`: 16 bytes, the fleet's.
 
-    `allocate`: where the pool's memory comes from, for a transport that shares it; None: torch. `tokenizer_file`: for
-    outputs that must follow a grammar; None: none is constrained. `graphs`: how decode steps are recorded; None: as the
-    device does it, and on a CPU not at all.
+    `allocate`: the pool's memory, for a transport that shares it. `tokenizer_file`: for outputs with a grammar.
+    `graphs`: how decode steps are recorded; None: as the device does it, and on a CPU not at all.
     """
     config = model.config
     device = model.cos_sin.device
@@ -108,6 +110,7 @@ def build_engine(
             floor_wait_us=round(sizes.floor_wait_s * 1e6),
             eviction=sizes.eviction,
             draft_tokens=sizes.draft_tokens,
+            tail_tokens_min=TAIL_TOKENS_MIN if isinstance(model, Model) else 0,
             host_blocks=plan_host(
                 config.kv_layout, config.kv_layers, config.dtype, sizes.host_memory_bytes, pool.blocks, device
             ),

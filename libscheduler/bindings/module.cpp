@@ -218,7 +218,7 @@ ts::Config make_config(int block_tokens, int blocks, int slots, int context_toke
                        int overtakes_max, int class_overtakes_max, int preemptions_max, double tps_floor,
                        double tps_fraction, double prefill_share, std::int64_t floor_wait_us,
                        const std::string& eviction, int host_blocks, int write_backs_max, std::int64_t copy_deadline_us,
-                       int draft_tokens, int parts) {
+                       int draft_tokens, int parts, int tail_tokens_min) {
   ts::Config config;
   config.block_tokens = block_tokens;
   config.blocks = blocks;
@@ -246,6 +246,7 @@ ts::Config make_config(int block_tokens, int blocks, int slots, int context_toke
   config.copy_deadline_us = copy_deadline_us;
   config.draft_tokens = draft_tokens;
   config.parts = parts;
+  config.tail_tokens_min = tail_tokens_min;
   if (auto wrong = config.check()) throw py::value_error(*wrong);
   return config;
 }
@@ -355,6 +356,9 @@ void bind_steps(py::module_& m) {
   def_view(plan, "admitted_slots", &ts::Plan::admitted_slots);
   def_view(plan, "admitted_cached", &ts::Plan::admitted_cached);
   def_view(plan, "admitted_output_start", &ts::Plan::admitted_output_start);
+  def_view(plan, "tail_sources", &ts::Plan::tail_sources);
+  def_view(plan, "tail_blocks", &ts::Plan::tail_blocks);
+  def_view(plan, "tail_tokens", &ts::Plan::tail_tokens);
 
   py::class_<ts::Outcome, std::shared_ptr<ts::Outcome>> outcome(m, "Outcome");
   def_view(outcome, "sequence_ids", &ts::Outcome::sequence_ids);
@@ -374,7 +378,7 @@ void bind_scheduler(py::module_& m) {
            py::arg("preemptions_max") = 3, py::arg("tps_floor") = 0.0, py::arg("tps_fraction") = 0.5,
            py::arg("prefill_share") = 0.125, py::arg("floor_wait_us") = 10'000'000, py::arg("eviction") = "reuse",
            py::arg("host_blocks") = 0, py::arg("write_backs_max") = 64, py::arg("copy_deadline_us") = 10'000'000,
-           py::arg("draft_tokens") = 0, py::arg("parts") = 1)
+           py::arg("draft_tokens") = 0, py::arg("parts") = 1, py::arg("tail_tokens_min") = 0)
       .def_property_readonly(
           "eviction", [](const ts::Config& self) { return self.eviction == ts::Eviction::lru ? "lru" : "reuse"; })
       .def_readonly("block_tokens", &ts::Config::block_tokens)
@@ -396,7 +400,8 @@ void bind_scheduler(py::module_& m) {
       .def_readonly("write_backs_max", &ts::Config::write_backs_max)
       .def_readonly("copy_deadline_us", &ts::Config::copy_deadline_us)
       .def_readonly("draft_tokens", &ts::Config::draft_tokens)
-      .def_readonly("parts", &ts::Config::parts);
+      .def_readonly("parts", &ts::Config::parts)
+      .def_readonly("tail_tokens_min", &ts::Config::tail_tokens_min);
 
   py::class_<PyScheduler>(m, "Scheduler")
       .def(py::init<const ts::Config&, const py::object&>(), py::arg("config"), py::kw_only(),

@@ -81,6 +81,7 @@ void bind_policy(py::module_& m) {
       .def_readonly("aborts", &ts::Counts::aborts)
       .def_readonly("prompt_tokens", &ts::Counts::prompt_tokens)
       .def_readonly("cached_tokens", &ts::Counts::cached_tokens)
+      .def_readonly("tail_tokens", &ts::Counts::tail_tokens)
       .def_readonly("output_tokens", &ts::Counts::output_tokens)
       .def_readonly("hashed_blocks", &ts::Counts::hashed_blocks)
       .def_readonly("floor", &ts::Counts::floor)

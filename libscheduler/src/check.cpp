@@ -39,6 +39,14 @@ std::optional<std::string> hold(Holdings& holdings, const BlockChain& chain, con
   return holdings.own(chain.writable().numbers(), Kind::writable, records);
 }
 
+/// The block whose beginning a residence, or what is left of it, copies.
+std::optional<std::string> hold(Holdings& holdings, const std::optional<SealedPin>& tail,
+                                const block::Records& records) {
+  if (!tail) return std::nullopt;
+  const BlockId id = read(*tail);
+  return holdings.pin({&id, 1}, records);
+}
+
 std::optional<std::string> hold(Holdings& holdings, const Remains& remains, const block::Records& records) {
   if (auto broken = holdings.pin(remains.pins().numbers(), records)) return broken;
   return holdings.own(remains.quarantined().numbers(), Kind::quarantined, records);
@@ -81,9 +89,11 @@ std::optional<std::string> Scheduler::check() const {
   std::vector<int> growth(growth_.size());
   std::int64_t prefilling = 0;
   std::vector<int> flights(sequences_.size());
+  int tails = 0;
   for (std::size_t i = 0; i < flights_size_; ++i) {
     for (const Row& row : flights_[(flights_first_ + i) % flights_.size()].rows) {
       ++flights[static_cast<std::size_t>(row.index)];
+      tails += row.tail;
     }
   }
   for (std::size_t i = 0; i < sequences_.size(); ++i) {
@@ -106,6 +116,7 @@ std::optional<std::string> Scheduler::check() const {
               if (auto wrong = check_table(s, state.home.chain)) return wrong;
             }
             if (auto wrong = check_draft(static_cast<SequenceIndex>(i))) return wrong;
+            if (auto wrong = hold(holdings, state.home.tail, pool_.records())) return wrong;
             if constexpr (requires { state.draft; }) ++drafts;
             if constexpr (std::is_same_v<S, request::Loading>) {
               if (auto wrong = check_batch(static_cast<SequenceIndex>(i), state)) return wrong;
@@ -116,6 +127,7 @@ std::optional<std::string> Scheduler::check() const {
             settling += !s.importing;
             flights[i] += s.importing;
             if (state.estate.flights.count() != flights[i] || flights[i] == 0) return "it is over and was not settled";
+            if (auto wrong = hold(holdings, state.estate.tail, pool_.records())) return wrong;
             return hold(holdings, state.estate.remains, pool_.records());
           } else {
             waiting += !std::is_same_v<S, request::Ended>;
@@ -147,6 +159,7 @@ std::optional<std::string> Scheduler::check() const {
   if (floor_.census().size() != resident) return "the count of floors is wrong";
   if (prefilling_tokens_ != prefilling) return "the count of prompt tokens in prefill is wrong";
   if (drafts_.leased() != drafts) return "the count of drafts is wrong";
+  if (tails_ != tails) return "the count of rows that copy is wrong";
   if (settling_ != settling) return "the count of settling sequences is wrong";
   if (vacant_.size() + static_cast<std::size_t>(resident + waiting) != sequences_.size()) return "sequences leaked";
   return std::nullopt;

@@ -21,6 +21,7 @@ void Scheduler::commit(std::uint64_t step, std::span<const TokenId> token_ids, s
   for (const Row& row : flight.rows) {
     Sequence& sequence = at(row.index);
     --sequence.flights;
+    if (row.tail) land_tail(row);
     if (row.draft) {
       const auto own = token_ids.subspan(static_cast<std::size_t>(sampled), static_cast<std::size_t>(row.length));
       commit_draft(row, own, sampled, now_us, out);

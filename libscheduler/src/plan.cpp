@@ -91,7 +91,7 @@ void Scheduler::add_row(SequenceIndex index, int length, bool feedback, bool sam
   out.feedback.push_back(feedback);
   out.samples.push_back(samples);
   out.sampled += samples;
-  flight.rows.push_back({index, sequence.planned, length, samples, false});
+  flight.rows.push_back({index, sequence.planned, length, samples, false, false});
   sequence.planned += length;
   sequence.length_planned += samples;
   ++sequence.flights;
@@ -122,7 +122,7 @@ bool Scheduler::plan_decode(SequenceIndex index, Plan& out, Flight& flight) noex
     while (!room && make_room(index)) room = pool_.take(row[at_block - 1]);
     if (!room) {
       stalled_ = true;
-      const bool waits = settling_ > 0 || tier_.orphans_timely() > 0 || pool_.borrowed() > 0;
+      const bool waits = settling_ > 0 || tails_ > 0 || tier_.orphans_timely() > 0 || pool_.borrowed() > 0;
       if (waits && sequence.why != Why::preempted_self) sequence.why = Why::waits_room;
       return std::holds_alternative<request::Decoding>(sequence.state) ||
              std::holds_alternative<request::Drafted>(sequence.state);
@@ -200,6 +200,7 @@ void Scheduler::plan_prefill(SequenceIndex index, Budget& budget, Plan& out, Fli
   }
   if (sequence.arrived) announce(sequence, out);
   add_row(index, length, false, length == left, out, flight);
+  if (sequence.tail_tokens > 0) launch_tail(sequence, out, flight);
   flight.shape.add_prefill(start, length);
   budget.tokens -= length;
   budget.us -= model_.prefill_us(start, length, budget.beside);
@@ -297,7 +298,7 @@ Scheduler::Admission Scheduler::admit(SequenceIndex index, std::int64_t now_us, 
   if (sequence.why != Why::none && !overrides) return Admission::paced;
   budget.at_least |= overrides && !imports;
   if (!imports && sequence.matched >= 0 && !fits(sequence, budget)) return Admission::paced;
-  const Match found = match(sequence);
+  Match found = match(sequence);
   if (found.promised != no_block && sequence.holds < holds_max) {
     ++sequence.holds;
     sequence.why = Why::waits_prefix;
@@ -327,6 +328,7 @@ Scheduler::Admission Scheduler::admit(SequenceIndex index, std::int64_t now_us, 
   }
   if (!fits(sequence, budget)) return Admission::paced;
   if (overrides) floor_.overridden();
+  if (config_.tail_tokens_min > 0) match_tail(sequence, found, room_in(found.part) - sequence.blocks_wanted);
   reside(index, found, blocks, out);
   plan_prefill(index, budget, out, flight);
   return Admission::admitted;
@@ -356,6 +358,7 @@ request::Residence Scheduler::settle_in(SequenceIndex index, const Match& match,
     row[i] = table_entry(pin);
     home.chain.append(std::move(pin));
   }
+  settle_tail(sequence, match, home);  // pinned before any block is taken, which may evict
   const int full = sequence.text.size() / config_.block_tokens;
   for (int i = match.blocks; i < match.blocks + blocks; ++i) {
     std::optional<WritableBlock> block = pool_.take(i == 0 ? no_block : row[i - 1], match.part);
@@ -365,7 +368,7 @@ request::Residence Scheduler::settle_in(SequenceIndex index, const Match& match,
     home.chain.fill(std::move(*block));
   }
   home.chain.filled();
-  sequence.planned = match.blocks * config_.block_tokens;
+  sequence.planned = match.blocks * config_.block_tokens + sequence.tail_tokens;
   sequence.length_planned = sequence.text.size();
   sequence.reused = sequence.planned;
   sequence.overtaken = sequence.holds = sequence.blocks_wanted = 0;

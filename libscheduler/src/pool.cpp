@@ -72,7 +72,11 @@ void BlockPool::index(BlockId id, const Content& content) noexcept {
   Part& part = home(id);
   part.index.insert(content.hash, id);
   const BlockId parent = part.index.find(content.parent, records_);
-  if (parent != no_block) lineage_.follow(parent, id);
+  if (parent != no_block) {
+    lineage_.follow(parent, id);
+  } else {
+    lineage_.begin(id);
+  }
   part.evictor.indexed(id, parent, records_);
 }
 
@@ -141,6 +145,15 @@ bool BlockPool::elsewhere(BlockId id, const Hash128& hash) const noexcept {
     if (part != part_of(id) && find_in(part, hash).sealed) return true;
   }
   return false;
+}
+
+BlockPool::Tail BlockPool::find_tail(BlockId parent, const Hash128& hash,
+                                     std::span<const TokenId> tokens) const noexcept {
+  const Lineage::Alike alike = lineage_.alike(parent, hash, tokens);
+  if (alike.id == no_block || !at(alike.id).indexed) return {};
+  const Kind kind = at(alike.id).kind;
+  if (kind != Kind::sealed && kind != Kind::cached) return {};
+  return {alike.id, static_cast<int>(alike.tokens), kind == Kind::sealed};
 }
 
 void BlockPool::unpin(SealedPin&& pin, std::size_t index) noexcept {

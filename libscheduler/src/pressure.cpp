@@ -49,7 +49,7 @@ SequenceIndex Scheduler::victim(int part) const noexcept {
 /// Frees blocks for a decoding sequence by preempting another one, or itself. False: not now.
 bool Scheduler::make_room(SequenceIndex for_index) noexcept {
   // A commit, or the end of a copy, will give blocks back; do not preempt more than needed.
-  if (settling_ > 0 || tier_.orphans_timely() > 0 || pool_.borrowed() > 0) return false;
+  if (settling_ > 0 || tails_ > 0 || tier_.orphans_timely() > 0 || pool_.borrowed() > 0) return false;
   const SequenceIndex index = victim(at(for_index).part);
   preempt(index, for_index);
   Sequence& sequence = at(index);

@@ -54,6 +54,7 @@ std::optional<std::string> Config::check() const {
   if (auto wrong = bounded("write_backs_max", write_backs_max, 1, 1 << 16)) return wrong;
   if (auto wrong = between("copy_deadline_us", static_cast<double>(copy_deadline_us), 1, 3'600e6)) return wrong;
   if (auto wrong = bounded("draft_tokens", draft_tokens, 0, draft_tokens_max)) return wrong;
+  if (auto wrong = bounded("tail_tokens_min", tail_tokens_min, 0, parts > 1 ? 0 : 128)) return wrong;
   return between("floor_wait_us", static_cast<double>(floor_wait_us), 0, 86'400e6);
 }
 
@@ -70,6 +71,9 @@ void Plan::reserve(const Config& config) {
   admitted_slots.reserve(rows);
   admitted_cached.reserve(rows);
   admitted_output_start.reserve(rows);
+  tail_sources.reserve(rows);
+  tail_blocks.reserve(rows);
+  tail_tokens.reserve(rows);
 }
 
 void Plan::clear() noexcept {
@@ -87,6 +91,9 @@ void Plan::clear() noexcept {
   admitted_slots.clear();
   admitted_cached.clear();
   admitted_output_start.clear();
+  tail_sources.clear();
+  tail_blocks.clear();
+  tail_tokens.clear();
 }
 
 void Copies::reserve(std::size_t copies_max) {

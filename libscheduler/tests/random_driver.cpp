@@ -33,6 +33,7 @@ struct Driver {
     config.floor_wait_us = pick(100);
     hands_over = pick(2) == 0;
     if (pick(3) > 0) config.draft_tokens = 1 + pick(15);
+    if (pick(3) > 0) config.tail_tokens_min = 1 + pick(8);
     if (pick(2) == 0) {
       config.host_blocks = 1 + pick(config.blocks * 3);
       config.write_backs_max = 1 + pick(8);
@@ -40,6 +41,7 @@ struct Driver {
     }
     if (config.host_blocks == 0 && pick(2) == 0) {
       config.parts = 2 + pick(3);
+      config.tail_tokens_min = 0;
       config.blocks = config.parts * (blocks_min + pick(blocks_min));
     }
     for (int i = 0; i < 3; ++i) texts.push_back(tokens(config.context_tokens));
@@ -110,6 +112,7 @@ struct Coverage {
   std::uint64_t drafts_kept = 0;
   std::uint64_t drafts_cut = 0;
   std::uint64_t drafts_refuted = 0;
+  std::uint64_t tails_copied = 0;
   HostCounts host;
   std::set<std::string> states;
 } coverage;
@@ -180,6 +183,7 @@ std::uint64_t run(std::uint64_t seed, int events) {
   coverage.drafts_kept += world.drafts_kept;
   coverage.drafts_cut += world.drafts_cut;
   coverage.drafts_refuted += world.drafts_refuted;
+  coverage.tails_copied += world.tails_copied;
   coverage.imported += world.imported;
   coverage.renounced += world.renounced;
   coverage.handles_ended += world.handles_ended;
@@ -215,10 +219,12 @@ int main(int argc, char** argv) {
             << "; host tier: stored " << coverage.host.blocks_stored << ", loaded " << coverage.host.blocks_loaded
             << " for " << coverage.host.loads << " prompts, failed " << coverage.host.copies_failed << ", late "
             << coverage.host.copies_expired << "; drafts: kept " << coverage.drafts_kept << ", in part "
-            << coverage.drafts_cut << ", refuted " << coverage.drafts_refuted << "\n";
+            << coverage.drafts_cut << ", refuted " << coverage.drafts_refuted << "; tails copied "
+            << coverage.tails_copied << "\n";
   if (count >= 100) {
     CHECK(coverage.imported > 100 && coverage.renounced > 100 && coverage.handed_over > 100);
     CHECK(coverage.handles_complete > 100 && coverage.handles_ended > 100);
+    CHECK(coverage.tails_copied > 100);
     CHECK(coverage.host.blocks_stored > 1000 && coverage.host.blocks_loaded > 300 && coverage.host.loads > 100);
     CHECK(coverage.host.copies_failed > 100 && coverage.host.copies_expired > 50);
     CHECK(coverage.parents_known > 1000 && coverage.parents_unknown > 100);

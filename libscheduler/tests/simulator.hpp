@@ -275,6 +275,7 @@ class Simulator {
   std::uint64_t drafts_cut = 0;        // in part
   std::uint64_t drafts_refuted = 0;    // not at all
   std::uint64_t handles_complete = 0;  // of those: every block of the prompt could be read
+  std::uint64_t tails_copied = 0;      // beginnings of blocks
 
  private:
   struct Transfer {
@@ -463,6 +464,7 @@ class Simulator {
 
   void execute(Launched& launched) {
     const Plan& plan = launched.plan;
+    copy_tails(plan);
     std::size_t at = 0;
     for (std::size_t row = 0; row < plan.sequence_ids.size(); ++row) {
       const int slot = plan.slots[row];
@@ -487,6 +489,20 @@ class Simulator {
       }
     }
     launched.executed = true;
+  }
+
+  /// Before any row: no two sequences write a block, and nobody writes one that is copied from.
+  void copy_tails(const Plan& plan) {
+    const auto width = static_cast<std::size_t>(config_.block_tokens);
+    for (std::size_t i = 0; i < plan.tail_sources.size(); ++i) {
+      CHECK(plan.tail_tokens[i] >= config_.tail_tokens_min && config_.tail_tokens_min > 0);
+      CHECK(plan.tail_tokens[i] <= config_.block_tokens && plan.tail_sources[i] != plan.tail_blocks[i]);
+      const auto from =
+          kv_.begin() + static_cast<std::ptrdiff_t>(static_cast<std::size_t>(plan.tail_sources[i]) * width);
+      const auto to = kv_.begin() + static_cast<std::ptrdiff_t>(static_cast<std::size_t>(plan.tail_blocks[i]) * width);
+      std::copy_n(from, plan.tail_tokens[i], to);
+      tails_copied += 1;
+    }
   }
 
   std::uint64_t root_of(std::uint64_t, const std::map<std::uint64_t, Live>::iterator& found) {

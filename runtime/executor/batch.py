@@ -33,6 +33,7 @@ class Batch:
     sample_slots: npt.NDArray[np.int64]  # [s] host
     sample_slots_device: Tensor  # int64 [s]
     sample_ends: npt.NDArray[np.int64]  # [s] host: tokens of the sequence before the sampled one
+    tails: tuple[tuple[int, int, int], ...] = ()  # block, block, tokens: KV that is copied before anything else
 
 
 class BatchBuilder:
@@ -86,6 +87,7 @@ class BatchBuilder:
             sample_slots=sample_slots,
             sample_slots_device=self._to_device(sample_slots),
             sample_ends=ends[sampled].astype(np.int64),
+            tails=_tails(plan),
         )
 
     def _table_of(self, slots: npt.NDArray[np.int32], context_max: int) -> tuple[Tensor, Tensor]:
@@ -111,6 +113,22 @@ class BatchBuilder:
     def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
+
+
+def _tails(plan: Plan) -> tuple[tuple[int, int, int], ...]:
+    if not len(plan.tail_tokens):
+        return ()
+    return tuple(zip(plan.tail_sources.tolist(), plan.tail_blocks.tolist(), plan.tail_tokens.tolist(), strict=True))
+
+
+def copy_tails(caches: list[Tensor], tails: tuple[tuple[int, int, int], ...]) -> None:
+    """The KV of the first tokens of a block into another one, in every layer: a prompt's last block, copied on write.
+
+    `caches`: a tensor per layer whose first axis is blocks and whose last but one is tokens (docs/kernels.md).
+    """
+    for source, block, tokens in tails:
+        for cache in caches:
+            cache[block].narrow(-2, 0, tokens).copy_(cache[source].narrow(-2, 0, tokens))
 
 
 @dataclass(frozen=True, slots=True)

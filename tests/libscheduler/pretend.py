@@ -269,6 +269,10 @@ class World:
         """Read what the plan reads, write what it writes; the sampled tokens."""
         table, width, at = self.scheduler.block_table, self.config.block_tokens, 0
         sampled = []
+        for source, block, count in zip(plan.tail_sources, plan.tail_blocks, plan.tail_tokens, strict=True):
+            assert 1 <= self.config.tail_tokens_min <= count <= width
+            assert source != block
+            self.kv[block * width : block * width + count] = self.kv[source * width : source * width + count]
         for row, sequence_id in enumerate(plan.sequence_ids.tolist()):
             slot, start = int(plan.slots[row]), int(plan.starts[row])
             sequence = self.live.get(sequence_id)

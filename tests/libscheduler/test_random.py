@@ -28,6 +28,7 @@ def configs() -> st.SearchStrategy[Config]:
         late: int,
         drafts: int,
         parts: int,
+        tails: int,
     ) -> Config:
         parts = 1 if host else parts
         return Config(
@@ -46,6 +47,7 @@ def configs() -> st.SearchStrategy[Config]:
             write_backs_max=4,
             copy_deadline_us=late,
             draft_tokens=drafts,
+            tail_tokens_min=tails if parts == 1 else 0,
             hash_key=KEY,
             model_identity=KEY,
         )
@@ -63,6 +65,7 @@ def configs() -> st.SearchStrategy[Config]:
         st.sampled_from([3, 1_000_000]),
         st.sampled_from([0, 1, 4, 15]),
         st.sampled_from([1, 1, 2, 3]),
+        st.sampled_from([0, 1, 6]),
     )
 
 

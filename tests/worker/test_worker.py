@@ -67,10 +67,10 @@ async def test_it_serves_what_transformers_generates(shared_worker: WorkerProces
     before, again = await quiet(client), Stream()
     client.submit(submit_message(prompts[1], 4), again)
     await again.ended()
-    assert max(output.cached_tokens for output in again.outputs) == 32
+    assert max(output.cached_tokens for output in again.outputs) == 39, "all but the last token"
     stats = await quiet(client)
     assert stats.blocks_free + stats.blocks_cached == 200
-    assert stats.prompt_tokens == before.prompt_tokens + 40 and stats.cached_tokens == before.cached_tokens + 32
+    assert stats.prompt_tokens == before.prompt_tokens + 40 and stats.cached_tokens == before.cached_tokens + 39
     await client.close()
 
 

@@ -102,10 +102,18 @@ class Player:
             int(i): f", admitted to slot {slot} with {cached} cached"
             for i, (slot, cached) in zip(plan.admitted_ids, taken, strict=True)
         }
+        tails = zip(plan.tail_tokens, plan.tail_sources, plan.tail_blocks, strict=True)
         return [
-            f"step {plan.step}: {_row(plan, i)}{admitted.pop(int(sequence_id), '')}"
-            for i, sequence_id in enumerate(plan.sequence_ids)
-        ] + self._issued()
+            *(
+                f"step {plan.step} copies {tokens} tokens of block {source} into block {to}"
+                for tokens, source, to in tails
+            ),
+            *(
+                f"step {plan.step}: {_row(plan, i)}{admitted.pop(int(sequence_id), '')}"
+                for i, sequence_id in enumerate(plan.sequence_ids)
+            ),
+            *self._issued(),
+        ]
 
     def _commit(self, command: Command) -> list[str]:
         tokens = np.array([command.number(token, "TOKEN") for token in command.words], np.uint32)

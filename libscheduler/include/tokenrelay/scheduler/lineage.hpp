@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <span>
 #include <vector>
@@ -23,7 +24,9 @@ struct Content {
 class Lineage {
  public:
   Lineage(std::size_t blocks, std::size_t block_tokens)
-      : width_(block_tokens), tokens_(blocks * block_tokens), parents_(blocks), children_(blocks, no_block) {}
+      : width_(block_tokens), tokens_(blocks * block_tokens), parents_(blocks), children_(blocks, no_block) {
+    begins_.fill(no_block);
+  }
 
   /// The block has, or will have, this content.
   void remember(BlockId id, const Content& content) noexcept {
@@ -35,6 +38,8 @@ class Lineage {
   /// What the block's parent has as hash; of a block that was remembered.
   [[nodiscard]] const Hash128& parent(BlockId id) const noexcept { return parents_[at(id)]; }
   void follow(BlockId parent, BlockId child) noexcept { children_[at(parent)] = child; }
+  /// The block has no parent in the index: it begins a text.
+  void begin(BlockId id) noexcept { begins_[place(parents_[at(id)])] = id; }
 
   /// The block that followed last after this one, or no_block; what it holds now may be something else.
   [[nodiscard]] BlockId next(BlockId id) const noexcept { return children_[at(id)]; }
@@ -46,6 +51,20 @@ class Lineage {
     return std::equal(tokens.begin(), tokens.end(), tokens_.begin() + offset(child)) ? child : no_block;
   }
 
+  /// The block that followed last after the one with hash `parent` (no_block: that is a root), and how many tokens it
+  /// begins with that these begin with, too. What it is now is for the caller to see.
+  struct Alike {
+    BlockId id = no_block;
+    std::size_t tokens = 0;
+  };
+  [[nodiscard]] Alike alike(BlockId id, const Hash128& parent, std::span<const TokenId> tokens) const noexcept {
+    const BlockId child = id == no_block ? begins_[place(parent)] : children_[at(id)];
+    if (child == no_block || !(parents_[at(child)] == parent)) return {};
+    const auto first = tokens_.begin() + offset(child);
+    const auto same = std::mismatch(tokens.begin(), tokens.end(), first, first + static_cast<std::ptrdiff_t>(width_));
+    return {child, static_cast<std::size_t>(same.first - tokens.begin())};
+  }
+
   /// Without the tokens themselves.
   [[nodiscard]] std::size_t bytes() const noexcept {
     return parents_.capacity() * sizeof(Hash128) + children_.capacity() * sizeof(BlockId);
@@ -53,7 +72,10 @@ class Lineage {
   [[nodiscard]] std::size_t token_bytes() const noexcept { return tokens_.capacity() * sizeof(TokenId); }
 
  private:
+  static constexpr std::size_t roots = 64;  // whose last beginning is known: tenants, mostly one
+
   static std::size_t at(BlockId id) noexcept { return static_cast<std::size_t>(id); }
+  static std::size_t place(const Hash128& root) noexcept { return static_cast<std::size_t>(root.low % roots); }
   [[nodiscard]] std::ptrdiff_t offset(BlockId id) const noexcept {
     return static_cast<std::ptrdiff_t>(id) * static_cast<std::ptrdiff_t>(width_);
   }
@@ -61,7 +83,8 @@ class Lineage {
   std::size_t width_;
   std::vector<TokenId> tokens_;  // [blocks, block_tokens]
   std::vector<Hash128> parents_;
-  std::vector<BlockId> children_;  // the one that followed last
+  std::vector<BlockId> children_;        // the one that followed last
+  std::array<BlockId, roots> begins_{};  // likewise, after a root
 };
 
 }  // namespace tokenrelay::scheduler

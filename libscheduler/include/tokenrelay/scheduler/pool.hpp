@@ -65,6 +65,14 @@ class BlockPool {
   [[nodiscard]] BlockId find_child(BlockId parent, std::span<const TokenId> tokens) const noexcept {
     return lineage_.child(parent, at(parent).hash, tokens, records_);
   }
+  /// A sealed block that begins with some of these tokens: the one that followed last after `parent` (a block that was
+  /// found; no_block: after the root `hash`).
+  struct Tail {
+    BlockId id = no_block;
+    int tokens = 0;
+    bool pinned = false;
+  };
+  [[nodiscard]] Tail find_tail(BlockId parent, const Hash128& hash, std::span<const TokenId> tokens) const noexcept;
   /// One more reader of a sealed or cached block.
   [[nodiscard]] SealedPin pin(BlockId id) noexcept;
   /// `index`: which block of its reader's sequence it was.

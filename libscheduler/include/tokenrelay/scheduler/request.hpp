@@ -68,6 +68,7 @@ inline Decoding on(Decoding&& state, Launch&& event) noexcept {
 inline void land(Residence& home, Land& event) noexcept {
   home.chain.land(event.resources.pool, event.start, event.length, event.resources.block_tokens, event.text);
   home.flights.land();
+  home.drop_tail(event.resources.pool);
 }
 inline Prefilling on(Prefilling&& state, Land&& event) noexcept {
   land(state.home, event);

@@ -63,6 +63,11 @@ struct Residence {
   SlotPool::Lease slot;
   BlockChain chain;
   Flights flights;
+  std::optional<SealedPin> tail{};  // the beginning of this block is copied by its first step, until that has landed
+
+  void drop_tail(BlockPool& pool) noexcept {
+    if (tail) pool.unpin(std::move(*std::exchange(tail, std::nullopt)));
+  }
 };
 
 /// What is left of a residence when the sequence is over.
@@ -70,16 +75,23 @@ struct Estate {
   SlotPool::Lease slot;
   Remains remains;
   Flights flights;
+  std::optional<SealedPin> tail{};  // as the residence's
 
   static Estate of(Residence&& home, BlockPool& pool) noexcept {
-    return {std::move(home.slot), std::move(home.chain).abandon(pool), std::move(home.flights)};
+    return {std::move(home.slot), std::move(home.chain).abandon(pool), std::move(home.flights),
+            std::exchange(home.tail, std::nullopt)};
+  }
+  void drop_tail(BlockPool& pool) noexcept {
+    if (tail) pool.unpin(std::move(*std::exchange(tail, std::nullopt)));
   }
   void land(Resources& resources, int start, int length) noexcept {
     remains.land(resources.pool, start, length, resources.block_tokens);
     flights.land();
+    drop_tail(resources.pool);
   }
   void settle(Resources& resources) && noexcept {
     TR_ASSERT(flights.count() == 0, "a sequence settled while a launched step holds it");
+    drop_tail(resources.pool);
     std::move(remains).release(resources.pool);
     resources.slots.give_back(std::move(slot));
   }

@@ -144,6 +144,8 @@ class Scheduler {
     std::int32_t preempted = 0;        // times
     std::int32_t climbs_to = 0;        // the class it is of when it waits again
     std::int32_t reused = 0;           // tokens found in the cache at its last admission
+    BlockId tail = no_block;           // its first row copies `tail_tokens` from the beginning of this block
+    std::int32_t tail_tokens = 0;      // 0: it did, or there is nothing to copy
     std::int32_t blocks_wanted = 0;    // blocked until so many are available: spares looking again each step
     std::int32_t matched = -1;         // blocks found in the cache when it was looked at last; -1: it was not
     std::int64_t submitted_us = 0;
@@ -168,7 +170,8 @@ class Scheduler {
     std::int32_t start;
     std::int32_t length;
     bool samples;
-    bool draft;  // it samples after each of its tokens
+    bool draft;         // it samples after each of its tokens
+    bool tail = false;  // it copies the beginning of another block
   };
   struct Flight {  // a launched step
     std::uint64_t step = 0;
@@ -184,6 +187,7 @@ class Scheduler {
     BlockId promised = no_block;  // the last of the blocks after them that are being computed
     int promised_blocks = 0;      // all of those
     int part = 0;                 // of the pool
+    BlockPool::Tail tail;         // behind them: a block of others, whose beginning is the prompt's too
   };
   enum class Admission : std::uint8_t { admitted, held, blocked, paced };  // paced: not now, for the floor's sake
 
@@ -248,6 +252,12 @@ class Scheduler {
     return index;
   }
   void reside(SequenceIndex index, const Match& match, int blocks, Plan& out) noexcept;
+  // tail.cpp
+  void match_tail(Sequence& sequence, Match& match, int available) noexcept;
+  void settle_tail(Sequence& sequence, const Match& match, request::Residence& home) noexcept;
+  void launch_tail(Sequence& sequence, Plan& out, Flight& flight) noexcept;
+  void land_tail(const Row& row) noexcept;
+
   [[nodiscard]] request::Residence settle_in(SequenceIndex index, const Match& match, int blocks,
                                              std::size_t launched_max) noexcept;
   void announce(Sequence& sequence, Plan& out) noexcept;
@@ -366,6 +376,7 @@ class Scheduler {
   std::vector<BlockId> found_;  // what `match` found, block by block
   bool stalled_ = false;        // a decode found no block in the step being planned
   int draft_room_ = 0;          // tokens of drafts that the step being planned has room for
+  int tails_ = 0;               // rows of launched steps that pin a block whose beginning they copy
 
   CostModel model_;
   Floor floor_;

@@ -43,6 +43,9 @@ struct Config {
   int write_backs_max = 64;                    // in flight; and an eighth of `blocks` at most, or 4
   std::int64_t copy_deadline_us = 10'000'000;  // of a copy between device and host memory; then it is reported
   int draft_tokens = 0;                        // of one draft that a row computes, at most 15; 0: nobody drafts
+  // Tokens that a prompt has in common with a cached block behind its full ones, at least, to be copied from there and
+  // not computed; 0: nothing is copied. Not for a pool in parts.
+  int tail_tokens_min = 0;
   std::array<std::uint8_t, 16> hash_key{};
   std::array<std::uint8_t, 16> model_identity{};
 
@@ -142,6 +145,10 @@ struct Plan {
   std::vector<std::int32_t> admitted_slots;
   std::vector<std::int32_t> admitted_cached;
   std::vector<std::int32_t> admitted_output_start;
+  // Before any row is computed: the KV of the first `tail_tokens` tokens of a block goes into another one.
+  std::vector<std::int32_t> tail_sources;
+  std::vector<std::int32_t> tail_blocks;
+  std::vector<std::int32_t> tail_tokens;
 
   void reserve(const Config& config);
   void clear() noexcept;
@@ -235,6 +242,7 @@ struct Counts {
   std::uint64_t aborts = 0;
   std::uint64_t prompt_tokens = 0;  // of sequences admitted for the first time
   std::uint64_t cached_tokens = 0;  // of those, found in the cache
+  std::uint64_t tail_tokens = 0;    // of all admissions, copied from a block whose beginning was theirs
   std::uint64_t output_tokens = 0;
   std::uint64_t hashed_blocks = 0;  // whose hash was computed, and not known from an earlier turn
   FloorCounts floor;
