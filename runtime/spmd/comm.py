@@ -76,32 +76,55 @@ class Comm:
 
     def mover(self, move: Move) -> Callable[[Tensor], Tensor]:
         """What `move` makes of this rank's tensor, bound once. May write to its argument: nobody else reads a term."""
+        begin = self.beginner(move)
+
+        def moved(x: Tensor) -> Tensor:
+            return begin(x)()
+
+        return moved
+
+    def beginner(self, move: Move) -> Callable[[Tensor], Callable[[], Tensor]]:
+        """The same in two halves: the first begins, and what it answers waits. Others may compute in between."""
         group, at, count = self._groups[move.axes]
-        dim, timeout = move.dim, self._timeout
+        dim = move.dim
 
-        def all_reduce(x: Tensor) -> Tensor:
-            if self._ordered:
-                return _added(self._gather(group, count, x))
+        def all_reduce(x: Tensor) -> Callable[[], Tensor]:
             x = x.contiguous()
-            group.allreduce([x]).wait(timeout)
-            return x
+            work, timeout = group.allreduce([x]), self._timeout
 
-        def all_gather(x: Tensor) -> Tensor:
-            return torch.cat(self._gather(group, count, x), dim)
+            def wait() -> Tensor:
+                work.wait(timeout)
+                return x
 
-        def reduce_scatter(x: Tensor) -> Tensor:
-            parts = torch.stack(x.chunk(count, dim))  # [ranks, …]: gloo deals out whole tensors
-            return _added(self._exchange(group, parts))
+            return wait
 
-        def all_to_all(x: Tensor) -> Tensor:
-            received = self._exchange(group, torch.stack(x.chunk(count, dim)))
-            return torch.cat(list(received), move.from_dim)
+        def all_reduce_in_order(x: Tensor) -> Callable[[], Tensor]:
+            gathered = self._gather(group, count, x)
+            return lambda: _added(gathered())
 
-        def cut(x: Tensor) -> Tensor:
-            return x.chunk(count, dim)[at].contiguous()
+        def all_gather(x: Tensor) -> Callable[[], Tensor]:
+            gathered = self._gather(group, count, x)
+            return lambda: torch.cat(gathered(), dim)
 
-        kinds = (all_reduce, all_gather, reduce_scatter, all_to_all)
-        return next((kind for kind in kinds if kind.__name__ == move.kind), cut)
+        def reduce_scatter(x: Tensor) -> Callable[[], Tensor]:
+            exchanged = self._exchange(group, torch.stack(x.chunk(count, dim)))  # gloo deals out whole tensors
+            return lambda: _added(exchanged())
+
+        def all_to_all(x: Tensor) -> Callable[[], Tensor]:
+            exchanged = self._exchange(group, torch.stack(x.chunk(count, dim)))
+            return lambda: torch.cat(list(exchanged()), move.from_dim)
+
+        def cut(x: Tensor) -> Callable[[], Tensor]:
+            part = x.chunk(count, dim)[at].contiguous()
+            return lambda: part
+
+        kinds = {
+            "all_reduce": all_reduce_in_order if self._ordered else all_reduce,
+            "all_gather": all_gather,
+            "reduce_scatter": reduce_scatter,
+            "all_to_all": all_to_all,
+        }
+        return kinds.get(move.kind, cut)
 
     def begin_send(self, axis: str, target: int, x: Tensor) -> Callable[[], None]:
         """`x` goes to the rank at place `target` along `axis`, which receives it; the answer waits until it is gone."""
@@ -169,17 +192,28 @@ class Comm:
             total[wanted] += part
         return total
 
-    def _gather(self, group: Any, count: int, x: Tensor) -> list[Tensor]:
+    def _gather(self, group: Any, count: int, x: Tensor) -> Callable[[], list[Tensor]]:
+        """Begins; the answer has every rank's."""
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(count)]
-        group.allgather([parts], [x]).wait(self._timeout)
-        return parts
+        work, timeout = group.allgather([parts], [x]), self._timeout
 
-    def _exchange(self, group: Any, parts: Tensor) -> Tensor:
-        """parts [ranks, …]: the i-th goes to rank i -> what came from each."""
+        def wait(_: Tensor = x) -> list[Tensor]:  # what is sent is kept until it is gone
+            work.wait(timeout)
+            return parts
+
+        return wait
+
+    def _exchange(self, group: Any, parts: Tensor) -> Callable[[], Tensor]:
+        """parts [ranks, …]: the i-th goes to rank i. Begins; the answer has what came from each."""
         received = torch.empty_like(parts)
-        group.alltoall_base(received, parts, [], []).wait(self._timeout)
-        return received
+        work, timeout = group.alltoall_base(received, parts, [], []), self._timeout
+
+        def wait(_: Tensor = parts) -> Tensor:
+            work.wait(timeout)
+            return received
+
+        return wait
 
 
 def _added(terms: Sequence[Tensor] | Tensor) -> Tensor:

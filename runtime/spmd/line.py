@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenrelay.runtime.placement.ir import Call, Op, Part, Program, Start, Value, reads, writes
+from tokenrelay.runtime.placement.ir import Call, Op, Part, Program, Start, Value, Wait, reads, writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,11 @@ class _Text:
 class Line:
     """A program bound to what runs it. Values are dropped after their last reader."""
 
-    def __init__(self, program: Program, bind: Callable[[Op], Bound], *, fused: bool) -> None:
-        """`fused`: attention's two halves as the one module that they are parts of (`fuse_cores`)."""
+    def __init__(self, program: Program, bind: Callable[[Op], Bound], *, fused: bool, overlapped: bool = False) -> None:
+        """`fused`: attention's two halves as the one module that they are parts of (`fuse_cores`).
+
+        `overlapped`: what runs a Start answers what is called at the Wait; else it has waited already.
+        """
         self.takes: list[Value] = [program.values[value] for _, value in program.inputs]
         ops = list(grouped_parts(fuse_cores(program) if fused else program.ops, program))
         variables = {value: f"v{i}" for i, (_, value) in enumerate(program.inputs)}
@@ -58,8 +61,10 @@ class Line:
         kept = {value for _, value in program.outputs}
         for i, group in enumerate(ops):
             made = [v for op in group for v in ((op.move.target,) if isinstance(op, Start) else writes(op))]
-            if all(value in variables for value in made):
-                continue  # a Wait: its Start has made the value
+            if isinstance(wait := group[0], Wait):
+                if overlapped:
+                    text.lines.append(f"    {(name := variables[wait.move.target])} = {name}()")
+                continue
             variables |= {value: f"v{len(variables) + n}" for n, value in enumerate(made)}
             self._line(text, group, made, variables, bind, program)
             used = dict.fromkeys(value for op in group for value in reads(op))

@@ -118,10 +118,12 @@ class RankModel:
         *,
         shared: bool = False,
         folder: Path | None = None,
+        overlapped: bool = False,
     ) -> None:
         """`shared`: the leader keeps the pool as one rank would have it, see `mirror.py`.
 
-        `folder`: the checkpoint, of a model whose experts have spare places, see `balance.py`.
+        `folder`: the checkpoint, of a model whose experts have spare places, see `balance.py`. `overlapped`: what a
+        program begins early is waited for late also on a CPU.
         """
         self.config = model.config
         self.cos_sin = model.cos_sin
@@ -144,8 +146,11 @@ class RankModel:
         self.balancer = Balancer(model, comm, self.mesh, rank, folder) if folder is not None else None
         layers = len(model.layers)
         self.mirror = Mirror(comm, self.mesh, rank, model.config.kv_layout, layers) if shared else None
-        self._few = Line(few, self.bind, fused=not self.dealt)
-        self._many = Line(many, self.bind, fused=not self.dealt)
+        # gloo works in its own threads, but a CPU has nothing to spare for it.
+        self._overlapped = overlapped or self.cos_sin.is_cuda
+        self._few, self._many = (
+            Line(program, self.bind, fused=not self.dealt, overlapped=self._overlapped) for program in (few, many)
+        )
 
     def allocate(self, blocks: int) -> int:
         """The blocks of this rank's caches, for a pool of so many: its part of it, along dp."""
@@ -247,8 +252,8 @@ class RankModel:
                 return self._call(op.module, op.sends)
             case Move():
                 return Bound(self._comm.mover(op))
-            case Start():  # gloo works in its own threads, but a CPU has nothing to spare for it
-                return Bound(self._comm.mover(op.move))
+            case Start():
+                return Bound(self._comm.beginner(op.move) if self._overlapped else self._comm.mover(op.move))
             case Part():
                 return Bound(lambda x: x[..., op.first : op.end])
             case Add():
