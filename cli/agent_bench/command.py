@@ -117,6 +117,7 @@ async def _measure(
         "settings": _plain(settings),
         "chars_per_token": round(ruler.chars_per_token, 3),
         "answers_as_long_as_asked": endpoint.ignores_end,
+        "tokens_counted_by": "usage" if endpoint.streams_usage else "chunks, and prompts by their length",
         "interrupted": stop.is_set(),
         "loads": loads,
         "best": best(loads),

@@ -37,6 +37,8 @@ class Endpoint:
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
         self.model = model
         self.ignores_end = True  # takes ignore_eos, so that answers are as long as they shall be
+        self.streams_usage = True  # else a chunk counts as a token, and prompts are as long as their text says
+        self._ruler = Ruler()
         self._timeout_s = timeout_s
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http: aiohttp.ClientSession | None = None
@@ -72,12 +74,28 @@ class Endpoint:
             record = Record("calibration", 0, 0.0)
             await self._try(record, text)
             if not record.prompt_tokens:
-                raise ApiError(f"{self.url} streams no usage, which says how long prompts are (stream_options)")
+                self.streams_usage = False
+                record.prompt_tokens = await self._counted(text)
             samples.append((len(text), record.prompt_tokens))
         try:
-            return Ruler.measured((samples[0], samples[1]))
+            self._ruler = Ruler.measured((samples[0], samples[1]))
         except ValueError as error:
             raise ApiError(f"{self.url} counts tokens strangely: {error}") from error
+        return self._ruler
+
+    async def _counted(self, text: str) -> int:
+        """How many tokens a prompt has, by a reply that is no stream."""
+        body = {"model": self.model, "messages": [{"role": "user", "content": text}], "max_tokens": 1}
+        try:
+            async with asyncio.timeout(CALIBRATE_S):
+                async with self._client.post(f"{self.url}/v1/chat/completions", json=body) as response:
+                    if response.status != 200:
+                        raise ApiError(await _message(response))
+                    return int((await response.json(content_type=None))["usage"]["prompt_tokens"])
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Unavailable(f"the connection to {self.url} broke: {error or type(error).__name__}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise ApiError(f"{self.url} gives no usage, which says how long prompts are") from error
 
     async def _first_model(self) -> str:
         try:
@@ -155,6 +173,9 @@ class Endpoint:
         if not ended:
             raise ApiError("the stream ended before its end")
         record.text = "".join(texts)
+        if not self.streams_usage:
+            record.prompt_tokens = self._ruler.tokens(sum(len(message["content"]) for message in messages))
+            record.output_tokens = 0 if math.isnan(record.first_s) else 1 + len(record.gaps_s)
 
 
 def _take(chunk: dict[str, Any], record: Record, texts: list[str], clock: Callable[[], float]) -> None:

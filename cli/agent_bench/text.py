@@ -53,6 +53,10 @@ class Ruler:
         repeated = words[at:] + words * (wanted // len(words) + 1) if wanted > len(words) - at else words[at:]
         return header + repeated[:wanted]
 
+    def tokens(self, chars: int) -> int:
+        """About how many tokens a conversation of so many characters has."""
+        return round(self.overhead_tokens + chars / self.chars_per_token)
+
     @classmethod
     def measured(cls, samples: tuple[tuple[int, int], tuple[int, int]]) -> Ruler:
         """From two samples, (characters, prompt tokens as the endpoint counted them)."""

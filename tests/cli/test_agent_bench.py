@@ -118,6 +118,20 @@ def test_an_endpoint_without_ignore_eos_or_cached_tokens(tmp_path: Path) -> None
     assert result["loads"][0]["hit_rate"] is None and result["loads"][0]["ideal_hit_rate"] > 0
 
 
+def test_an_endpoint_that_streams_no_usage(tmp_path: Path) -> None:
+    """As some of llama.cpp's servers."""
+    loads = []
+    for streams in (True, False):
+        with MockEndpoint(tps=500.0) as endpoint:
+            endpoint.streams_usage = streams
+            result = measured(endpoint, SMALL, tmp_path)
+        assert result["tokens_counted_by"].startswith("usage" if streams else "chunks")
+        assert result["chars_per_token"] == pytest.approx(4, rel=0.02)
+        loads.append(result["loads"][0])
+    assert loads[1]["tpm_per_device"] == pytest.approx(loads[0]["tpm_per_device"], rel=0.3)
+    assert loads[1]["tps"]["p50"] == pytest.approx(loads[0]["tps"]["p50"], rel=0.3)
+
+
 def test_failures_are_counted_and_a_load_with_many_is_not_held(tmp_path: Path) -> None:
     with MockEndpoint() as endpoint:
         endpoint.refuse, endpoint.troubles_from = (429, "too much <b>at once</b>"), 5

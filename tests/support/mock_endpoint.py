@@ -35,6 +35,7 @@ class MockEndpoint:
         self.keys: set[str | None] = set()
         self.refuse: tuple[int, str] | None = None
         self.says_cached = True
+        self.streams_usage = True
         self.cut_after: int | None = None
         self.troubles_from = 0
         self._tps, self._first_s, self._together = tps, first_s, together
@@ -79,6 +80,10 @@ class MockEndpoint:
             return web.json_response({"error": {"message": refuse[1]}}, status=refuse[0])
         text = "".join(message["content"] for message in body["messages"])
         self._running += 1
+        if not body.get("stream"):
+            count = len(text) // CHARS_A_TOKEN + OVERHEAD_TOKENS
+            self._running -= 1
+            return web.json_response({"choices": [], "usage": {"prompt_tokens": count, "completion_tokens": 1}})
         try:
             return await self._stream(request, body, text, self.cut_after if troubled else None)
         except ConnectionError:  # the client left
@@ -110,7 +115,9 @@ class MockEndpoint:
         if self.says_cached:
             usage["prompt_tokens_details"] = {"cached_tokens": cached // CHARS_A_TOKEN}
         await response.write(_event({"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}))
-        await response.write(_event({"choices": [], "usage": usage}) + b"data: [DONE]\n\n")
+        if self.streams_usage:
+            await response.write(_event({"choices": [], "usage": usage}))
+        await response.write(b"data: [DONE]\n\n")
         return response
 
     def _cached(self, text: str) -> int:
