@@ -238,8 +238,8 @@ class Drafter:
 
 
 def may_draft(sampling: SamplingParams) -> bool:
-    """Whether what is sampled depends on the tokens before it by the model alone.
+    """Whether what is sampled depends on the tokens before it by the model alone, or by a grammar, which goes back.
 
-    Penalties, biases and grammars keep a state that moves with each token; a draft would have to move it back.
+    Penalties and biases keep a state that moves with each token; a draft would have to move it back.
     """
-    return not (sampling.penalized or sampling.logit_bias or sampling.grammar)
+    return not (sampling.penalized or sampling.logit_bias)

@@ -73,8 +73,8 @@ class Endpoint:
             text = Ruler(1.0).text(f"calibration {chars}", chars)
             record = Record("calibration", 0, 0.0)
             await self._try(record, text)
-            if not record.prompt_tokens:
-                self.streams_usage = False
+            self.streams_usage = self.streams_usage and record.prompt_tokens > 0
+            if not self.streams_usage:
                 record.prompt_tokens = await self._counted(text)
             samples.append((len(text), record.prompt_tokens))
         try:

@@ -40,6 +40,7 @@ class SampleWork:
     grammar_admissions: list[GrammarAdmission] = field(default_factory=list)
     grammar_rows: Int64s | None = None  # sampled rows whose output must be something
     grammar_slots: Int64s | None = None
+    grammar_drafts: dict[int, list[int]] = field(default_factory=dict)  # slot -> its drafted tokens in this step
     failures: dict[int, str] = field(default_factory=dict)  # row -> why its sequence cannot go on; set by `run`
     logprob_rows: Int64s | None = None
     logprob_counts: Int64s | None = None  # how many most likely ones each of those rows wants
@@ -102,6 +103,8 @@ class Sampler:
         work = SampleWork(batch, admissions, grammar_admissions=grammars, gathered=gathered)
         if special:
             self._prepare_special(work, slots, positions)
+            if plan.drafted and work.grammar_rows is not None:
+                _note_drafts(work, plan)
         return work
 
     def fill(self, into: Mapping[str, npt.NDArray[Any]], slots: Int64s, ends: Int64s) -> None:
@@ -202,6 +205,9 @@ class Sampler:
         for grammar in work.grammar_admissions:
             assert self._grammars is not None, "grammars are admitted where they can be read"
             self._grammars.admit(grammar)
+        for slot, drafted in work.grammar_drafts.items():
+            assert self._grammars is not None, "grammars are admitted where they can be read"
+            self._grammars.expect(slot, drafted)
 
     def run(self, work: SampleWork, logits: Tensor) -> tuple[Tensor, dict[int, TokenLogprobs] | None]:
         """Sample from `logits` f32 [s, V] (which it may change). Tokens int64 [s], and log-probabilities by row."""
@@ -260,3 +266,15 @@ class Sampler:
     def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
+
+
+def _note_drafts(work: SampleWork, plan: Plan) -> None:
+    """Which tokens were drafted for slots with a grammar. A row that decodes is one token, and samples one (`rows_of`),
+    so those of a draft are the rows of the same slot that follow each other.
+    """
+    assert work.grammar_rows is not None and work.grammar_slots is not None
+    last = -1
+    for row, slot in zip(work.grammar_rows.tolist(), work.grammar_slots.tolist(), strict=True):
+        if slot == last:
+            work.grammar_drafts.setdefault(slot, []).append(int(plan.token_ids[row]))
+        last = slot

@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoints import EOS, VOCAB, write_tokenizer
 from harness import Harness
+from test_drafts import guessing
 from test_engine import prompt_of
 from tokenizers import Tokenizer
 
@@ -90,6 +91,81 @@ def test_preemption_does_not_lose_the_place(model: Any, tokenizer_file: Path) ->
         mine = [harness.submit(prompt_of(5, 20), 60, **asked) for _ in range(4)]
         assert [one.token_ids for one in harness.wait(*mine)] == [alone.token_ids] * 4
         assert harness.stats[-1].preemptions > 0
+
+
+def right(answer: list[int], known: int) -> list[int]:
+    return answer[known:]
+
+
+def wrong_soon(answer: list[int], known: int) -> list[int]:
+    """Two tokens that come true, then one that may not come there."""
+    return [*answer[known : known + 2], EOS, 7, 8]
+
+
+def wrong_at_once(answer: list[int], known: int) -> list[int]:
+    return [(answer[known] + 1) % VOCAB, *answer[known + 1 :]] if known < len(answer) else [3, 4]
+
+
+def past_the_end(answer: list[int], known: int) -> list[int]:
+    return [*answer[known:], 5, 6, 7]
+
+
+@pytest.mark.parametrize("guess", [right, wrong_soon, wrong_at_once, past_the_end])
+def test_drafts_change_nothing_under_a_grammar(model: Any, tokenizer_file: Path, guess: Any) -> None:
+    """Whatever is guessed, the text is the one without drafts; what is guessed right comes in fewer steps."""
+    forms = [JSON, 'start: "yes" | "no"', JSON, JSON]
+    asked = [
+        {"sampling": following(form, seed, logprobs=1), "stop_token_ids": (EOS,)} for seed, form in enumerate(forms)
+    ]
+    with Harness(model, tokenizer_file=tokenizer_file) as harness:
+        alone = harness.wait(*(harness.submit(prompt_of(n, 9), 120, **one) for n, one in enumerate(asked)))
+    answers = {n: one.token_ids for n, one in enumerate(alone)}
+    beside = SamplingParams(temperature=1.0, seed=9)
+    ids: dict[int, int] = {}
+
+    def draft(sequence_id: int, known: list[int]) -> list[int]:
+        if sequence_id not in ids:
+            return []
+        return guess(answers[ids[sequence_id]], len(known) - 9)  # type: ignore[no-any-return]
+
+    with guessing(model, draft, tokenizer_file=tokenizer_file) as harness:
+        free = harness.submit(prompt_of(20, 15), 40, sampling=beside)
+        for n, one in enumerate(asked):
+            ids[harness.submit(prompt_of(n, 9), 120, **one)] = n
+        found = harness.wait(*ids)
+        (other,) = harness.wait(free)
+        drafts = harness.stats[-1].drafts
+        harness.assert_quiet()
+    assert [one.token_ids for one in found] == list(answers.values())
+    assert {one.finish for one in found} == {Finish.STOP} and other.finish == Finish.LENGTH
+    assert drafts.tokens > 0 and (drafts.accepted > 20 if guess in (right, past_the_end) else True)
+    assert (drafts.accepted == 0) == (guess is wrong_at_once)
+
+
+def test_a_look_ahead_leaves_the_grammar_where_it_was(tokenizer_file: Path) -> None:
+    source = GrammarSource(tokenizer_file, VOCAB, [EOS])
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    yes, no = tokenizer.encode("yes").ids, tokenizer.encode("no").ids
+    state = GrammarState(source)
+    for drafted, sampled, count in (
+        ([*yes, EOS], [*yes, EOS], len(yes) + 1),  # to the end of what may come
+        ([*no[:1], *yes], [yes[0], 5], 1 + 1),  # the second drafted token may not come
+        ([9999 % VOCAB, *yes], [yes[0]], 1),
+    ):
+        state.admit(GrammarAdmission(0, 'start: "yes" | "no"', ()))
+        before = state._masks[0].result(10)[0]
+        state.expect(0, drafted)
+        masks = state._masks[0].result(10)
+        assert len(masks) == count and np.array_equal(masks[0], before)
+        logits = torch.zeros(len(drafted) + 1, VOCAB)
+        rows = np.arange(len(logits))
+        assert state.apply(logits, rows, np.zeros(len(logits), np.int64)) == {}
+        tokens = torch.tensor([*sampled, *[5] * (len(logits) - len(sampled))])
+        state.advance(rows, np.zeros(len(logits), np.int64), tokens)
+        (after,) = state._masks[0].result(10)
+        state.admit(GrammarAdmission(1, 'start: "yes" | "no"', tuple(yes if sampled[:2] == yes else sampled[:1])))
+        assert np.array_equal(after, state._masks[1].result(10)[0])
+    state.close()
 
 
 def test_a_grammar_that_cannot_be_used_ends_its_own_sequence_only(model: Any, tokenizer_file: Path) -> None:
