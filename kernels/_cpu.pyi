@@ -162,6 +162,9 @@ def integer_linear(
     out: int,
     /,
 ) -> None: ...
+def integer_fit(
+    isa: int, dtype: int, bits: int, group: int, rows: int, width: int, matrix: int, data: int, scales: int, /
+) -> None: ...
 def integer_moe(
     isa: int,
     plain_isa: int,

@@ -67,16 +67,33 @@ def quantize(matrix: Tensor, *, bits: int, group: int = 64) -> QuantizedWeight:
         raise ValueError(f"weights of {bits} bits in groups of {group}: expected 8, or 4 in groups of 32, 64 or 128")
     *leading, width = matrix.shape
     rows = matrix.reshape(-1, width)
-    chunks = -(-width // CHUNK)
     group = group if bits == 4 else 0
-    data = torch.empty(rows.shape[0], chunks * CHUNK * bits // 8, dtype=torch.uint8, device=matrix.device)
-    scales = torch.empty(rows.shape[0], chunks * CHUNK // group if group else 1, device=matrix.device)
+    data, scales = _native_fit(rows, bits, group) or reference_fit(rows, bits, group)
+    return QuantizedWeight(bits, group, width, data.view(*leading, -1), scales.view(*leading, -1))
+
+
+def reference_fit(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Rows [n, d] -> `data` and `scales` of a QuantizedWeight, in PyTorch; csrc/leaf_fit.hpp has the same bits."""
+    width = rows.shape[1]
+    chunks = -(-width // CHUNK)
+    data = torch.empty(rows.shape[0], chunks * CHUNK * bits // 8, dtype=torch.uint8, device=rows.device)
+    scales = torch.empty(rows.shape[0], chunks * CHUNK // group if group else 1, device=rows.device)
     step = max(1, _ROWS // (chunks * CHUNK))
     for first in range(0, rows.shape[0], step):
         some = torch.nn.functional.pad(rows[first : first + step].float(), (0, chunks * CHUNK - width))
         part = _nibbles(some, group) if bits == 4 else _bytes(some)
         data[first : first + step], scales[first : first + step] = part
-    return QuantizedWeight(bits, group, width, data.view(*leading, -1), scales.view(*leading, -1))
+    return data, scales
+
+
+def _native_fit(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor] | None:
+    if not (rows.is_cpu and rows.is_contiguous() and rows.dtype in (torch.float32, torch.bfloat16)):
+        return None
+    try:
+        from tokenrelay.kernels.cpu import integer
+    except ImportError:  # no native extension
+        return None
+    return integer.fit(integer.fit_variants()[0], rows.detach(), bits, group)
 
 
 def _bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,12 +105,12 @@ def _bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _nibbles(rows: Tensor, group: int) -> tuple[Tensor, Tensor]:
     groups = _split(rows, group)
     most = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))
-    best = torch.full_like(most, float("inf"))
+    best = torch.full_like(most, float("inf"), dtype=torch.float64)
     scales, whole = torch.zeros_like(most), torch.full_like(groups, 8)
     for shrink in _SHRINK:
         tried = most * (shrink / -8)
         steps = (groups / torch.where(tried != 0, tried, 1)).round().clamp(-8, 7)
-        error = (steps * tried - groups).square().sum(dim=-1, keepdim=True)
+        error = (steps * tried - groups).double().square().sum(dim=-1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         scales = torch.where(better, tried, scales)

@@ -29,6 +29,25 @@ def register_all() -> None:
             )
 
 
+def fit_variants() -> list[int]:
+    """The variants of `fit` that this machine runs, the widest first."""
+    have = frozenset(_native.isa_features())
+    return [code for _, code, _, isa, _ in reversed(_VARIANTS) if isa <= have]
+
+
+def fit(variant: int, rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Rows [n, d] of weights, dense, as integers: `data` and `scales` of a QuantizedWeight, all threads at work."""
+    n, width = rows.shape
+    check_dense("rows", rows, rows.dtype, (n, width))
+    padded = -(-width // CHUNK) * CHUNK
+    data = torch.empty(n, padded * bits // 8, dtype=torch.uint8)
+    scales = torch.empty(n, padded // group if group else 1)
+    _native.integer_fit(
+        variant, code_of("rows", rows), bits, group, n, width, rows.data_ptr(), data.data_ptr(), scales.data_ptr()
+    )
+    return data, scales
+
+
 def quantized_linear(
     isa: int, plain: int, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, *, wide: bool
 ) -> Tensor:

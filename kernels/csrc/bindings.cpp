@@ -217,6 +217,14 @@ void bind_moe(py::module_& m) {
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
+      "integer_fit",
+      [](int isa, int dtype, int bits, int64_t group, int64_t rows, int64_t width, Address matrix, Address data,
+         Address scales) {
+        integer_fit(integer_table(isa), dtype_of(dtype), pointer(matrix), {bits, group, rows, width, nullptr, nullptr},
+                    pointer<uint8_t>(data), pointer<float>(scales));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
       "integer_moe",
       [](int isa, int plain_isa, int dtype, int bits, int64_t gate_up_group, int64_t down_group, int64_t tokens,
          int64_t top_k, int64_t experts, int64_t d, int64_t f, Address x, int64_t x_stride, Address chosen,

@@ -176,6 +176,18 @@ void integer_linear(const IntegerTable& integers, const Table& table, const Inte
   });
 }
 
+void integer_fit(const IntegerTable& integers, DType dtype, const void* rows, const IntegerWeights& shape,
+                 uint8_t* data, float* scales) {
+  check(shape);
+  parallel_for(ceil_div(shape.columns, kColumns), [&](int64_t task) {
+    const int64_t first = task * kColumns, end = min_of(shape.columns, first + kColumns);
+    for (int64_t c = first; c < end; ++c) {
+      integers.fit(dtype, at(rows, c * shape.depth, dtype), shape, data + c * shape.row_bytes(),
+                   scales + c * shape.row_scales());
+    }
+  });
+}
+
 void integer_moe(const IntegerTable& integers, const Table& table, const IntegerExperts& experts) {
   check(experts.gate_up);
   check(experts.down);

@@ -51,6 +51,8 @@ struct IntegerDot {
 struct IntegerTable {
   void (*quantize)(DType dtype, const void* x, const IntegerWeights& beside, const IntegerRows& to, int64_t row);
   void (*dot)(const IntegerDot& job);
+  // A row of weights [depth] as integers: row_bytes() and row_scales().
+  void (*fit)(DType dtype, const void* row, const IntegerWeights& to, uint8_t* data, float* scales);
 };
 
 const IntegerTable& integer_table_baseline();
@@ -59,6 +61,10 @@ const IntegerTable& integer_table_avx512vnni();
 
 // Throws std::invalid_argument where this machine cannot run it.
 const IntegerTable& integer_table(int isa);
+
+// Rows [columns, depth] of weights as integers, dense; `data` and `scales` of `shape` are not looked at.
+void integer_fit(const IntegerTable& integers, DType dtype, const void* rows, const IntegerWeights& shape,
+                 uint8_t* data, float* scales);
 
 // out [rows, columns] = x weights^T + bias, in out_dtype.
 struct IntegerLinear {

@@ -4,6 +4,8 @@
 #include "simd_avx512.hpp"
 // Then what is written in its terms.
 #include "leaf_integer.hpp"
+// Needs `widened` of the one before.
+#include "leaf_fit.hpp"
 
 namespace tokenrelay {
 namespace avx512vnni {
@@ -131,7 +133,7 @@ void dot(const IntegerDot& job) {
 }  // namespace avx512vnni
 
 const IntegerTable& integer_table_avx512vnni() {
-  static constexpr IntegerTable table = {avx512vnni::quantize, avx512vnni::dot};
+  static constexpr IntegerTable table = {avx512vnni::quantize, avx512vnni::dot, avx512vnni::fit};
   return table;
 }
 

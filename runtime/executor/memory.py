@@ -6,11 +6,13 @@ cache and the other processes of a shared machine), but no more than all slots c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ FREE_FRACTION = 0.25
 FREE_FRACTION_GPU = 0.9  # a device of one's own
 SHARED_BLOCKS_FACTOR = 2  # room for cached prefixes beside what running sequences hold
 BLOCKS_MAX = 1 << 24
+CACHE_LINE = 64
 HOST_FACTOR = 2  # of the pool: a smaller host tier holds little that the device does not (docs/scheduler.md)
 
 
@@ -135,9 +138,20 @@ def allocate_caches(
 ) -> list[Tensor]:
     """One zeroed region per layer. On a CPU pages are taken when they are first touched. Raises ConfigError."""
     try:
-        return [torch.zeros(layout.shape(pool.own_blocks), dtype=dtype, device=device) for _ in range(layers)]
-    except RuntimeError as error:
+        shape = layout.shape(pool.own_blocks)
+        if torch.device(device).type == "cpu":
+            return [_zeros(shape, dtype) for _ in range(layers)]
+        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+    except (RuntimeError, MemoryError) as error:
         raise ConfigError(f"cannot allocate {pool.bytes} bytes for {pool.blocks} KV blocks: {error}") from error
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeroed memory, 64-byte aligned, that the system gives page by page: torch.zeros writes all of it at once."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + CACHE_LINE, dtype=np.uint8)
+    first = -memory.ctypes.data % CACHE_LINE
+    return torch.from_numpy(memory[first : first + size]).view(dtype).view(shape)
 
 
 def wrap_caches(layers: Sequence[memoryview], layout: KvLayout, pool: Pool, dtype: torch.dtype) -> list[Tensor]:

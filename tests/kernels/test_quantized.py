@@ -8,7 +8,7 @@ from kernel_cases import close, each_path, paths
 from torch import Tensor
 
 from tokenrelay.kernels import ops, registry
-from tokenrelay.kernels.quantized import quantize
+from tokenrelay.kernels.quantized import quantize, reference_fit
 
 SHAPES = [(1, 1, 1), (1, 40, 7), (2, 33, 64), (5, 100, 96), (64, 31, 130), (70, 65, 257), (3, 8, 2048)]  # rows, out, in
 
@@ -53,6 +53,24 @@ def test_quantized_weights_are_near_what_they_stand_for(bits: int, group: int, e
     exact = x @ matrix[0].T
     off = ops.quantized_linear(x, one) - exact
     assert float(off.square().mean().sqrt() / exact.square().mean().sqrt()) < error + 0.012
+
+
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 96, 128, 200, 512])
+def test_every_variant_fits_the_same_integers(bits: int, group: int, dtype: torch.dtype, width: int) -> None:
+    """Ties, zeros and outliers among them: the definition is the one in PyTorch."""
+    integer = pytest.importorskip("tokenrelay.kernels.cpu.integer")
+    rows = torch.randn(70, width) * torch.logspace(-30, 20, 70)[:, None]
+    rows[3], rows[4], rows[5, ::2] = 0, 1, 0
+    rows[6] = torch.where(torch.rand(width) < 0.5, 2.5, -2.5)
+    rows[7, -1] = 1e4
+    rows = rows.to(dtype)
+    data, scales = reference_fit(rows, bits, group)
+    for variant in integer.fit_variants():
+        own, own_scales = integer.fit(variant, rows, bits, group)
+        assert torch.equal(own_scales, scales), variant
+        assert torch.equal(own, data), variant
 
 
 def test_quantized_extremes() -> None:
