@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import EOS, write_tokenizer
 from harness import BLOCK_TOKENS, Harness, Transcript, plain_logits
+from tokenizers import Tokenizer
 
 from tokenrelay.libscheduler import Handover
 from tokenrelay.runtime.drafts import Drafter, Rate, may_draft
@@ -260,6 +263,41 @@ def test_sampled_tokens_have_the_models_distribution(qwen: Any) -> None:
     assert counts.drafts > seeds * 0.9 and 0.1 * counts.drafts < counts.accepted < 0.9 * counts.drafts
     surprise = sum((found[pair] - seeds * p) ** 2 / (seeds * p) for pair, p in odds.items())
     assert surprise < 26.1  # chi-square, 8 degrees of freedom, one in a thousand
+
+
+# -- within a grammar -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("right", "wrong"), [(3, 2), (0, 4)])
+def test_outputs_that_must_follow_a_grammar(model: Any, tmp_path: Path, right: int, wrong: int) -> None:
+    """The same tokens, sampled within the same masks, beside sequences that are free; what did not come true has not
+    moved the grammar on."""
+    write_tokenizer(tmp_path)
+    tokenizer_file = tmp_path / "tokenizer.json"
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}, "s": {"type": "string", "maxLength": 9}}}
+    schema |= {"required": ["n", "s"], "additionalProperties": False, "x-guidance": {"whitespace_flexible": False}}
+    prompts = prompts_of(model)
+    samplings = [
+        SamplingParams(temperature=1.0, seed=i, grammar=f"start: %json {json.dumps(schema)}" if i % 2 == 0 else "")
+        for i in range(len(prompts))
+    ]
+
+    def run(harness: Harness) -> list[Transcript]:
+        pairs = zip(prompts, samplings, strict=True)
+        return harness.wait(*[harness.submit(p, 50, sampling=s, stop_token_ids=(EOS,)) for p, s in pairs])
+
+    with Harness(model, tokenizer_file=tokenizer_file) as harness:
+        plain = run(harness)
+    texts = {i + 1: prompts[i] + found.token_ids for i, found in enumerate(plain)}
+    with guessing(model, oracle(texts, right, wrong), tokenizer_file=tokenizer_file) as harness:
+        drafted = run(harness)
+        counts = accepted(harness)
+        harness.assert_quiet()
+    for i, (one, other) in enumerate(zip(plain, drafted, strict=True)):
+        assert (other.token_ids, other.finish) == (one.token_ids, one.finish)
+        if i % 2 == 0 and other.finish == Finish.STOP:
+            text = Tokenizer.from_file(str(tokenizer_file)).decode(other.token_ids)
+            assert set(json.loads(text)) == {"n", "s"}
+    assert counts.drafts > 0
+    assert counts.accepted > 0 if right else counts.accepted < 0.2 * counts.tokens
 
 
 # -- who drafts, and when ---------------------------------------------------------------------------------------------

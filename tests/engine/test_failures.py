@@ -27,6 +27,7 @@ class Flaky:
         self.config = model.config
         self.cos_sin = model.cos_sin
         self.shard = model  # what of it is here
+        self.parts, self.whole_pool = 1, True  # and all of its KV
         self.break_next = threading.Event()
         self.gate = threading.Event()
         self.gate.set()

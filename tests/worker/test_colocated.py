@@ -36,6 +36,7 @@ class Gate:
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.cos_sin = model, model.config, model.cos_sin
         self.shard = model  # what of it is here
+        self.parts, self.whole_pool = 1, True  # and all of its KV
         self.open = threading.Event()
         self.open.set()
 
