@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tokenrelay.libscheduler import Plan
-from tokenrelay.runtime.executor.batch import Batch, BatchBuilder, rows_of
+from tokenrelay.runtime.executor.batch import Batch, BatchBuilder, copy_tails, rows_of
 from tokenrelay.runtime.executor.executor import STEP_WAIT_MAX_S, Runnable, Step, StepResult
 from tokenrelay.runtime.executor.grammars import GrammarSource
 from tokenrelay.runtime.executor.graphs import Backend, Captures, DeviceGraphs, Staged, sampled_or_not
@@ -118,7 +118,7 @@ class DeviceExecutor:
         """See `executor.Executor.launch`."""
         rows = rows_of(plan)
         staged: Staged | Batch
-        if self.captures.takes(rows):
+        if self.captures.takes(rows) and not len(plan.tail_tokens):
             slots, ends = rows.slots.astype(np.int64), (rows.starts + rows.lengths).astype(np.int64)
             work = self._sampler.prepare(plan, slots, ends, requests, token_ids_of, captured=True)
             staged = self.captures.stage(rows, plan, self._sampler) if not work.gathered else self._batches.build(plan)
@@ -170,6 +170,8 @@ class DeviceExecutor:
 
     def _forward(self, batch: Batch, work: SampleWork) -> tuple[Tensor | None, dict[int, TokenLogprobs] | None]:
         """Kernel by kernel. What is sampled, as `sampled_or_not` says; None: nothing is."""
+        if batch.tails:
+            copy_tails(self._caches, batch.tails)
         token_ids = batch.token_ids
         if batch.feedback_at is not None and batch.feedback_slots is not None:
             token_ids[batch.feedback_at] = self._last_token[batch.feedback_slots]
