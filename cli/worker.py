@@ -422,7 +422,7 @@ def sizes_of(config: WorkerConfig) -> EngineSizes:
         waiting_max=config.waiting_max,
         context_tokens=config.context_tokens,
         kv_memory_bytes=config.kv_memory_bytes,
-        kv_sharers=config.kv_sharers * config.ranks,
+        kv_sharers=config.kv_sharers * _ranks_per_device(config),
         blocks=config.blocks,
         threads=config.threads,
         eviction=config.eviction,
@@ -432,6 +432,15 @@ def sizes_of(config: WorkerConfig) -> EngineSizes:
         floor_wait_s=config.floor_wait_s,
         draft_tokens=config.draft_width,
     )
+
+
+def _ranks_per_device(config: WorkerConfig) -> int:
+    """Ranks that share the memory by which the KV pool's default size goes: each has its own GPU, or all a host."""
+    import torch
+
+    if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
+        return 1
+    return min(config.local_ranks, config.ranks) if config.rendezvous else config.ranks
 
 
 def mount(

@@ -20,7 +20,7 @@ from tokenrelay.kernels.batch import AttentionBatch
 HEAD = struct.Struct("<cQ")
 LOAD, CACHES, STEP, SPREAD, REPLACE = b"L", b"C", b"S", b"P", b"E"
 FRAME_BYTES_MAX = 1 << 30
-_COUNTS = 6  # tokens, rows, sampled rows, table columns, decodes, context_max
+_COUNTS = 8  # tokens, rows, sampled rows, table columns, decodes, context_max, bounds of groups, group_max
 
 
 def write_frame(fd: int, kind: bytes, payload: bytes, timeout_s: float) -> None:
@@ -71,8 +71,11 @@ def pack_step(token_ids: Tensor, batch: AttentionBatch, sample_rows: Tensor, blo
     """int64 all through: the counts, then each tensor; of the block table the rows and columns in use."""
     columns = -(-batch.context_max // block_tokens)
     table = batch.block_table[batch.slots.long(), :columns]
+    groups = token_ids.new_empty(0) if batch.groups is None else batch.groups
     counts = [len(token_ids), len(batch.slots), len(sample_rows), columns, batch.decodes, batch.context_max]
-    tensors = (token_ids, batch.positions, batch.cache_slots, batch.starts, batch.lengths, batch.offsets, sample_rows)
+    counts += [len(groups), batch.group_max]
+    tensors = [token_ids, batch.positions, batch.cache_slots, batch.starts, batch.lengths, batch.offsets, sample_rows]
+    tensors.append(groups)
     arrays = [tensor.cpu().numpy().astype("<i8", copy=False) for tensor in (*tensors, table.reshape(-1))]
     return b"".join([np.array(counts, "<i8").tobytes(), *(array.tobytes() for array in arrays)])
 
@@ -80,10 +83,10 @@ def pack_step(token_ids: Tensor, batch: AttentionBatch, sample_rows: Tensor, blo
 def unpack_step(payload: bytes) -> tuple[Tensor, AttentionBatch, Tensor]:
     """The step's token ids, batch and sampled rows, as `pack_step` had them."""
     values = torch.frombuffer(bytearray(payload), dtype=torch.int64)
-    tokens, rows, sampled, columns, decodes, context_max = values[:_COUNTS].tolist()
-    sizes = [tokens, tokens, tokens, rows, rows, rows + 1, sampled, rows * columns]
+    tokens, rows, sampled, columns, decodes, context_max, grouped, group_max = values[:_COUNTS].tolist()
+    sizes = [tokens, tokens, tokens, rows, rows, rows + 1, sampled, grouped, rows * columns]
     tensors = torch.split(values[_COUNTS:], sizes)
-    token_ids, positions, cache_slots, starts, lengths, offsets, sample_rows, table = tensors
+    token_ids, positions, cache_slots, starts, lengths, offsets, sample_rows, groups, table = tensors
     batch = AttentionBatch(
         block_table=table.view(rows, columns).int(),
         slots=torch.arange(rows, dtype=torch.int32),
@@ -94,6 +97,9 @@ def unpack_step(payload: bytes) -> tuple[Tensor, AttentionBatch, Tensor]:
         cache_slots=cache_slots.clone(),
         decodes=decodes,
         context_max=context_max,
+        groups=groups.int() if grouped else None,
+        group_max=group_max,
+        extents=tuple(zip(starts.tolist(), lengths.tolist(), strict=True)),
     )
     return token_ids.clone(), batch, sample_rows.clone()
 
@@ -106,4 +112,6 @@ def on_device(
         return token_ids, batch, sample_rows
     fields = ("block_table", "slots", "starts", "lengths", "offsets", "positions", "cache_slots")
     moved = {name: getattr(batch, name).to(device) for name in fields}
+    if batch.groups is not None:
+        moved["groups"] = batch.groups.to(device)
     return token_ids.to(device), replace(batch, **moved), sample_rows.to(device)

@@ -109,11 +109,14 @@ def test_a_row_is_computed_where_its_blocks_are() -> None:
 
 
 def test_a_step_reaches_followers() -> None:
-    batch = batch_of([20, 3], [1, 5], 1)
-    payload = frames.pack_step(torch.arange(6), batch, torch.tensor([0]), 16)
-    ids, found, rows = frames.unpack_step(payload)
-    assert ids.tolist() == list(range(6)) and rows.tolist() == [0]
-    assert torch.equal(found.cache_slots, batch.cache_slots) and found.decodes == 1
+    batch = batch_of([20, 21, 3], [1, 1, 5], 2)
+    for groups in (None, torch.tensor([0, 2], dtype=torch.int32)):
+        sent = replace(batch, groups=groups, group_max=1 if groups is None else 2)
+        ids, found, rows = frames.unpack_step(frames.pack_step(torch.arange(7), sent, torch.tensor([0, 6]), 16))
+        assert ids.tolist() == list(range(7)) and rows.tolist() == [0, 6]
+        assert torch.equal(found.cache_slots, batch.cache_slots) and found.decodes == 2
+        assert found.extents == ((20, 1), (21, 1), (3, 5)) and found.group_max == sent.group_max
+        assert found.groups is None if groups is None else found.groups.tolist() == [0, 2]
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
