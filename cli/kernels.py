@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,8 @@ import typer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import torch
 
     from tokenrelay.runtime.models.decoder import Model
 
@@ -97,19 +100,71 @@ def kernels_tune(
     )
 
 
-def _workload(folder: Path | None) -> Callable[[], object]:
+@app.command("bench")
+def kernels_bench(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL", help="Its folder. Default: the bundled one.", show_default=False)
+    ] = None,
+    weights: Annotated[
+        str, typer.Option("--weight-dtype", help="auto, or as integers: int8, int4, int4-32, int4-128.")
+    ] = "auto",
+    rounds: Annotated[int, typer.Option("--rounds", min=1, max=100, help="A figure is the best of so many.")] = 5,
+) -> None:
+    """Time each operation of a model's steps beside what this machine's memory and arithmetic could do.
+
+    Steps of 1 and of 8 sequences and a prompt are computed with the model's weights. The ceiling, measured in the same
+    run, is what all threads read from memory and the rate of a large matrix product. What fits a cache may pass the
+    first, integers the second.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from tokenrelay.kernels.measure import measure, measure_ceiling
+
+    run = _workload(model, weights)
+    dtype = _dtype()
+    ceiling = measure_ceiling(dtype)
+    table = Table(box=None, header_style="bold")
+    for column in ("operation", "shape", "tokens", "kernel", "calls", "us", "MB", "MFLOP", "of ceiling"):
+        table.add_column(column, justify="left" if column in ("operation", "shape", "kernel") else "right")
+    lines = measure(run, rounds)
+    for line in lines:
+        figures = (line.seconds * 1e6, line.work.bytes / 1e6, line.work.flops / 1e6)
+        each = [f"{figure / line.calls:,.1f}" for figure in figures]
+        part = f"{line.work.floor_s(ceiling) / line.seconds:.0%}"
+        table.add_row(line.op, line.shape, str(line.tokens), line.path, str(line.calls), *each, part)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    total, floor = sum(line.seconds for line in lines), sum(line.work.floor_s(ceiling) for line in lines)
+    console.print(
+        f"All: {total * 1e3:.1f} ms, {floor / total:.0%} of the ceiling, which is {ceiling.bytes_per_s / 1e9:.1f} GB/s "
+        f"and {ceiling.flops_per_s / 1e9:.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}.",
+        markup=False,
+    )
+
+
+def _dtype() -> torch.dtype:
+    """What a model is computed in here."""
+    import torch
+
+    from tokenrelay.kernels.packed import packs
+
+    return torch.bfloat16 if packs(16) else torch.float32
+
+
+def _workload(folder: Path | None, weights: str = "auto") -> Callable[[], object]:
     """A prompt, then steps of 1 and of 8 sequences, as an engine lays the model out but operation by operation."""
     import torch
 
     from tokenrelay.cli.serve import BUNDLED_MODEL
-    from tokenrelay.kernels.packed import packs
     from tokenrelay.runtime.executor.threads import default_threads, use_threads
     from tokenrelay.runtime.weights.loader import load_model
     from tokenrelay.runtime.weights.pack import pack_model
-    from tokenrelay.runtime.weights.quantize import weight_bytes
+    from tokenrelay.runtime.weights.quantize import quantize_model, weight_bytes
 
-    dtype = torch.bfloat16 if packs(16) else torch.float32
-    loaded = load_model(folder or BUNDLED_MODEL, dtype=dtype, block_tokens=BLOCK_TOKENS)
+    loaded = load_model(folder or BUNDLED_MODEL, dtype=_dtype(), block_tokens=BLOCK_TOKENS)
+    if weights != "auto":
+        quantize_model(loaded, weights)
     use_threads(default_threads(weight_bytes(loaded)))
     pack_model(loaded)
     steps = [

@@ -168,6 +168,7 @@ _lock = threading.RLock()
 _deterministic = False
 _tuned: dict[TunedKey, str] = {}
 _times: dict[TunedKey, list[float]] | None = None  # while `timing`
+_observe: Callable[[TunedKey, tuple[Any, ...], Any, float], None] | None = None  # likewise
 _generation = 0  # raised whenever another kernel may be chosen than before
 _loaded = False
 _registering = "tokenrelay"  # who registers now; a plugin's name while its entry point runs
@@ -355,29 +356,36 @@ def tuned_digest() -> str:
 
 
 @contextlib.contextmanager
-def timing() -> Iterator[dict[TunedKey, list[float]]]:
-    """Inside, the seconds of every call of an operation, by what it was picked for. For `tune`; not reentrant."""
-    global _times
+def timing(
+    observe: Callable[[TunedKey, tuple[Any, ...], Any, float], None] | None = None,
+) -> Iterator[dict[TunedKey, list[float]]]:
+    """Inside, the seconds of every call of an operation, by what it was picked for. For `tune`; not reentrant.
+
+    `observe(key, arguments, result, seconds)` is told of each call, outside of the time that is taken.
+    """
+    global _times, _observe
     found: dict[TunedKey, list[float]] = {}
     with _lock:
-        _times = found
+        _times, _observe = found, observe
         _forget()
     try:
         yield found
     finally:
         with _lock:
-            _times = None
+            _times = _observe = None
             _forget()
 
 
 def _timed(call: Callable[..., Any], key: TunedKey) -> Callable[..., Any]:
     assert _times is not None
-    times = _times.setdefault(key, [])
+    times, observe = _times.setdefault(key, []), _observe
 
     def timed(*arguments: Any, **options: Any) -> Any:
         began_s = time.perf_counter()
         result = call(*arguments, **options)
         times.append(time.perf_counter() - began_s)
+        if observe is not None:
+            observe(key, arguments, result, times[-1])
         return result
 
     return timed

@@ -35,9 +35,9 @@ def test_each_turn_computes_only_what_it_appended(
         reply = server.chat(*dialogue, max_tokens=16, extra_body={"return_token_ids": True})
         prompt, usage = reply.prompt_token_ids, reply.usage
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(known, prompt, strict=False)))
-        expected = common // BLOCK_TOKENS * BLOCK_TOKENS
+        expected = common // BLOCK_TOKENS * BLOCK_TOKENS  # and of a block that is shared in part, what it begins with
         assert usage.prompt_tokens == len(prompt)
-        assert (usage.prompt_tokens_details.cached_tokens or 0) == expected, f"turn {turn}"
+        assert expected <= (usage.prompt_tokens_details.cached_tokens or 0) <= common, f"turn {turn}"
         if turn:
             # The answer is random bytes: its text may encode to other ids, so that reuse ends at the answer's start.
             assert expected > len(known) - 16 - 2 * BLOCK_TOKENS

@@ -224,7 +224,8 @@ def test_a_second_turn_finds_the_first_in_the_cache(bundled: Server) -> None:
     second = bundled.chat(*dialogue, **ids)
     common = common_prefix(known, second.prompt_token_ids)
     assert common > 3 * BLOCK_TOKENS
-    assert second.usage.prompt_tokens_details.cached_tokens == common // BLOCK_TOKENS * BLOCK_TOKENS
+    # Full blocks, and of a block that is shared in part what it begins with.
+    assert common // BLOCK_TOKENS * BLOCK_TOKENS <= second.usage.prompt_tokens_details.cached_tokens <= common
     assert (first.usage.prompt_tokens_details.cached_tokens or 0) < BLOCK_TOKENS
 
 
