@@ -33,4 +33,5 @@ SEED = (-(1 << 63), (1 << 64) - 1)  # negative ones are taken modulo 2^64
 PRIORITY = (-1_000, 1_000)
 TPS_FLOOR = (1, 1_000)
 EXPECTED_TOKENS = (1, 1 << 20)
+THINKING_BUDGET = (0, 1 << 20)
 TOKEN_ID_MAX = (1 << 32) - 1

@@ -84,6 +84,8 @@ def _sampling(body: MessagesRequest, result: ChatRequest) -> None:
     result.stream = body.stream
     result.seed, result.priority, result.cache_salt = body.seed, body.priority, body.cache_salt
     result.tps_floor, result.expected_output_tokens = body.tps_floor, body.expected_output_tokens
+    if body.thinking is not None and body.thinking.type == "enabled":
+        result.thinking_token_budget = body.thinking.budget_tokens
 
 
 # -- messages ---------------------------------------------------------------------------------------------------------

@@ -86,6 +86,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "priority": limits.PRIORITY,
     "tps_floor": limits.TPS_FLOOR,
     "expected_output_tokens": limits.EXPECTED_TOKENS,
+    "thinking_token_budget": limits.THINKING_BUDGET,
 }
 
 

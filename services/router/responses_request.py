@@ -110,6 +110,7 @@ def chat_request(body: ResponsesRequest, items: Items) -> ChatRequest:
         stream=body.stream,
         parallel_tool_calls=body.parallel_tool_calls,
         chat_template_kwargs=body.chat_template_kwargs,
+        thinking_token_budget=body.thinking_token_budget,
         reasoning_effort=body.reasoning.effort if body.reasoning is not None else None,
         tool_choice=_tool_choice(body),
     )

@@ -54,6 +54,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     cache_salt: str | None = None
     prompt_cache_key: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    thinking_token_budget: int | None = None
     # refused where they would change the answer
     background: bool | None = None
     conversation: Any = None

@@ -5,6 +5,9 @@ grammar for the worker's sampler.
     if constrained(body):
         grammar = maker.grammar(body, tools, formats, inside=False)      # in a thread
 
+A budget for reasoning (`thinking_token_budget`) is part of it: so many tokens, then the closing tag must come. Models
+whose tags are no tokens of their own have no such budget.
+
 Grammars are llguidance's Lark (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md), so that a schema, a
 regex, a choice and the reasoning before them are one text. Everything wrong is an InvalidRequest that names the
 parameter. Sizes are bounded here, the work of reading and of each mask by llguidance's own limits.
@@ -42,7 +45,8 @@ Tag = Callable[[str], str | None]  # a special token as Lark names it; None for 
 def constrained(body: Generation) -> bool:
     """Whether the request may say what the answer must be."""
     fields = (body.response_format, body.structured_outputs, body.guided_json, body.guided_regex)
-    forced = isinstance(body, ChatRequest) and body.tool_choice not in (None, "auto", "none")
+    chat = isinstance(body, ChatRequest)
+    forced = chat and (body.tool_choice not in (None, "auto", "none") or body.thinking_token_budget is not None)
     return forced or any(field is not None for field in (*fields, body.guided_choice, body.guided_grammar))
 
 
@@ -65,6 +69,34 @@ def thought_rules(think: Think | None, tag: Tag, *, inside: bool) -> str:
         ending = re.escape(think[1]).replace("/", r"\/")
         rest, rules = r"tr_rest /\n*/", f"\ntr_rest[lazy]: /(.|\\n)*{ending}/"
     return f"tr_thought: {rest if inside else f'({opened} {rest})?'}{rules}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens of reasoning there may be, between two tokens."""
+
+    tokens: int
+    opened: int
+    closed: int
+
+    @classmethod
+    def of(cls, body: Generation, formats: Formats | None, token_id: Callable[[str], int | None]) -> Budget | None:
+        """What the request asks for, where the model's tags can be told from text; None: there is no bound."""
+        asked = body.thinking_token_budget if isinstance(body, ChatRequest) else None
+        if asked is None or formats is None or formats.think is None:
+            return None
+        opened, closed = (token_id(tag) for tag in formats.think)
+        return cls(asked, opened, closed) if opened is not None and closed is not None else None
+
+    def rules(self, *, inside: bool) -> str:
+        """`tr_thought`, as `thought_rules` has it."""
+        rest = f"<[^{self.closed}]>{{0,{self.tokens}}} <[{self.closed}]>"
+        return f"tr_thought: {rest if inside else f'(<[{self.opened}]> {rest})?'}"
+
+    @property
+    def free(self) -> str:
+        """`tr_answer` where nothing is asked of it: anything, but no reasoning once more at its beginning."""
+        return f"tr_answer: (<[^{self.opened}]> <[*]>*)?"
 
 
 def form_of(body: Generation, tools: Sequence[Mapping[str, Any]] | None, formats: Formats, tag: Tag) -> Form | None:
@@ -266,9 +298,16 @@ class GrammarMaker:
             return f"<[{token_id}]>" if token_id is not None and tokenizer.is_special_token(token_id) else None
 
         form = form_of(body, tools, formats or Formats(None, None), tag)
-        if form is None:
+        budget = Budget.of(body, formats, names.token_to_id)
+        if form is None and budget is None:
             return ""
-        thought = thought_rules(formats.think if formats is not None else None, tag, inside=inside)
+        if budget is not None:
+            breaks = "" if form is None else r" /\n*/"
+            thought = budget.rules(inside=inside) + breaks
+            form = form or Form(budget.free, "thinking_token_budget")
+        else:
+            thought = thought_rules(formats.think if formats is not None else None, tag, inside=inside)
+        assert form is not None
         grammar = f"start: tr_thought tr_answer\n{thought}\n{form.rules}\n"
         failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
         if failed:

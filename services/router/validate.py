@@ -147,7 +147,7 @@ def wanted_of(body: ChatRequest | CompletionRequest, defaults: Defaults, vocabul
     tokens_max = _tokens_max(body, defaults)
     stops = _stop_strings(body)
     logprobs = _logprobs(body)
-    _check_hints(body)
+    _check_extras(body)
     if body.seed is not None:
         check_range("seed", body.seed, limits.SEED)
     seed = int.from_bytes(os.urandom(8), "little") if body.seed is None else body.seed & ((1 << 64) - 1)
@@ -178,7 +178,7 @@ def wanted_of(body: ChatRequest | CompletionRequest, defaults: Defaults, vocabul
     )
 
 
-def _check_hints(body: Generation) -> None:
+def _check_extras(body: Generation) -> None:
     hints = (
         ("priority", body.priority, limits.PRIORITY),
         ("tps_floor", body.tps_floor, limits.TPS_FLOOR),
@@ -187,6 +187,8 @@ def _check_hints(body: Generation) -> None:
     for name, value, bounds in hints:
         if value is not None:
             check_range(name, value, bounds)
+    if isinstance(body, ChatRequest) and body.thinking_token_budget is not None:
+        check_range("thinking_token_budget", body.thinking_token_budget, limits.THINKING_BUDGET)
 
 
 def _refuse_unsupported(body: Generation) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import promql_parser
 import pytest
 import yaml
 from stack import DEPLOY, ROOT
@@ -57,6 +58,15 @@ def test_every_metric_exists(page: str) -> None:
     asked = {name for expression in expressions() for name in METRIC.findall(expression)}
     assert len(asked) > 25
     assert not asked - known, f"nobody writes {sorted(asked - known)}"
+
+
+def test_every_expression_is_one_that_prometheus_reads() -> None:
+    found = [expression.replace("$__rate_interval", "5m") for expression in expressions()]
+    assert len(found) > 30
+    for expression in found:
+        promql_parser.parse(expression)
+    with pytest.raises(ValueError):
+        promql_parser.parse(found[0] + ")")
 
 
 def test_every_label_exists(page: str) -> None:

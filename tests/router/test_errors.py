@@ -99,6 +99,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": "yes"}, "stream"),
     ({"priority": 10**6}, "priority"),
+    ({"thinking_token_budget": -1}, "thinking_token_budget"),
     ({"tps_floor": 0}, "tps_floor"),
     ({"tps_floor": 2000}, "tps_floor"),
     ({"tps_floor": 70.5}, "tps_floor"),

@@ -96,6 +96,62 @@ async def test_reasoning_that_the_prompt_began(stack: Stack, tokenizer: LLTokeni
     assert not accepts(tokenizer, grammar, GOOD)
 
 
+def token_ids(stack: Stack, text: str) -> list[int]:
+    return stack.worker.ids(text)
+
+
+def follows(tokenizer: LLTokenizer, grammar: str, ids: list[int]) -> int:
+    """How many of these tokens the grammar allows, one after the other."""
+    matcher = LLMatcher(tokenizer, grammar, log_level=0)
+    assert not matcher.is_error(), matcher.get_error()
+    for count, token_id in enumerate(ids):
+        if matcher.validate_tokens([token_id]) != 1:
+            return count
+        matcher.consume_token(token_id)
+    return len(ids)
+
+
+BUDGETS: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {"thinking_token_budget": 20}),
+    ("/v1/responses", {"thinking_token_budget": 20, "input": "Hi", "messages": None}),
+]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(("path", "fields"), BUDGETS)
+async def test_a_budget_for_reasoning(
+    stack: Stack, tokenizer: LLTokenizer, path: str, fields: dict[str, Any], begun: bool
+) -> None:
+    grammar = await grammar_of(stack, path, chat_template_kwargs={"enable_thinking": begun}, **fields)
+    opened, closed = token_ids(stack, "<think>"), token_ids(stack, "</think>")
+    head = [] if begun else opened
+    words = token_ids(stack, "the quick brown fox jumps over the lazy dog, and reads the file" * 2)
+    assert len(words) > 21
+    assert follows(tokenizer, grammar, head + words) == len(head) + 20, "then it must come to its end"
+    answer = token_ids(stack, f"\n\nYes.\n{CALL % 'read'}") + words
+    for thought in (words[:20], words[:3], []):
+        whole = [*head, *thought, *closed, *answer]
+        assert follows(tokenizer, grammar, whole) == len(whole), "what comes behind is free"
+    if not begun:
+        assert follows(tokenizer, grammar, answer) == len(answer), "it need not think"
+
+
+async def test_a_budget_beside_a_form(stack: Stack, tokenizer: LLTokenizer) -> None:
+    grammar = await grammar_of(stack, response_format=JSON_SCHEMA, thinking_token_budget=2)
+    opened, closed, form = (token_ids(stack, text) for text in ("<think>", "</think>", f"\n\n{GOOD}"))
+    assert accepts(tokenizer, grammar, GOOD) and not accepts(tokenizer, grammar, WRONG)
+    whole = [*opened, *token_ids(stack, "Hm"), *closed, *form]
+    assert follows(tokenizer, grammar, whole) == len(whole)
+    assert follows(tokenizer, grammar, [*opened, *token_ids(stack, "Hm, well then")]) == 3
+
+
+async def test_anthropics_budget_is_this_one(stack: Stack) -> None:
+    claude: dict[str, Any] = {"model": "mock", "max_tokens": 4000}
+    thinking = {"type": "enabled", "budget_tokens": 1100}
+    assert "{0,1100}" in await grammar_of(stack, MESSAGES, thinking=thinking, **claude)
+    assert await grammar_of(stack, MESSAGES, thinking={"type": "adaptive"}, **claude) == ""
+
+
 async def test_no_form_is_no_grammar(stack: Stack) -> None:
     assert await grammar_of(stack) == ""
     assert await grammar_of(stack, response_format={"type": "text"}, tools=TOOLS, tool_choice="auto") == ""
