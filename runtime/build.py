@@ -147,7 +147,13 @@ def build_engine(
     executor: Executor | DeviceExecutor
     if (graphs is not None or device.type != "cpu") and predictor is None and isinstance(model, Model):
         executor = DeviceExecutor(
-            model, caches, scheduler.block_table, draft_tokens=sizes.draft_tokens, backend=graphs, **common
+            model,
+            caches,
+            scheduler.block_table,
+            draft_tokens=sizes.draft_tokens,
+            backend=graphs,
+            warm_up=graphs is None,
+            **common,
         )
     else:
         threads = sizes.threads or default_threads(parameter_bytes)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tokenrelay.base.logging import get_logger
 from tokenrelay.libscheduler import Plan
 from tokenrelay.runtime.executor.batch import Batch, BatchBuilder, copy_tails, rows_of
 from tokenrelay.runtime.executor.executor import STEP_WAIT_MAX_S, Runnable, Step, StepResult
@@ -28,6 +29,8 @@ from tokenrelay.runtime.executor.grammars import GrammarSource
 from tokenrelay.runtime.executor.graphs import Backend, Captures, DeviceGraphs, Staged, sampled_or_not
 from tokenrelay.runtime.executor.sampler import NOT_FINITE, Sampler, SampleWork
 from tokenrelay.runtime.requests import SamplingParams, TokenIds, TokenLogprobs
+
+log = get_logger("executor")
 
 
 class _Step(Step):
@@ -72,8 +75,13 @@ class DeviceExecutor:
         grammars: GrammarSource | None = None,
         draft_tokens: int = 0,
         backend: Backend | None = None,
+        warm_up: bool = False,
     ) -> None:
-        """`block_table` int32 [slots, blocks]: the scheduler's, shared. `draft_tokens`: of one draft, at most."""
+        """`block_table` int32 [slots, blocks]: the scheduler's, shared. `draft_tokens`: of one draft, at most.
+
+        `warm_up`: record every size before the first step, rather than each when it first comes.
+        """
+        self._warm_up = warm_up
         self._model = model
         self._caches = caches
         self._device = caches[0].device
@@ -143,6 +151,8 @@ class DeviceExecutor:
             torch.cuda.set_device(self._device)
         none = np.zeros(0, np.int64)
         with torch.inference_mode():
+            if self._warm_up:
+                self._record_all()
             while (step := self._queue.get()) is not None:
                 began_ns = time.perf_counter_ns()
                 staged, work = step.take_staged()
@@ -153,6 +163,12 @@ class DeviceExecutor:
                 self._queued.put(queued)
                 del step, staged, work, queued
         self._queued.put(None)
+
+    def _record_all(self) -> None:
+        try:
+            self.captures.warm_up()
+        except Exception as error:  # no memory for all: each is recorded when it comes, or runs by itself
+            log.warning("not all decode steps could be recorded ahead", error=repr(error))
 
     def _enqueue(self, step: _Step, staged: Staged | Batch, work: SampleWork, began_ns: int) -> _Queued:
         self._sampler.admit(work)  # a step that samples nothing admits as well

@@ -1,0 +1,100 @@
+"""Whole models on Triton's kernels, decode steps replayed by a graph's rules: the host decides nothing of a step."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "engine"))
+
+from checkpoints import make_checkpoint
+from harness import BLOCK_TOKENS, Harness, plain_greedy
+from recording import Recording
+from triton_cases import DEVICE, FULL
+
+from tokenrelay.kernels import registry
+from tokenrelay.kernels.layout import MlaLayout
+from tokenrelay.runtime.executor.device import DeviceExecutor
+from tokenrelay.runtime.executor.graphs import DeviceGraphs
+from tokenrelay.runtime.requests import SamplingParams
+from tokenrelay.runtime.weights.loader import load_model
+
+PATHS = {
+    "rms_norm": "triton/rows",
+    "add_rms_norm": "triton/rows",
+    "silu_mul": "triton/rows",
+    "rotary": "triton/rows",
+    "mla_cache_write": "triton/rows",
+    "gqa_cache_write": "triton/rows",
+    "mla_decode": "triton/balanced",
+    "mla_prefill": "triton/balanced",
+    "gqa_decode": "triton/balanced",
+    "gqa_prefill": "triton/balanced",
+    "moe": "triton/grouped",
+    "sample": "triton/rows",
+    **dict.fromkeys(("linear", "mla_absorb", "mla_expand", "moe_route", "finite_rows"), "ref/torch"),
+}
+
+
+@contextlib.contextmanager
+def on_triton(**instead: str) -> Iterator[None]:
+    """Every operation as it would be on a device."""
+    with contextlib.ExitStack() as stack:
+        for op, path in {**PATHS, **instead}.items():
+            stack.enter_context(registry.force(op, path))
+        yield
+
+
+@pytest.fixture(scope="module", params=["deepseek_v3", "qwen3"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = make_checkpoint(tmp_path_factory.mktemp("models") / request.param, request.param)
+    return load_model(folder, dtype=torch.float32, block_tokens=BLOCK_TOKENS, device=DEVICE)
+
+
+def test_replays_give_the_tokens_of_a_plain_run(model: Any) -> None:
+    """Sequences of several lengths, one of which crosses into a new block, and that end one after the other."""
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7], [2, 7, 1], [1, 6]]
+    counts = [5, 4, 2]
+    expected = [plain_greedy(model, p, n) for p, n in zip(prompts, counts, strict=True)]
+    backend = DeviceGraphs(DEVICE) if FULL else Recording()
+    with on_triton(), Harness(model, graphs=backend, slots=4) as harness:
+        ids = [harness.submit(p, n) for p, n in zip(prompts, counts, strict=True)]
+        found = [t.token_ids for t in harness.wait(*ids)]
+        executor = harness.engine._executor
+        assert isinstance(executor, DeviceExecutor)
+        stats = executor.captures.stats
+        assert not harness.fatal
+    assert found == expected
+    assert stats.refused == 0
+    assert stats.replays > len(stats.recorded) > 1
+    if isinstance(backend, Recording):
+        assert min(backend.launches) > 10 * model.config.layers - 10
+
+
+def test_drafts_and_drawn_tokens_are_replayed_too(model: Any) -> None:
+    """Runs of rows of one sequence are folded into heads; their tokens are those of a run without drafts."""
+    prompt = [5, 6, 7, 8] * 5
+    drawn = SamplingParams(temperature=0.9, top_k=30, seed=5)
+    with Harness(model) as plain:
+        expected = plain.run(prompt, tokens_max=4, sampling=drawn)
+    backend = DeviceGraphs(DEVICE) if FULL else Recording()
+    with on_triton(), Harness(model, graphs=backend, slots=1, draft_tokens=2) as harness:
+        assert harness.run(prompt, tokens_max=4, sampling=drawn) == expected
+
+
+def test_a_kernel_that_asks_the_host_cannot_be_recorded(model: Any) -> None:
+    """The reference reads lengths from the device: such a step runs by itself, and its tokens are right."""
+    attention = "mla_decode" if isinstance(model.config.kv_layout, MlaLayout) else "gqa_decode"
+    backend = DeviceGraphs(DEVICE) if FULL else Recording()
+    with on_triton(**{attention: "ref/torch"}), Harness(model, graphs=backend, slots=2) as harness:
+        assert harness.run([1, 2, 3], tokens_max=3) == [plain_greedy(model, [1, 2, 3], 3)]
+        executor = harness.engine._executor
+        assert isinstance(executor, DeviceExecutor)
+        assert executor.captures.stats.refused > 0
+        assert executor.captures.stats.recorded == []
