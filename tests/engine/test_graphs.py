@@ -127,6 +127,20 @@ def test_under_pressure_sequences_are_preempted_and_go_on(model: Any, backend: W
     assert found == [plain_greedy(model, prompt, 30) for prompt in prompts]
 
 
+def test_a_repeated_prompt_gets_its_last_block_by_a_copy(model: Any, backend: Watched) -> None:
+    """The copy is queued before the step that reads it; other sequences decode meanwhile."""
+    prompt = prompts_of(model, 1, seed=8)[0] * 3
+    expected = plain_greedy(model, prompt, 6)
+    with Harness(model, graphs=backend) as harness:
+        other = harness.submit([1, 2, 3], 40)
+        assert harness.run(prompt, tokens_max=6) == [expected]
+        [transcript] = harness.wait(harness.submit(prompt, 6))
+        harness.wait(other)
+        harness.assert_quiet()
+    assert transcript.token_ids == expected
+    assert transcript.cached_tokens == len(prompt) - 1  # all that a sequence may share: whole blocks, and a copied tail
+
+
 def test_a_size_that_cannot_be_recorded_runs_by_itself(qwen: Any, backend: Watched) -> None:
     backend.refuses = True
     prompts = prompts_of(qwen, 3)
