@@ -45,8 +45,9 @@ Tag = Callable[[str], str | None]  # a special token as Lark names it; None for 
 def constrained(body: Generation) -> bool:
     """Whether the request may say what the answer must be."""
     fields = (body.response_format, body.structured_outputs, body.guided_json, body.guided_regex)
-    chat = isinstance(body, ChatRequest)
-    forced = chat and (body.tool_choice not in (None, "auto", "none") or body.thinking_token_budget is not None)
+    forced = isinstance(body, ChatRequest) and (
+        body.tool_choice not in (None, "auto", "none") or body.thinking_token_budget is not None
+    )
     return forced or any(field is not None for field in (*fields, body.guided_choice, body.guided_grammar))
 
 
