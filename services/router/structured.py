@@ -91,7 +91,8 @@ class Budget:
 
     def rules(self, *, inside: bool) -> str:
         """`tr_thought`, as `thought_rules` has it."""
-        rest = f"<[^{self.closed}]>{{0,{self.tokens}}} <[{self.closed}]>"
+        thought = f"<[^{self.closed}]>{{0,{self.tokens}}} " if self.tokens else ""
+        rest = f"{thought}<[{self.closed}]>"
         return f"tr_thought: {rest if inside else f'(<[{self.opened}]> {rest})?'}"
 
     @property

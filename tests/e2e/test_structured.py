@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import httpx
 import jsonschema
 import pytest
 from serving import Server
@@ -67,3 +68,29 @@ def test_the_next_request_is_free_again(bundled: Server) -> None:
     before = bundled.chat("hello").choices[0].message.content
     bundled.chat("hello", response_format=FORM)
     assert bundled.chat("hello").choices[0].message.content == before
+
+
+def test_reasoning_has_a_budget(bundled: Server) -> None:
+    """A bias makes the model begin to reason, and never end: its budget ends it, and what comes behind is an answer."""
+    opened, closed = ids_of(bundled, "<think>"), ids_of(bundled, "</think>")
+    for budget in (0, 5):
+        extra = {"thinking_token_budget": budget, "logit_bias": {str(opened): 100}, "return_token_ids": True}
+        choice = bundled.chat("hello", max_tokens=24, extra_body=extra).choices[0]
+        ids = choice.model_dump()["token_ids"]
+        assert ids[: budget + 2] == [opened] * (budget + 1) + [closed] and ids[budget + 2] != opened
+        assert choice.message.content and len(ids) == 24
+    ids = (
+        bundled.chat("hello", extra_body={"thinking_token_budget": 5, "return_token_ids": True}).choices[0].model_dump()
+    )
+    assert ids["token_ids"] == free_ids(bundled), "who does not reason has no use for it"
+
+
+def ids_of(server: Server, tag: str) -> int:
+    """The token that a tag is."""
+    asked = {"model": server.model, "prompt": tag, "add_special_tokens": False}
+    (token_id,) = httpx.post(f"{server.url}/tokenize", json=asked, timeout=60).raise_for_status().json()["tokens"]
+    return int(token_id)
+
+
+def free_ids(server: Server) -> Any:
+    return server.chat("hello", extra_body={"return_token_ids": True}).choices[0].model_dump()["token_ids"]

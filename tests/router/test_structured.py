@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,20 @@ async def test_a_budget_for_reasoning(
         assert follows(tokenizer, grammar, whole) == len(whole), "what comes behind is free"
     if not begun:
         assert follows(tokenizer, grammar, answer) == len(answer), "it need not think"
+
+
+async def test_a_budget_of_nothing(stack: Stack, tokenizer: LLTokenizer) -> None:
+    grammar = await grammar_of(stack, thinking_token_budget=0)
+    opened, closed, words = (token_ids(stack, text) for text in ("<think>", "</think>", "the quick brown fox"))
+    assert follows(tokenizer, grammar, [*opened, *words]) == 1
+    whole = [*opened, *closed, *words]
+    assert follows(tokenizer, grammar, whole) == len(whole)
+
+
+async def test_the_largest_budget_is_read_soon(stack: Stack) -> None:
+    began_s = time.monotonic()
+    assert await grammar_of(stack, thinking_token_budget=1 << 20)
+    assert time.monotonic() - began_s < 10
 
 
 async def test_a_budget_beside_a_form(stack: Stack, tokenizer: LLTokenizer) -> None:
