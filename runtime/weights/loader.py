@@ -219,7 +219,7 @@ def _fill(
             raise
 
 
-@torch.no_grad()
+@torch.inference_mode()  # of this thread: a rank's parameters may have been made inside it
 def _copy(source: WeightSource, tensor: torch.Tensor) -> None:
     viewed = tensor.view(source.view) if source.view is not None else tensor
     for part in source.parts:
