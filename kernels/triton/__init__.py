@@ -20,6 +20,7 @@ PRIORITY = 50
 INTERPRETED = -100  # taken off each priority in the interpreter
 
 _BF16 = ("float32", "bfloat16")
+_TILES = ("dot_bf16", "shared_227k")  # what kernels with matrix products need: their tiles are large
 _LATENT = {"rank": Limit(8, 512), "rope": Limit(2, 128), "heads": Limit(1, 256), "block_tokens": Limit(1, 1024)}
 
 
@@ -85,14 +86,14 @@ def register_all() -> None:
     _add("gqa_cache_write", "triton/rows", _later("elementwise", "gqa_cache_write"), limits=heads, layout="gqa")
     _register_attention()
     for fixed, name in ((False, "grouped"), (True, "fixed")):
-        for op, needs, dtypes in (("moe", ("dot_bf16",), _BF16), ("scaled_moe", ("dot_fp8",), ("bfloat16",))):
+        for op, needs, dtypes in (("moe", _TILES, _BF16), ("scaled_moe", ("dot_fp8", "shared_227k"), ("bfloat16",))):
             call, priority = _later("moe", op, fixed), PRIORITY - 5 * fixed
             _add(op, f"triton/{name}", call, priority=priority, needs=needs, dtypes=dtypes, invariant=fixed)
     sample = _later("sampling", "sample")
     _add("sample", "triton/rows", sample, dtypes=("float32",), limits={"vocab": Limit(1, 1 << 20)})
     _add("apply_penalties", "triton/rows", _later("sampling", "apply_penalties"), dtypes=("float32",))
     for op in ("linear", "mla_absorb", "mla_expand"):  # below torch's: where rows must not depend on others
-        _add(op, "triton/invariant", _later("matmul", op), priority=-10, needs=("dot_bf16",))
+        _add(op, "triton/invariant", _later("matmul", op), priority=-10, needs=_TILES)
 
 
 def _register_attention() -> None:
@@ -115,7 +116,7 @@ def _register_attention() -> None:
                     f"triton/{name}{suffix}",
                     _later(module, op, fixed),
                     priority=PRIORITY - 5 * fixed,
-                    needs=("dot_bf16",),
+                    needs=_TILES,
                     dtypes=dtypes,
                     limits=_LATENT if latent else {**heads, "block_tokens": Limit(1, 1024)},
                     layout=layout,

@@ -58,8 +58,9 @@ def test_all_compile() -> None:
 
 @pytest.mark.slow
 def test_the_other_vendor_s_compile() -> None:
-    """Nothing here is one vendor's: no instruction, no layout. (Its assembler comes with triton too.)"""
-    found = compiled(
-        "norm", "silu", "rotary", "write", "sample", "linear", "mla 16 False False", "gqa", target="gfx942"
-    )
-    assert all(facts["shared"] <= 65_536 for name, facts in found.items() if "attend" not in name)
+    """Nothing here is one vendor's: no instruction, no layout. Tiles of matrix products are too large for its shared
+    memory, so the registry does not choose those kernels there (`shared_227k`); the others fit."""
+    found = compiled("norm", "silu", "rotary", "write", "sample", "linear", "gqa decode False", target="gfx942")
+    tiled = ("attend", "matmul")
+    assert all(facts["shared"] <= 65_536 for name, facts in found.items() if not any(word in name for word in tiled))
+    assert any("attend" in name for name in found)

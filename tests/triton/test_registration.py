@@ -31,10 +31,13 @@ for device in ("cpu", "cuda"):
     reasons = registry.explain("mla_decode", device=device, dtype="bfloat16", rank=512).verdicts
     print(next(v.reason for v in reasons if v.kernel.path == "triton/balanced"))
 print("triton" in sys.modules)
-isa.register_device("cuda", lambda: frozenset({"triton", "sm_90", "dot_bf16", "dot_fp8"}))
+isa.register_device("cuda", lambda: frozenset({"triton", "sm_90", "dot_bf16", "dot_fp8", "shared_227k"}))
 path = lambda op, **d: registry.select(op, device="cuda", **d).path
 print(path("mla_decode", dtype="bfloat16", rank=512), path("mla_decode", dtype="float8_e4m3fn"))
 print(path("mla_decode", dtype="bfloat16", rank=4096), path("linear", dtype="bfloat16"), path("sample"))
+isa.register_device("cuda", lambda: frozenset({"triton", "gfx942", "dot_bf16", "dot_fp8"}))
+print(path("mla_decode", dtype="bfloat16", rank=512), path("rms_norm", dtype="bfloat16"), path("sample"))
+isa.register_device("cuda", lambda: frozenset({"triton", "sm_90", "dot_bf16", "dot_fp8", "shared_227k"}))
 registry.deterministic()
 print(path("mla_decode", dtype="bfloat16", rank=512), path("mla_prefill", dtype="float8_e4m3fn"))
 print(path("gqa_prefill", dtype="bfloat16"), path("linear", dtype="bfloat16"), path("mla_absorb"))
@@ -42,13 +45,14 @@ print(registry.numerics("cuda").split("/")[2])
 """
     assert run(code).splitlines() == [
         "device: required cpu, supported cuda",
-        "isa: required this machine lacks dot_bf16, triton, supported dot_bf16, triton",
+        "isa: required this machine lacks dot_bf16, shared_227k, triton, supported dot_bf16, shared_227k, triton",
         "False",
         "triton/balanced triton/balanced-fp8",
         "ref/torch ref/torch triton/rows",
+        "ref/torch triton/rows triton/rows",
         "triton/fixed triton/fixed-fp8",
         "triton/fixed triton/invariant triton/invariant",
-        "dot_bf16,dot_fp8,sm_90,triton",
+        "dot_bf16,dot_fp8,shared_227k,sm_90,triton",
     ]
 
 
