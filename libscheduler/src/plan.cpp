@@ -275,7 +275,7 @@ bool Scheduler::admit_from(int priority_class, bool overdue, std::int64_t now_us
 
 /// What keeps one more user out for the sake of those that run, if anything does.
 Why Scheduler::floor_admits(const Sequence& sequence, const Flight& flight) const noexcept {
-  if (sequence.length_limit - sequence.text.size() <= 1)
+  if (sequence.length_limit - sequence.text.size() <= 1 || sequence.handover == Handover::source)
     return Why::none;  // it ends with its prompt, and never decodes
   const int rows = prefilling_.size() + decoding_.size() + loading_.size() + importing_ + 1;
   const int own = std::max(sequence.text.size(), sequence.length_expected);  // what it will read near its end

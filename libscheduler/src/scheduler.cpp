@@ -191,7 +191,7 @@ std::optional<RejectReason> Scheduler::submit(const Submission& s, std::int64_t 
   sequence.output_start = s.output_start;
   sequence.length_limit = static_cast<std::int32_t>(limit);
   sequence.length_expected = length_expected(s, limit);
-  sequence.tps_floor = FloorCensus::clamp(s.tps_floor);
+  sequence.tps_floor = s.handover == Handover::source ? 0 : FloorCensus::clamp(s.tps_floor);
   sequence.growth = 0;
   sequence.planned = 0;
   sequence.length_planned = sequence.text.size();

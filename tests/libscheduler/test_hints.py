@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from modelled import Device, Served
 from transcripts import KEY
 
-from tokenrelay.libscheduler import Config, Why
+from tokenrelay.libscheduler import Config, Handover, Why
 
 SLACK_TOKENS = 16  # as in floor.hpp
 DEVICE = Device(step=1500.0, decode_row=150.0)  # alone a user gets 600 tokens/s
@@ -103,6 +103,21 @@ def test_every_user_keeps_his_own(seed: int, everybodys: float, ahead: int) -> N
         floor = user.tps_floor or everybodys
         if floor and len(user.token_us) > 64:
             assert slowest_tps(served, sequence_id) >= allowed_tps(floor)
+
+
+@pytest.mark.parametrize("everybodys", [0.0, 70.0])
+def test_who_decodes_elsewhere_is_not_held_back_for_his_floor(everybodys: float) -> None:
+    """A worker that computes prompts for others takes them all at once, before it has learned anything."""
+    served = Served(make_config(tps_floor=everybodys), DEVICE)
+    for number in range(10):
+        tokens = np.full(30, number, np.uint32)
+        asked: dict[str, Any] = {"tps_floor": 200, "expected_tokens": 5000, "handover": Handover.SOURCE}
+        answer = served.scheduler.submit(number + 1, tokens, output_start=30, tokens_max=9000, now_us=0, **asked)
+        assert answer is None
+    plan = served.scheduler.plan(0)
+    assert plan is not None and len(plan.sequence_ids) == 10
+    told = served.scheduler.explanation(1)
+    assert told is not None and (told["tps_floor"], told["blocks_reserved"]) == (0, 2)
 
 
 # -- how long an answer will be --------------------------------------------------------------------------------------
