@@ -17,7 +17,7 @@ from tokenrelay.kernels import registry
 from tokenrelay.libscheduler import Outcome, Plan
 from tokenrelay.runtime.executor.predictor import Proposals
 from tokenrelay.runtime.models.prediction import Pairs
-from tokenrelay.runtime.predicted import PredictedDrafter
+from tokenrelay.runtime.predicted import Pace, PredictedDrafter
 from tokenrelay.runtime.requests import SamplingParams
 from tokenrelay.runtime.weights.loader import load_model
 from tokenrelay.runtime.weights.quantize import quantize_model
@@ -61,6 +61,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
         return len(rates), 1.0
 
     monkeypatch.setattr(PredictedDrafter, "_best_width", width)
+    monkeypatch.setattr(Pace, "pays", lambda _: None)
 
 
 class Heard(Harness):
@@ -346,6 +347,13 @@ def test_sampled_tokens_have_the_models_distribution(steady: Models) -> None:
     assert surprise < 26.1  # chi-square, 8 degrees of freedom, one in a thousand
 
 
+class Untimed(Pace):
+    """Says nothing of this machine's speed."""
+
+    def pays(self) -> bool | None:
+        return None
+
+
 # -- when it pays -----------------------------------------------------------------------------------------------------
 def costing(harness: Harness, row: float) -> PredictedDrafter:
     """Steps whose every drafted row costs that part of a step."""
@@ -356,6 +364,7 @@ def costing(harness: Harness, row: float) -> PredictedDrafter:
         drafter._steps_left, drafter._costs = 100, [1.0 + row * width for width in range(80)]
 
     drafter._look_up = look_up  # type: ignore[method-assign]
+    drafter._pace = Untimed()
     return drafter
 
 
@@ -411,3 +420,44 @@ def test_off_writes_its_kv_and_proposes_nothing(steady: Models) -> None:
     with Harness(steady.plain, draft_tokens=2) as harness:
         harness.run(prompt, tokens_max=5)
         assert harness.engine.stats.drafts.proposer == "ngram"
+
+
+def test_what_was_measured_beats_what_is_modelled(steady: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr("tokenrelay.runtime.predicted.time.monotonic", lambda: now_s)
+    pace = Pace()
+
+    def steps(seconds: float, tokens: int, drafted: bool | None, count: int = 8, rows: int = 1) -> None:
+        nonlocal now_s
+        for i in range(count):
+            now_s += seconds * (50 if i == 2 else 1)  # a neighbour's turn
+            pace.saw(rows, tokens, drafted)
+
+    steps(0.010, 1, False)
+    assert pace.pays() is None
+    steps(0.015, 2, True)
+    assert pace.pays() is True
+    steps(0.019, 2, True, count=15)
+    steps(0.010, 1, False, count=15)
+    assert pace.pays() is True  # 105 tokens a second beside 100
+    steps(0.020, 2, True, count=15)
+    assert pace.pays() is False
+    steps(1.0, 1, None)  # prompts
+    assert pace.pays() is False
+    steps(0.010, 4, False, rows=4)
+    assert pace.pays() is None, "another number of sequences is another matter"
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_drafting_begins_and_ends_by_what_was_measured(steady: Models, pays: bool) -> None:
+    """Against a model of costs that says the opposite; probes and rests go on."""
+    prompt = prompts_of(steady.plain)[1]
+    with Heard(steady.with_layer, blocks=64) as harness:
+        drafter = costing(harness, 5.0 if pays else 0.0)
+        drafter._pace.pays = lambda: pays  # type: ignore[method-assign]
+        harness.run(prompt, tokens_max=600)
+        drafts, steps = harness.engine.stats.drafts, harness.engine.stats.steps
+    if pays:
+        assert drafts.drafts > 0.7 * steps
+    else:
+        assert 4 <= drafts.drafts < 0.15 * steps
