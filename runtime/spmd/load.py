@@ -89,5 +89,5 @@ def meet(
     balanced = order["experts"]["spare"] > 0 and programs.mesh.ranks > programs.mesh.size(STAGES)
     folder = Path(order["folder"]) if balanced and model.architecture.moe is not None else None
     made = RankModel(model, programs, comm, rank, shared=order["shared"], folder=folder)
-    made.part_tokens_min = order["part_tokens_min"]
+    made.micro_tokens_min = order["micro_tokens_min"]
     return made

@@ -1,6 +1,6 @@
 """A step in micro-batches, so that pipeline stages overlap: each works on a part while the next has the one before.
 
-    for part in cut_step(token_ids, batch, sample_rows, homes, count=4): ...
+    for micro_batch in cut_step(token_ids, batch, sample_rows, homes, count=4): ...
 
 With m parts and s stages the last stage is done after m + s - 1 turns of a part each, instead of s turns of the whole
 step (arXiv:1811.06965). Each part reads the weights anew, which pays where a part has enough tokens to keep a device
@@ -19,12 +19,12 @@ from torch import Tensor
 from tokenrelay.kernels.batch import AttentionBatch
 from tokenrelay.runtime.spmd.deal import Piece, indices_of, take_pieces
 
-PART_TOKENS_MIN = 128  # of each rank: from about so many on a matrix product is bound by computing, not by its weights
-STAGE_PARTS_MAX = 4  # for each stage: with so many a stage waits for a fifth of the time, at most
+MICRO_TOKENS_MIN = 128  # of each rank: from about so many on a matrix product is bound by computing, not by its weights
+STAGE_BATCHES_MAX = 4  # for each stage: with so many a stage waits for a fifth of the time, at most
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MicroBatch:
     """Some pieces of each row: t tokens, s of the step's sampled rows."""
 
     token_ids: Tensor  # int64 [t]
@@ -34,14 +34,14 @@ class Part:
     sampled: Tensor  # int64 [s]: which of the step's sampled rows these are
 
 
-def count_parts(tokens: int, places: int, stages: int, part_tokens_min: int = PART_TOKENS_MIN) -> int:
+def count_batches(tokens: int, places: int, stages: int, micro_tokens_min: int = MICRO_TOKENS_MIN) -> int:
     """Parts for a step of so many tokens, dealt out to `places`; 1: it stays whole."""
-    return max(1, min(STAGE_PARTS_MAX * stages, tokens // (places * part_tokens_min))) if stages > 1 else 1
+    return max(1, min(STAGE_BATCHES_MAX * stages, tokens // (places * micro_tokens_min))) if stages > 1 else 1
 
 
 def cut_step(
     token_ids: Tensor, batch: AttentionBatch, sample_rows: Tensor, homes: Sequence[int], count: int
-) -> list[Part]:
+) -> list[MicroBatch]:
     """At most `count` parts, each with the same share of every home's tokens; parts without tokens are left out."""
     offsets = batch.offsets.tolist()
     sampled_at = torch.full((len(token_ids),), -1, dtype=torch.int64)
@@ -54,7 +54,7 @@ def cut_step(
         sampled = sampled_at[index]
         chosen = torch.nonzero(sampled >= 0).flatten()
         part = take_pieces(batch, pieces, index)
-        parts.append(Part(token_ids[index], part, chosen, [homes[row] for row, _, _ in pieces], sampled[chosen]))
+        parts.append(MicroBatch(token_ids[index], part, chosen, [homes[row] for row, _, _ in pieces], sampled[chosen]))
     return parts
 
 

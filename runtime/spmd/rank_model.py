@@ -42,7 +42,7 @@ from tokenrelay.runtime.spmd.deal import deal
 from tokenrelay.runtime.spmd.frames import on_device
 from tokenrelay.runtime.spmd.homes import at_home, homes_of
 from tokenrelay.runtime.spmd.line import Bound, Line
-from tokenrelay.runtime.spmd.micro import PART_TOKENS_MIN, count_parts, cut_step
+from tokenrelay.runtime.spmd.micro import MICRO_TOKENS_MIN, count_batches, cut_step
 from tokenrelay.runtime.spmd.mirror import Mirror
 from tokenrelay.runtime.spmd.shard import cuts_of
 
@@ -142,7 +142,7 @@ class RankModel:
         if stages > 1:
             comm.connect((STAGES,))  # values are passed on
         self.part_blocks = 0  # of this rank's caches
-        self.part_tokens_min = PART_TOKENS_MIN  # of a micro-batch
+        self.micro_tokens_min = MICRO_TOKENS_MIN  # of a micro-batch
         self.balancer = Balancer(model, comm, self.mesh, rank, folder) if folder is not None else None
         layers = len(model.layers)
         self.mirror = Mirror(comm, self.mesh, rank, model.config.kv_layout, layers) if shared else None
@@ -209,7 +209,7 @@ class RankModel:
         """
         stage, last = self._at[STAGES], self._stages - 1
         places = self.mesh.size("dp") * self.mesh.size("cp")
-        count = count_parts(len(token_ids), places, self._stages, self.part_tokens_min)
+        count = count_batches(len(token_ids), places, self._stages, self.micro_tokens_min)
         parts = cut_step(token_ids, batch, sample_rows, homes, count)
         leads = not any(place for axis, place in self._at.items() if axis != STAGES)
         works, logits, sends = list[Work](), list[Tensor](), list[Callable[[], None]]()

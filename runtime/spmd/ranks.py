@@ -40,7 +40,7 @@ from tokenrelay.runtime.spmd.balance import Replaced
 from tokenrelay.runtime.spmd.comm import HOST, LOAD_MAX_S
 from tokenrelay.runtime.spmd.followers import JOIN_MAX_S, Child, Follower, Rendezvous
 from tokenrelay.runtime.spmd.load import code_identity, kernel_choices, load_shard, meet
-from tokenrelay.runtime.spmd.micro import PART_TOKENS_MIN
+from tokenrelay.runtime.spmd.micro import MICRO_TOKENS_MIN
 from tokenrelay.runtime.spmd.mirror import Unseen
 from tokenrelay.runtime.spmd.rank_model import RankModel
 
@@ -137,7 +137,7 @@ class Ranks:
             "device": device,
             "options": options,
             "experts": asdict(experts or ExpertSplit()),
-            "part_tokens_min": PART_TOKENS_MIN,
+            "micro_tokens_min": MICRO_TOKENS_MIN,
             "kernels": kernel_choices(),
         }
         followers = self._followers[: mesh.ranks - 1]

@@ -13,7 +13,7 @@ from tokenrelay.runtime.placement import Mesh
 from tokenrelay.runtime.spmd import frames
 from tokenrelay.runtime.spmd.deal import NOWHERE, Dealt, deal
 from tokenrelay.runtime.spmd.homes import at_home, homes_of
-from tokenrelay.runtime.spmd.micro import count_parts, cut_step
+from tokenrelay.runtime.spmd.micro import count_batches, cut_step
 
 
 def batch_of(starts: list[int], lengths: list[int], decodes: int) -> AttentionBatch:
@@ -149,6 +149,6 @@ def test_micro_batches_have_each_token_once_and_in_order(
 
 
 def test_how_many_micro_batches() -> None:
-    assert count_parts(4096, 1, 1) == 1, "nobody waits for another stage"
-    assert [count_parts(tokens, 1, 2) for tokens in (1, 255, 256, 1024, 9000)] == [1, 1, 2, 8, 8]
-    assert count_parts(1024, 4, 2) == 2, "each of four ranks has a quarter of the tokens"
+    assert count_batches(4096, 1, 1) == 1, "nobody waits for another stage"
+    assert [count_batches(tokens, 1, 2) for tokens in (1, 255, 256, 1024, 9000)] == [1, 1, 2, 8, 8]
+    assert count_batches(1024, 4, 2) == 2, "each of four ranks has a quarter of the tokens"

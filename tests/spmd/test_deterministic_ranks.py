@@ -52,7 +52,7 @@ def mode() -> Iterator[None]:
 def test_the_same_bits_in_any_company(
     ranks: Ranks, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str, mesh: Mesh, experts: str
 ) -> None:
-    monkeypatch.setattr("tokenrelay.runtime.spmd.ranks.PART_TOKENS_MIN", 16)
+    monkeypatch.setattr("tokenrelay.runtime.spmd.ranks.MICRO_TOKENS_MIN", 16)
     family, overrides = MODELS[name]
     folder = checkpoint(f"{name}-deterministic", family, **overrides)
     split = ExpertSplit.parse(experts)

@@ -38,7 +38,7 @@ def folder(checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_drafts_change_nothing(ranks: Ranks, folder: Path, monkeypatch: pytest.MonkeyPatch, mesh: Mesh) -> None:
-    monkeypatch.setattr("tokenrelay.runtime.spmd.ranks.PART_TOKENS_MIN", 2)  # drafts in several micro-batches
+    monkeypatch.setattr("tokenrelay.runtime.spmd.ranks.MICRO_TOKENS_MIN", 2)  # drafts in several micro-batches
     prompts = [repeating(seed, 384, 40 + 9 * seed) for seed in range(4)]
     with Harness(load_model(folder, dtype=torch.float32, block_tokens=16)) as one:
         expected = one.run(*prompts, tokens_max=30)

@@ -124,7 +124,7 @@ def test_stages_work_on_micro_batches(
 ) -> None:
     """A step of some tokens is cut into as many parts as there may be, prefills in the middle."""
     family, overrides = FAMILIES[name]
-    monkeypatch.setattr("tokenrelay.runtime.spmd.ranks.PART_TOKENS_MIN", 3)
+    monkeypatch.setattr("tokenrelay.runtime.spmd.ranks.MICRO_TOKENS_MIN", 3)
     compare(ranks, checkpoint(name, family, **overrides), mesh)
 
 

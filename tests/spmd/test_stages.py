@@ -72,7 +72,7 @@ def test_a_stage_goes_on_while_the_next_one_computes(checkpoint: Callable[..., P
     met: list[tuple[int, int]] = []
 
     def watch(stage: int, rank: RankModel) -> None:
-        rank.part_tokens_min = 8
+        rank.micro_tokens_min = 8
         count = itertools.count()
         for line in (rank._few, rank._many):
 
