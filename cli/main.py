@@ -268,8 +268,8 @@ def serve(
         _option(
             "--drafts",
             panel=STEPS,
-            help="Who guesses tokens ahead: the answer's own text (ngram), the model's prediction layer (mtp), or mtp"
-            " where the checkpoint has one (auto, with --draft-tokens). Default: auto.",
+            help="Who guesses tokens ahead: the answer's own text (ngram), the model's prediction layer (mtp), or that"
+            " layer on a GPU where the checkpoint has one, else the text (auto, with --draft-tokens). Default: auto.",
         ),
     ] = None,
     draft_tokens: Annotated[

@@ -386,7 +386,8 @@ def load(
         progress=progress,
         block_tokens=config.block_tokens,
         context_tokens=config.context_tokens,
-        prediction=config.prediction,
+        # On a CPU a layer and a head more mostly cost more than they bring (docs/scheduler.md): by name only.
+        prediction="off" if config.prediction == "auto" and device == "cpu" else config.prediction,
     )
     if config.weight_dtype != "auto":
         told_s = 0.0

@@ -96,7 +96,8 @@ class WorkerConfig:
     drafts: Literal["auto", "ngram", "mtp", "off"] = setting(
         "auto",
         "who guesses tokens ahead: ngram, the answer's own text; mtp, the checkpoint's multi-token prediction layer; "
-        "auto, mtp where there is one, with --draft-tokens. Workers that hand over to each other need the same",
+        "auto, with --draft-tokens: mtp on a GPU where there is one, else ngram. Workers that hand over to each other "
+        "need the same",
     )
     draft_tokens: int = setting(
         0,

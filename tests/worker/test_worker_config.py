@@ -48,6 +48,21 @@ def test_predicted_drafts_are_for_one_rank() -> None:
     WorkerConfig(draft_tokens=15).check()
 
 
+class Quiet:
+    """A status pipe that nobody reads."""
+
+    def progress(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("drafts", "loaded"), [("auto", False), ("mtp", True), ("ngram", False)])
+def test_on_a_cpu_the_prediction_layer_is_asked_for_by_name(drafts: Any, loaded: bool) -> None:
+    """The bundled model has one."""
+    config = WorkerConfig(drafts=drafts, draft_tokens=2, device="cpu", kernels_file="none")
+    model: Any = worker.load(config, Quiet())  # type: ignore[arg-type]
+    assert (model.prediction is not None) == loaded
+
+
 @pytest.mark.parametrize(
     ("drafts", "tokens", "width", "prediction"),
     [
