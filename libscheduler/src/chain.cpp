@@ -21,12 +21,21 @@ void BlockChain::unlaunch(block::Records& records) noexcept {
   while (!in_flight_.empty()) writable_.push_back(on(in_flight_.pop_back(), block::LandLast{records}));
 }
 
-Remains BlockChain::abandon(BlockPool& pool) && noexcept {
+std::optional<Content> BlockChain::keep_rest(BlockPool& pool, const std::optional<Content>& rest) noexcept {
+  if (!rest || !in_flight_.empty()) return rest;
+  if (!writable_.empty()) {
+    if (std::optional<SealedPin> pin = pool.seal_part(writable_.pop_back(), *rest)) sealed_.push_back(std::move(*pin));
+  }
+  return std::nullopt;
+}
+
+Remains BlockChain::abandon(BlockPool& pool, const std::optional<Content>& rest) && noexcept {
+  const std::optional<Content> left = keep_rest(pool, rest);
   trim(pool);
   auto quarantined = std::move(in_flight_).retype<QuarantinedBlock>([&pool](InFlightBlock&& block) noexcept {
     return pool.abandon(std::move(block));
   });
-  return {std::move(sealed_), std::move(quarantined)};
+  return {std::move(sealed_), std::move(quarantined), left};
 }
 
 void Remains::land(BlockPool& pool, int start, int length, int block_tokens) noexcept {
@@ -40,8 +49,13 @@ void Remains::land(BlockPool& pool, int start, int length, int block_tokens) noe
       quarantined_.apply(at, block::Land{pool.records()});
     } else {
       TR_ASSERT(at == 0, "blocks of a sequence land in order");
-      pool.put(on(quarantined_.pop_front(), block::LandLast{pool.records()}));
+      block::Free block = on(quarantined_.pop_front(), block::LandLast{pool.records()});
       ++first_;
+      if (!rest_) {
+        pool.put(std::move(block));
+      } else if (std::optional<SealedPin> pin = pool.keep_part(std::move(block), *std::exchange(rest_, std::nullopt))) {
+        pins_.push_back(std::move(*pin));
+      }
     }
   }
 }

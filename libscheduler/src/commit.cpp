@@ -74,7 +74,7 @@ void Scheduler::take_token(SequenceIndex index, TokenId token, std::int32_t row,
   if (finish == Finish::handover) {
     hand_over(sequence);
   } else {
-    send(sequence, request::Finish{resources_});
+    send(sequence, request::Finish{resources_, rest_of(sequence)});
   }
 }
 

@@ -52,9 +52,10 @@ std::optional<WritableBlock> BlockPool::take(BlockId previous, int part) noexcep
 BlockId BlockPool::evict(int part) noexcept {
   const BlockId id = in(part).evictor.evict(records_);
   if (id == no_block) return no_block;
+  const bool full = at(id).part == 0;
   forget(at(id), id);
-  if (!elsewhere(id, at(id).hash)) emit(CacheEvent::Kind::evicted, at(id).hash);
-  if (host_ != nullptr) host_->touch(at(id).hash);
+  if (full && !elsewhere(id, at(id).hash)) emit(CacheEvent::Kind::evicted, at(id).hash);
+  if (full && host_ != nullptr) host_->touch(at(id).hash);
   return Access::dissolve(on(Access::make<block::Cached>(id), block::Evict{records_}));
 }
 
@@ -107,6 +108,26 @@ SealedPin BlockPool::seal_nameless(WritableBlock&& block) noexcept {
   return Access::make<SealedPin>(id);
 }
 
+std::optional<SealedPin> BlockPool::seal_part(WritableBlock&& block, const Content& content) noexcept {
+  const BlockId id = Access::number(block);
+  TR_ASSERT(!at(id).indexed, "a block that promised a full block's content is no end of a text");
+  if (home(id).index.find(content.hash, records_) != no_block) {
+    release(std::move(block));
+    return std::nullopt;
+  }
+  lineage_.remember(id, content);
+  index(id, content);
+  at(id).part = static_cast<std::uint8_t>(content.tokens.size());
+  Access::dissolve(on(std::move(block), block::Seal{records_}));
+  return Access::make<SealedPin>(id);
+}
+
+std::optional<SealedPin> BlockPool::keep_part(block::Free&& block, const Content& content) noexcept {
+  const BlockId id = Access::number(block);
+  std::atomic_ref(generations_[static_cast<std::size_t>(id)]).fetch_add(1);  // as every block that is taken
+  return seal_part(on(std::move(block), block::Take{records_}), content);
+}
+
 void BlockPool::release(WritableBlock&& block) noexcept {
   const BlockId id = Access::number(block);
   forget(at(id), id);
@@ -149,7 +170,7 @@ bool BlockPool::elsewhere(BlockId id, const Hash128& hash) const noexcept {
 
 BlockPool::Tail BlockPool::find_tail(BlockId parent, const Hash128& hash,
                                      std::span<const TokenId> tokens) const noexcept {
-  const Lineage::Alike alike = lineage_.alike(parent, hash, tokens);
+  const Lineage::Alike alike = lineage_.alike(parent, hash, tokens, records_);
   if (alike.id == no_block || !at(alike.id).indexed) return {};
   const Kind kind = at(alike.id).kind;
   if (kind != Kind::sealed && kind != Kind::cached) return {};
@@ -245,6 +266,7 @@ void BlockPool::forget(Record& record, BlockId id) noexcept {
   if (!record.indexed) return;
   home(id).index.erase(record.hash, id);
   record.indexed = false;
+  record.part = 0;
   home(id).evictor.forgotten(id, lineage_.parent(id), records_);
 }
 
@@ -318,6 +340,7 @@ std::optional<std::string> BlockPool::check() const {
     if (record.kind == Kind::cached && !record.indexed) return which + " is cached and cannot be found";
     const bool nobody = record.kind == Kind::free || record.kind == Kind::quarantined;
     if (record.nameless && record.kind != Kind::sealed) return which + " is nameless and not sealed";
+    if (record.part > 0 && !record.indexed) return which + " is the end of a text and cannot be found";
     if (record.indexed && nobody) return which + " can be found though it holds nothing";
     borrowed += record.borrowed == block::Borrowed::yes && record.pins == 1;
     if (record.borrowed != block::Borrowed::no && record.kind != Kind::sealed) return which + " is borrowed, unpinned";

@@ -44,6 +44,14 @@ void Scheduler::launch_tail(Sequence& sequence, Plan& out, Flight& flight) noexc
   ++tails_;
 }
 
+/// What the last block of a sequence that is over holds, if others may copy it: its last token was never computed.
+std::optional<Content> Scheduler::rest_of(Sequence& sequence) const noexcept {
+  const int computed = sequence.text.size() - 1;
+  const int tokens = computed % config_.block_tokens;
+  if (config_.tail_tokens_min == 0 || tokens < config_.tail_tokens_min) return std::nullopt;
+  return sequence.text.rest(static_cast<std::size_t>(computed));
+}
+
 /// Before that row lands, which gives the source back: it was read as a prompt's beginning is.
 void Scheduler::land_tail(const Row& row) noexcept {
   --tails_;

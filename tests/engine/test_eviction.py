@@ -22,7 +22,7 @@ def test_the_hint_of_tools_reaches_the_scheduler(qwen: Any) -> None:
         harness.wait(harness.submit(prompt_of(2, 100), 2))
         harness.assert_quiet()
     watched = {row.origin for row in harness.built.scheduler.reuse() if row.watched}
-    assert watched == {"tool_turn", "prompt"}
+    assert watched == {"tool_turn", "prompt", "output"}, "the last one: the end of the second text"
 
 
 def test_the_policy_is_the_workers(qwen: Any) -> None:

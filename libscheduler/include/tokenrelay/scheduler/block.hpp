@@ -117,6 +117,7 @@ struct Record {
   std::uint8_t uses = 0;        // [evictor] readers that found it, beyond the sequence that computed it
   std::uint8_t reuse_kind = 0;  // [evictor] of a cached block, or of one that only a write-back pins
   Borrowed borrowed = Borrowed::no;
+  std::uint8_t part = 0;  // tokens of one that is indexed and not full: the end of a text, to copy from; 0: full
 };
 static_assert(sizeof(Record) == 56);
 

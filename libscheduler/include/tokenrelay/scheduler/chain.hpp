@@ -142,12 +142,16 @@ class BlockChain {
     return pool.seal_nameless(writable_.pop_back());
   }
 
+  /// The text is over, and `rest` is its end, behind the full blocks: that block is sealed if no launched step writes
+  /// it. What is left to be sealed by `Remains`, when that step has landed.
+  [[nodiscard]] std::optional<Content> keep_rest(BlockPool& pool, const std::optional<Content>& rest) noexcept;
+
   /// Gives back what no launched step writes: no row of the sequence will be planned.
   void trim(BlockPool& pool) noexcept {
     while (!writable_.empty()) pool.release(writable_.pop_back());
   }
   /// The sequence is over: what no step writes is free at once, the rest waits.
-  [[nodiscard]] Remains abandon(BlockPool& pool) && noexcept;
+  [[nodiscard]] Remains abandon(BlockPool& pool, const std::optional<Content>& rest = std::nullopt) && noexcept;
 
  private:
   Lane<SealedPin> sealed_;
@@ -158,8 +162,8 @@ class BlockChain {
 /// What launched steps may still read (the pins) or write (the quarantined blocks) of a sequence that is over.
 class Remains {
  public:
-  Remains(Lane<SealedPin>&& pins, Lane<QuarantinedBlock>&& quarantined) noexcept
-      : first_(pins.size()), pins_(std::move(pins)), quarantined_(std::move(quarantined)) {}
+  Remains(Lane<SealedPin>&& pins, Lane<QuarantinedBlock>&& quarantined, const std::optional<Content>& rest) noexcept
+      : first_(pins.size()), pins_(std::move(pins)), quarantined_(std::move(quarantined)), rest_(rest) {}
 
   /// A launched step that wrote tokens [start, start + length) was committed.
   void land(BlockPool& pool, int start, int length, int block_tokens) noexcept;
@@ -177,6 +181,7 @@ class Remains {
   std::size_t first_;  // which block of the sequence the first quarantined one is
   Lane<SealedPin> pins_;
   Lane<QuarantinedBlock> quarantined_;
+  std::optional<Content> rest_;  // what the first quarantined block holds of the text; its tokens live as long
 };
 
 template <ContentSource Source>

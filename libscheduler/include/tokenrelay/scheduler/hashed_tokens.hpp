@@ -83,6 +83,14 @@ class HashedTokens {
     const Hash128 own = hash(index);
     return {own, index == 0 ? root_ : hashes_[index - 1], block(index)};
   }
+  /// The tokens before `end` behind the full blocks, hashed as a block of their own would be; `end` is in no full
+  /// block.
+  [[nodiscard]] Content rest(std::size_t end) noexcept {
+    const std::size_t index = end / width_;
+    const Hash128 parent = index == 0 ? root_ : hash(index - 1);
+    const auto tokens = this->tokens().subspan(index * width_, end % width_);
+    return {chain_hash(key_, parent, tokens), parent, tokens};
+  }
   /// Blocks hashed since the last call.
   [[nodiscard]] std::uint64_t take_hashed() noexcept { return std::exchange(hashed_, 0); }
 

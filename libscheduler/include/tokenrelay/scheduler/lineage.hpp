@@ -28,9 +28,9 @@ class Lineage {
     begins_.fill(no_block);
   }
 
-  /// The block has, or will have, this content.
+  /// The block has, or will have, this content: a whole block's, or the end of a text.
   void remember(BlockId id, const Content& content) noexcept {
-    TR_ASSERT(content.tokens.size() == width_, "only full blocks have a hash");
+    TR_ASSERT(content.tokens.size() <= width_, "a block holds no more tokens than it has room for");
     std::copy(content.tokens.begin(), content.tokens.end(), tokens_.begin() + offset(id));
     parents_[at(id)] = content.parent;
     children_[at(id)] = no_block;
@@ -48,6 +48,7 @@ class Lineage {
                               const block::Records& records) const noexcept {
     const BlockId child = children_[at(id)];
     if (child == no_block || !records[at(child)].indexed || !(parents_[at(child)] == parent)) return no_block;
+    if (records[at(child)].part > 0) return no_block;
     return std::equal(tokens.begin(), tokens.end(), tokens_.begin() + offset(child)) ? child : no_block;
   }
 
@@ -57,11 +58,13 @@ class Lineage {
     BlockId id = no_block;
     std::size_t tokens = 0;
   };
-  [[nodiscard]] Alike alike(BlockId id, const Hash128& parent, std::span<const TokenId> tokens) const noexcept {
+  [[nodiscard]] Alike alike(BlockId id, const Hash128& parent, std::span<const TokenId> tokens,
+                            const block::Records& records) const noexcept {
     const BlockId child = id == no_block ? begins_[place(parent)] : children_[at(id)];
     if (child == no_block || !(parents_[at(child)] == parent)) return {};
     const auto first = tokens_.begin() + offset(child);
-    const auto same = std::mismatch(tokens.begin(), tokens.end(), first, first + static_cast<std::ptrdiff_t>(width_));
+    const std::size_t size = records[at(child)].part > 0 ? records[at(child)].part : width_;
+    const auto same = std::mismatch(tokens.begin(), tokens.end(), first, first + static_cast<std::ptrdiff_t>(size));
     return {child, static_cast<std::size_t>(same.first - tokens.begin())};
   }
 

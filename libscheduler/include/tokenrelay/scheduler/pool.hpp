@@ -48,6 +48,11 @@ class BlockPool {
   [[nodiscard]] SealedPin seal(WritableBlock&& block, const Content& content) noexcept;
   /// The same for a block that is not full: nobody finds it, and its last reader frees it.
   [[nodiscard]] SealedPin seal_nameless(WritableBlock&& block) noexcept;
+  /// The same for the end of a text that is over: it is found by who begins like it (`find_tail`), and is told to
+  /// nobody else. Nothing when the pool has it already.
+  [[nodiscard]] std::optional<SealedPin> seal_part(WritableBlock&& block, const Content& content) noexcept;
+  /// As `seal_part`, when the last launched step that wrote the block behind those tokens was committed.
+  [[nodiscard]] std::optional<SealedPin> keep_part(block::Free&& block, const Content& content) noexcept;
   void release(WritableBlock&& block) noexcept;
   /// A launched step writes the block and its owner is over: nobody shall wait for its content any more.
   [[nodiscard]] QuarantinedBlock abandon(InFlightBlock&& block) noexcept;

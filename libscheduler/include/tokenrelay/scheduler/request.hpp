@@ -139,14 +139,14 @@ inline Finishing on(Drafted&& state, Finish&& event) noexcept {
   Resources& r = event.resources;
   r.decoding.leave(std::move(state.place));
   r.drafts.give_back(std::move(state.draft));
-  return {Estate::of(std::move(state.home), r.pool)};
+  return {Estate::of(std::move(state.home), r.pool, event.rest)};
 }
 inline Finishing on(Decoding&& state, Finish&& event) noexcept {
   event.resources.decoding.leave(std::move(state.place));
-  return {Estate::of(std::move(state.home), event.resources.pool)};
+  return {Estate::of(std::move(state.home), event.resources.pool, event.rest)};
 }
 inline Finishing on(Preempting&& state, Finish&& event) noexcept {
-  return {Estate::of(std::move(state.home), event.resources.pool)};
+  return {Estate::of(std::move(state.home), event.resources.pool, event.rest)};
 }
 inline Preempting on(Prefilling&& state, Preempt&& event) noexcept {
   const SequenceIndex index = event.resources.prefilling.leave(std::move(state.place));

@@ -77,8 +77,9 @@ struct Estate {
   Flights flights;
   std::optional<SealedPin> tail{};  // as the residence's
 
-  static Estate of(Residence&& home, BlockPool& pool) noexcept {
-    return {std::move(home.slot), std::move(home.chain).abandon(pool), std::move(home.flights),
+  /// `rest`: the end of its text, which is cache (behind the full blocks).
+  static Estate of(Residence&& home, BlockPool& pool, const std::optional<Content>& rest = std::nullopt) noexcept {
+    return {std::move(home.slot), std::move(home.chain).abandon(pool, rest), std::move(home.flights),
             std::exchange(home.tail, std::nullopt)};
   }
   void drop_tail(BlockPool& pool) noexcept {
@@ -227,6 +228,7 @@ struct Verify {  // that step was committed: the KV of its first `kept` tokens s
 struct Finish {  // it sampled a stop token, or reached its length
   static constexpr std::string_view name = "Finish";
   Resources& resources;
+  std::optional<Content> rest{};  // what its last block holds, if that is not full and is to be cache
 };
 struct Preempt {  // its blocks are needed by a sequence of better rank
   static constexpr std::string_view name = "Preempt";

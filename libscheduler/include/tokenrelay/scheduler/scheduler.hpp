@@ -257,6 +257,7 @@ class Scheduler {
   void settle_tail(Sequence& sequence, const Match& match, request::Residence& home) noexcept;
   void launch_tail(Sequence& sequence, Plan& out, Flight& flight) noexcept;
   void land_tail(const Row& row) noexcept;
+  [[nodiscard]] std::optional<Content> rest_of(Sequence& sequence) const noexcept;
 
   [[nodiscard]] request::Residence settle_in(SequenceIndex index, const Match& match, int blocks,
                                              std::size_t launched_max) noexcept;
