@@ -84,6 +84,8 @@ def register_all() -> None:
     _add("mla_cache_write", "triton/fp8", write, dtypes=("float8_e4m3fn",), limits=mla_dims, layout="mla-fp8")
     heads = {"kv_heads": Limit(1, 256), "head_dim": Limit(1, 512)}
     _add("gqa_cache_write", "triton/rows", _later("elementwise", "gqa_cache_write"), limits=heads, layout="gqa")
+    route = _later("moe", "moe_route")
+    _add("moe_route", "triton/rows", route, dtypes=("float32",), limits={"experts": Limit(1, 1024)})
     _register_attention()
     for fixed, name in ((False, "grouped"), (True, "fixed")):
         for op, needs, dtypes in (("moe", _TILES, _BF16), ("scaled_moe", ("dot_fp8", "shared_227k"), ("bfloat16",))):

@@ -7,6 +7,7 @@ other choices at each replay.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
@@ -14,8 +15,11 @@ from torch import Tensor
 
 from tokenrelay.kernels.scaled import BLOCK, BlockScaledWeight
 from tokenrelay.kernels.triton import moe_kernels as kernels
+from tokenrelay.kernels.triton import route_kernels
 from tokenrelay.kernels.triton.checks import check, check_axes, check_dense
 from tokenrelay.kernels.triton.language import INTERPRET
+
+GROUPED_CHOICES_MAX = 1024  # that one program sorts in a few microseconds; more are sorted by torch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +34,8 @@ class _Groups:
 
 
 def _group(experts: Tensor, count: int, block_m: int) -> _Groups:
+    if experts.numel() <= GROUPED_CHOICES_MAX:
+        return _group_few(experts, count, block_m)
     chosen = experts.flatten()
     known = torch.where((chosen < 0) | (chosen >= count), count, chosen)
     by_expert, order = torch.sort(known, stable=True)
@@ -44,6 +50,82 @@ def _group(experts: Tensor, count: int, block_m: int) -> _Groups:
     inside = tile_expert.clamp(max=count - 1)
     within = tile - (ends[inside] - per_expert[inside])
     return _Groups(order.to(torch.int32), offsets, tile_expert, offsets[inside] + within * block_m, tiles)
+
+
+def _group_few(experts: Tensor, count: int, block_m: int) -> _Groups:
+    """In one launch of one program, which compares every choice with those before it."""
+    choices, device = experts.numel(), experts.device
+    tiles = -(-choices // block_m) + min(count, choices)
+    order, offsets, tile_expert, tile_first = (
+        torch.empty(size, dtype=torch.int32, device=device) for size in (choices, count + 1, tiles, tiles)
+    )
+    route_kernels.group[(1,)](
+        experts,
+        order,
+        offsets,
+        tile_expert,
+        tile_first,
+        choices,
+        tiles,
+        EXPERTS=count,
+        EXPERTS_P=triton.next_power_of_2(count + 1),
+        BLOCK=32,
+        BLOCK_M=block_m,
+        num_warps=8,
+    )
+    return _Groups(order, offsets, tile_expert, tile_first, tiles)
+
+
+def moe_route(
+    logits: Tensor,
+    bias: Tensor | None,
+    *,
+    top_k: int,
+    groups: int,
+    groups_top_k: int,
+    scoring: Literal["softmax", "sigmoid"],
+    normalize: bool,
+    scale: float,
+    group_score: Literal["max", "top2"],
+) -> tuple[Tensor, Tensor]:
+    """See `ops.moe_route`."""
+    check_axes("logits", logits, 2)
+    tokens, count = logits.shape
+    check("logits", logits, logits, (tokens, count), torch.float32)
+    if bias is not None:
+        check_dense("bias", bias, logits, (count,))
+    if scoring not in ("softmax", "sigmoid") or group_score not in ("max", "top2"):
+        raise ValueError(f"scoring {scoring!r} or group_score {group_score!r} is unknown")
+    if groups < 1 or count % groups:
+        raise ValueError(f"logits has {count} experts, expected a multiple of groups, {groups}")
+    if not 1 <= groups_top_k <= groups:
+        raise ValueError(f"groups_top_k is {groups_top_k}, expected 1 to {groups}")
+    size = count // groups
+    if not 1 <= top_k <= min(64, size * groups_top_k if groups > 1 else count):
+        raise ValueError(f"top_k is {top_k}, expected 1 to the experts of {groups_top_k} groups of {size}, 64 at most")
+    experts = torch.empty((tokens, top_k), dtype=torch.int32, device=logits.device)
+    weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
+    if tokens:
+        route_kernels.route[(tokens,)](
+            logits,
+            logits if bias is None else bias,
+            experts,
+            weights,
+            logits.stride(0),
+            scale,
+            GROUPS=groups,
+            SIZE=size,
+            GROUPS_P=triton.next_power_of_2(groups),
+            SIZE_P=triton.next_power_of_2(size),
+            GROUPS_TOP_K=groups_top_k,
+            TOP_K=top_k,
+            BIAS=bias is not None,
+            SIGMOID=scoring == "sigmoid",
+            TOP2=group_score == "top2",
+            NORMALIZE=normalize,
+            num_warps=2,
+        )
+    return experts, weights
 
 
 def _tile(choices: int, count: int, dtype: torch.dtype, *, fixed: bool) -> tuple[int, int, int, int, int]:

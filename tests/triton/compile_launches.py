@@ -98,7 +98,11 @@ def _moe() -> Iterator[Launch]:
     """Few and many rows an expert; 7168 x 2048 as DeepSeek-V3's, of two experts."""
     gate_up, down = torch.zeros(2, 4096, 7168, dtype=BF16), torch.zeros(2, 7168, 2048, dtype=BF16)
     small = BlockScaledWeight.of(gate_up), BlockScaledWeight.of(down)
-    for tokens in (4, 100, 400):
+    options = {"top_k": 8, "groups": 8, "groups_top_k": 4, "normalize": True, "scale": 2.5}
+    logits, bias = torch.zeros(4, 256), torch.zeros(256)
+    route = functools.partial(moe.moe_route, logits, bias, scoring="sigmoid", group_score="top2", **options)
+    yield "route", route
+    for tokens in (4, 100, 600):
         x, chosen = torch.zeros(tokens, 7168, dtype=BF16), torch.zeros(tokens, 2, dtype=torch.int32)
         weights = torch.zeros(tokens, 2)
         yield f"moe {tokens}", functools.partial(moe.moe, False, x, chosen, weights, gate_up, down)

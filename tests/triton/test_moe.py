@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from kernel_cases import close
-from test_moe import moe_inputs, moe_oracle
+from test_moe import ROUTES, moe_inputs, moe_oracle, route_oracle
 from torch import Tensor
 from triton_cases import DEVICE, pick
 
@@ -48,6 +50,45 @@ def test_fixed_tiles_make_tokens_independent(dtype: torch.dtype) -> None:
     for token in (0, 11):
         one = [x[token : token + 1] for x in inputs[:3]]
         assert torch.equal(moe.moe(True, *one, *inputs[3:])[0], whole[token])
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("options", [*ROUTES, {**ROUTES[0], "groups": 1, "top_k": 1, "normalize": False, "scale": 2.5}])
+def test_routes(biased: bool, options: dict[str, Any]) -> None:
+    logits = torch.randn(6, 64) * 3
+    bias = torch.randn(64) * 0.2 if biased else None
+    full = {"groups": 1, "groups_top_k": 1, "scale": 1.0, "group_score": "max", **options}
+    experts, weights = moe.moe_route(logits.to(DEVICE), None if bias is None else bias.to(DEVICE), **full)
+    expected, expected_weights = route_oracle(logits, bias, options)
+    assert experts.tolist() == expected
+    close(weights.cpu(), torch.tensor(expected_weights, dtype=torch.float64))
+
+
+def test_routes_of_odd_groups_and_ties() -> None:
+    options = {"top_k": 3, "groups": 5, "groups_top_k": 2, "scoring": "sigmoid", "normalize": True}
+    full = {**options, "scale": 1.0, "group_score": "top2"}
+    logits = torch.randn(4, 35)
+    experts, _ = moe.moe_route(logits.to(DEVICE), None, **full)
+    assert experts.tolist() == route_oracle(logits, None, full)[0]
+    tied, _ = moe.moe_route(torch.zeros(1, 35, device=DEVICE), None, **full)
+    assert tied.tolist() == [[0, 1, 2]]
+    for change, message in (({"groups": 4}, "multiple of groups"), ({"top_k": 15}, "top_k"), ({"scoring": "x"}, "'x'")):
+        with pytest.raises(ValueError, match=message):
+            moe.moe_route(logits.to(DEVICE), None, **{**full, **change})
+
+
+@pytest.mark.parametrize("choices", [(1, 1), (9, 4), (50, 2)])
+def test_few_choices_are_grouped_as_many_are(monkeypatch: pytest.MonkeyPatch, choices: tuple[int, int]) -> None:
+    experts = torch.randint(-1, 7, choices, dtype=torch.int32, device=DEVICE)
+    few = moe._group(experts, 6, 16)  # 6 is no expert: it lives nowhere
+    monkeypatch.setattr(moe, "GROUPED_CHOICES_MAX", 0)
+    many = moe._group(experts, 6, 16)
+    assert few.tiles == many.tiles
+    assert few.order.tolist() == many.order.tolist()
+    assert few.offsets.tolist() == many.offsets.tolist()
+    assert few.tile_expert.tolist() == many.tile_expert.tolist()
+    real = few.tile_expert < 6
+    assert few.tile_first[real].tolist() == many.tile_first[real].tolist()
 
 
 def scaled_inputs(tokens: int, count: int, width: int, hidden: int) -> tuple[list[Tensor], list[BlockScaledWeight]]:

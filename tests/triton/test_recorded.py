@@ -37,8 +37,9 @@ PATHS = {
     "gqa_decode": "triton/balanced",
     "gqa_prefill": "triton/balanced",
     "moe": "triton/grouped",
+    "moe_route": "triton/rows",
     "sample": "triton/rows",
-    **dict.fromkeys(("linear", "mla_absorb", "mla_expand", "moe_route", "finite_rows"), "ref/torch"),
+    **dict.fromkeys(("linear", "mla_absorb", "mla_expand", "finite_rows"), "ref/torch"),
 }
 
 
