@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,8 +116,12 @@ class Harness:
         return [self.transcripts[i] for i in wanted]
 
     def wait_for(self, condition: Any, what: str) -> None:
+        """Also what changes without an output, as counters do when a step was launched: nobody says when."""
+        end = time.monotonic() + WAIT_S
         with self._changed:
-            assert self._changed.wait_for(lambda: condition() or bool(self.fatal), WAIT_S), f"never: {what}"
+            while not (condition() or self.fatal):
+                assert time.monotonic() < end, f"never: {what}"
+                self._changed.wait(0.05)
         if self.fatal and not condition():
             raise self.fatal[0]
 
