@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from tokenrelay.kernels import registry
+from tokenrelay.runtime.executor.graphs import Eager
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "gpu.py"
+ENGINE_SCRIPT = SCRIPT.with_name("gpu_engine.py")
 CPU = torch.device("cpu")
 
 
@@ -42,9 +44,10 @@ def on_triton(**paths: str) -> Iterator[None]:
         yield
 
 
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", [SCRIPT, ENGINE_SCRIPT], ids=["kernels", "engine"])
+def test_without_a_gpu_it_says_so(tmp_path: Path, script: Path) -> None:
     target = tmp_path / "result.json"
-    command = [sys.executable, str(SCRIPT), "--quick", "--json", str(target)]
+    command = [sys.executable, str(script), "--quick", "--json", str(target)]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}  # of those there may be, it sees none
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert "there is no GPU" in done.stderr
@@ -92,3 +95,25 @@ def test_absent_peers_are_named(bench: ModuleType) -> None:
     for name, module in (("flashinfer", "flashinfer"), ("flashmla", "flash_mla")):
         if importlib.util.find_spec(module) is None:
             assert "ModuleNotFoundError" in case.refused[name]
+
+
+def test_the_engine_case_decodes_a_random_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same code, with a tiny model on a CPU; the floor counts an expert no more often than it is read."""
+    monkeypatch.syspath_prepend(str(ENGINE_SCRIPT.parent))
+    spec = importlib.util.spec_from_file_location("bench_gpu_engine", ENGINE_SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tiny = {"vocab_size": 200, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tiny |= {"num_key_value_heads": 2, "intermediate_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 4}
+    tiny |= {"num_experts_per_tok": 2, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16}
+    config = {**module.LITE, **tiny, "v_head_dim": 16}
+    model = module.random_model(config, CPU, context_tokens=512, dtype=torch.float32)
+    found = module.decode(model, 3, 20, 8, Eager())
+    assert found["tokens_per_s"] == pytest.approx(3 * found["tokens_per_s_user"])
+    weights = sum(p.numel() * 4 for name, p in model.named_parameters() if not name.startswith("embed."))
+    experts = sum(p.numel() * 4 for name, p in model.named_parameters() if ".experts." in name)
+    assert experts > 0
+    assert module.step_bytes(model, 1, 0) == pytest.approx(weights - experts / 2)
+    assert module.step_bytes(model, 64, 0) == pytest.approx(weights)
+    assert module.step_bytes(model, 2, 64) - module.step_bytes(model, 2, 0) == 2 * 64 * 2 * (32 + 16) * 4
