@@ -10,6 +10,7 @@ kept from an earlier step, gives a wrong token here.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -63,11 +64,12 @@ class Recorder(TorchDispatchMode):
 
     @contextlib.contextmanager
     def no_reads(self) -> Iterator[None]:
-        """Inside, a tensor's numbers cannot be asked for, but by the interpreter."""
+        """Inside, this thread cannot ask for a tensor's numbers, but in the interpreter; others prepare the next."""
+        recording = threading.get_ident()
 
         def guarded(read: Callable[..., Any]) -> Callable[..., Any]:
             def asked(*arguments: Any, **options: Any) -> Any:
-                if not self._inside_launch:
+                if threading.get_ident() == recording and not self._inside_launch:
                     raise RuntimeError("operation not permitted when recording: the host reads from the device")
                 return read(*arguments, **options)
 
