@@ -32,13 +32,16 @@ def body(server: Server, number: int, **parameters: Any) -> dict[str, Any]:
     return {"model": server.model, "messages": [message], "ignore_eos": True, **sampling, **parameters}
 
 
-async def run(server: Server, numbers: range, tokens: int, begun: asyncio.Event | None = None) -> list[str]:
+async def run(
+    server: Server, numbers: range, tokens: int, begun: asyncio.Event | None = None, **parameters: Any
+) -> list[str]:
     """All at once, streamed: their texts. `begun` is set when each has a token."""
     waiting = set(numbers)
 
     async def one(http: aiohttp.ClientSession, number: int) -> str:
         text, ends = "", 0
-        wanted = body(server, number, max_tokens=tokens, stream=True, stream_options={"include_usage": True})
+        usage = {"include_usage": True}
+        wanted = body(server, number, max_tokens=tokens, stream=True, stream_options=usage, **parameters)
         async with http.post(server.url + PATH, json=wanted) as response:
             assert response.status == 200, await response.text()
             async for line in response.content:
@@ -72,6 +75,12 @@ def page(server: Server) -> str:
         return str(response.read(), "utf-8")
 
 
+def moves(server: Server) -> float:
+    """Sequences that went on at another worker because theirs was lost."""
+    lines = [line for line in page(server).splitlines() if line.startswith('tokenrelay_moves_total{cause="lost"}')]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
 async def test_a_killed_worker_costs_nobody_a_token(mesh: Server, kill: Callable[[int], None]) -> None:
     wanted = await run(mesh, range(8), TOKENS)
     assert len(set(wanted)) == 8
@@ -81,6 +90,25 @@ async def test_a_killed_worker_costs_nobody_a_token(mesh: Server, kill: Callable
     kill(int(mesh.facts["worker-1_pid"]))
     assert await asyncio.wait_for(running, 120) == wanted
     assert 'tokenrelay_moves_total{cause="lost"}' in await asyncio.to_thread(page, mesh), "nothing moved"
+    await asyncio.to_thread(until, lambda: all(one["ready"] for one in workers(mesh)))
+
+
+async def test_a_killed_worker_while_a_grammar_holds(mesh: Server, kill: Callable[[int], None]) -> None:
+    """The grammar goes on where the text stood: what comes after the move still fits what came before it."""
+    schema = {"type": "array", "items": {"enum": ["left", "right", 7, None]}, "minItems": 900}
+    form = {"type": "json_schema", "json_schema": {"name": "steps", "strict": True, "schema": schema}}
+    ask: dict[str, Any] = {"response_format": form, "ignore_eos": False}
+    wanted = await run(mesh, range(4), 800, **ask)
+    begun = asyncio.Event()
+    running = asyncio.ensure_future(run(mesh, range(4), 800, begun, **ask))
+    await asyncio.wait_for(begun.wait(), 60)
+    moved = moves(mesh)
+    kill(int(mesh.facts["worker-2_pid"]))
+    texts = await asyncio.wait_for(running, 120)
+    assert texts == wanted and moves(mesh) > moved
+    for text in texts:
+        whole, _, _ = text.rpartition(",")
+        assert set(json.loads(whole + "]")) <= {"left", "right", 7, None}
     await asyncio.to_thread(until, lambda: all(one["ready"] for one in workers(mesh)))
 
 
