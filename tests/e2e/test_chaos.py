@@ -11,9 +11,9 @@ import aiohttp
 import psutil
 import pytest
 from load import metrics, settled_pool
+from mesh_calls import workers
 from random_kills import Chaos
 from serving import Server, until
-from test_mesh import workers
 
 from tokenrelay.ledger.client import KvstoreClient
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import signal
 import urllib.request
 from collections.abc import Callable
@@ -15,10 +14,9 @@ import aiohttp
 import pytest
 from checkpoints import make_checkpoint
 from load import send, settled_pool
+from mesh_calls import PATH, body, counted, run, workers
 from serving import Server, until
-from test_mesh import body, page, run, workers
 
-PATH = "/v1/chat/completions"
 TOKENS = 500
 FLAGS = ("--dtype", "float32")
 Start = Callable[..., Server]
@@ -31,12 +29,6 @@ def settings(folder: Path, more: str = "") -> Path:
     path = folder / "legs.toml"
     path.write_text(f'[router]\nremote_prefill = "always"\n[worker]\nthreads = 1\n{more}')
     return path
-
-
-def counted(server: Server, name: str) -> dict[str, int]:
-    """A counter's samples by their labels."""
-    found = re.findall(rf"^tokenrelay_{name}\{{(.*)\}} (\d+)", page(server), re.MULTILINE)
-    return {labels: int(count) for labels, count in found}
 
 
 def ask(server: Server, messages: list[dict[str, str]], **parameters: Any) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+from mesh_calls import counted, run, workers
 from serving import Server, alive, until
-from test_legs import counted
-from test_mesh import run, workers
 
 TOKENS = 300
 
