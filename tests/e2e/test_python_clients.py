@@ -58,6 +58,15 @@ def settled(server: Server) -> None:
         time.sleep(0.05)
 
 
+def whole(ask: Callable[[], tuple[str, bool]]) -> Any:
+    """The JSON of the first answer that was not cut short: a small model may fill its tokens with white space."""
+    for _ in range(10):
+        text, cut = ask()
+        if not cut:
+            return json.loads(text)
+    raise AssertionError("no answer came to its end")
+
+
 class Chat:
     """OpenAI's chat completions."""
 
@@ -94,8 +103,12 @@ class Chat:
 
     def point(self) -> Any:
         form = {"type": "json_schema", "json_schema": {"name": "point", "strict": True, "schema": POINT}}
-        asked = self.say([{"role": "user", "content": "A point."}], response_format=form, temperature=1)
-        return json.loads(asked.choices[0].message.content)
+
+        def ask() -> tuple[str, bool]:
+            asked = self.say([{"role": "user", "content": "A point."}], response_format=form, temperature=1).choices[0]
+            return asked.message.content, asked.finish_reason == "length"
+
+        return whole(ask)
 
     def leave(self) -> None:
         with self.say([STORY], stream=True, max_tokens=4000, temperature=1, extra_body={"ignore_eos": True}) as stream:
@@ -140,7 +153,12 @@ class Responses(Chat):
 
     def point(self) -> Any:
         form = {"format": {"type": "json_schema", "name": "point", "strict": True, "schema": POINT}}
-        return json.loads(self.respond("A point.", text=form, temperature=1).output_text)
+
+        def ask() -> tuple[str, bool]:
+            reply = self.respond("A point.", text=form, temperature=1)
+            return reply.output_text, reply.status == "incomplete"
+
+        return whole(ask)
 
     def leave(self) -> None:
         with self.respond(STORY["content"], stream=True, max_output_tokens=4000, temperature=2) as stream:
@@ -191,8 +209,13 @@ class Messages:
 
     def point(self) -> Any:
         form = {"format": {"type": "json_schema", "schema": POINT}}
-        reply = self.say([{"role": "user", "content": "A point."}], extra_body={"output_config": form}, temperature=1)
-        return json.loads("".join(block.text for block in reply.content if block.type == "text"))
+
+        def ask() -> tuple[str, bool]:
+            dialogue = [{"role": "user", "content": "A point."}]
+            reply = self.say(dialogue, extra_body={"output_config": form}, temperature=1)
+            return "".join(b.text for b in reply.content if b.type == "text"), reply.stop_reason == "max_tokens"
+
+        return whole(ask)
 
     def leave(self) -> None:
         with self.client.messages.stream(**self._asked([STORY], (), {"max_tokens": 4000, "temperature": 1})) as stream:
