@@ -346,6 +346,16 @@ def measure(case: Case, limits: dict[str, float]) -> dict[str, Any]:
     return {**result, "refused": case.refused} if case.refused else result
 
 
+def blank_result() -> dict[str, Any]:
+    """What ran where, before anything is measured. `gpu` is None where nothing can be; the reason is printed."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    result: dict[str, Any] = {"commit": commit.stdout.strip(), "torch": torch.__version__, "results": []}
+    if reason := no_gpu():
+        print(f"{reason}. Nothing was measured.", file=sys.stderr)
+        return result | {"gpu": None, "figures": {"gpu": "none: nothing was measured"}}
+    return result | {"gpu": torch.cuda.get_device_name(0), "figures": {}}
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -353,15 +363,11 @@ def main() -> None:
     parser.add_argument("--only", help="one operation: mla_decode, mla_prefill or moe")
     parser.add_argument("--json", type=Path, help="write the result there")
     options = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    result: dict[str, Any] = {"commit": commit.stdout.strip(), "torch": torch.__version__, "figures": {}, "results": []}
-    if reason := no_gpu():
-        print(f"{reason}. Nothing was measured.", file=sys.stderr)
-        result |= {"gpu": None, "figures": {"gpu": "none: nothing was measured"}}
-    else:
+    result = blank_result()
+    if result["gpu"] is not None:
         device = torch.device("cuda", 0)
         limits = ceilings(device)
-        result |= {"gpu": torch.cuda.get_device_name(device), "figures": limits, "numerics": registry.numerics("cuda")}
+        result |= {"figures": limits, "numerics": registry.numerics("cuda")}
         print(f"{result['gpu']}: " + ", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
         with torch.inference_mode():
             for make in cases(device, quick=options.quick):

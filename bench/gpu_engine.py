@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import secrets
-import subprocess
 import sys
 import threading
 import time
@@ -25,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from gpu import ceilings, no_gpu
+from gpu import blank_result, ceilings
 
 from tokenrelay.runtime.build import EngineSizes, build_engine
 from tokenrelay.runtime.executor.graphs import Backend
@@ -162,16 +161,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer tokens")
     parser.add_argument("--json", type=Path, help="write the result there")
     options = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    result: dict[str, Any] = {"commit": commit.stdout.strip(), "torch": torch.__version__, "figures": {}, "results": []}
-    if reason := no_gpu():
-        print(f"{reason}. Nothing was measured.", file=sys.stderr)
-        result |= {"gpu": None, "figures": {"gpu": "none: nothing was measured"}}
-    else:
+    result = blank_result()
+    if result["gpu"] is not None:
         device, prompt, tokens = torch.device("cuda", 0), 2048, 64 if options.quick else 512
         limits = ceilings(device)
         torch.cuda.empty_cache()
-        result |= {"gpu": torch.cuda.get_device_name(device), "figures": limits}
+        result["figures"] = limits
         model = random_model(LITE, device, context_tokens=8192, dtype=torch.bfloat16)
         for batch in (1, 64):
             found: dict[str, Any] = {"batch": batch, "prompt": prompt, **decode(model, batch, prompt, tokens)}

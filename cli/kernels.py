@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Which kernels there are, which one would run and why, which is fastest.")
 
+ModelFolder = Annotated[
+    Path | None, typer.Argument(metavar="MODEL", help="Its folder. Default: the bundled one.", show_default=False)
+]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, max=100, help="A figure is the best of so many.")]
+
 CONTEXT_TOKENS, PROMPT_TOKENS, BLOCK_TOKENS = 128, 192, 64
 
 
@@ -49,14 +54,12 @@ def kernels_explain(
 
 @app.command("tune")
 def kernels_tune(
-    model: Annotated[
-        Path | None, typer.Argument(metavar="MODEL", help="Its folder. Default: the bundled one.", show_default=False)
-    ] = None,
+    model: ModelFolder = None,
     file: Annotated[
         Path | None,
         typer.Option("--file", metavar="FILE", help="Where the choices go. Default: where workers look for them."),
     ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, max=100, help="A figure is the best of so many.")] = 5,
+    rounds: Rounds = 5,
 ) -> None:
     """Time the kernels that could run a model's shapes on this machine, and keep what is faster than the default.
 
@@ -102,13 +105,11 @@ def kernels_tune(
 
 @app.command("bench")
 def kernels_bench(
-    model: Annotated[
-        Path | None, typer.Argument(metavar="MODEL", help="Its folder. Default: the bundled one.", show_default=False)
-    ] = None,
+    model: ModelFolder = None,
     weights: Annotated[
         str, typer.Option("--weight-dtype", help="auto, or as integers: int8, int4, int4-32, int4-128.")
     ] = "auto",
-    rounds: Annotated[int, typer.Option("--rounds", min=1, max=100, help="A figure is the best of so many.")] = 5,
+    rounds: Rounds = 5,
 ) -> None:
     """Time each operation of a model's steps beside what this machine's memory and arithmetic could do.
 

@@ -116,3 +116,13 @@ class MlaFp8Layout:
 
 
 KvLayout = MlaLayout | GqaLayout | MlaFp8Layout
+
+
+def absorbed_tokens_max(rank: int, nope: int, value: int) -> int:
+    """Up to this many tokens of a row, attending over latents costs less than projecting them up first.
+
+    Per pair of token and head, latents cost 2 * rank + rope multiplications, keys and values nope + rope + value; but
+    those must first be made, for each head and cached token, by rank * (nope + value).
+    """
+    saved = 2 * rank - nope - value
+    return 1 << 62 if saved <= 0 else rank * (nope + value) // saved

@@ -42,11 +42,11 @@ MODEL = {
 
 def make_scheduler(*, blocks: int, block_tokens: int, sequences_max: int, step_tokens: int, context_tokens: int) -> Any:
     """The scheduler with a cache of one full-attention group, prefix caching and chunked prefill on."""
-    folder = Path(tempfile.mkdtemp(prefix="bench-vllm-"))
-    (folder / "config.json").write_text(json.dumps(MODEL))
-    model = ModelConfig(
-        model=str(folder), dtype="bfloat16", max_model_len=context_tokens, seed=0, skip_tokenizer_init=True
-    )
+    with tempfile.TemporaryDirectory(prefix="bench-vllm-") as folder:
+        Path(folder, "config.json").write_text(json.dumps(MODEL))
+        model = ModelConfig(
+            model=folder, dtype="bfloat16", max_model_len=context_tokens, seed=0, skip_tokenizer_init=True
+        )
     cache = CacheConfig(block_size=block_tokens, gpu_memory_utilization=0.9, enable_prefix_caching=True)
     cache.num_gpu_blocks = blocks
     scheduling = SchedulerConfig(

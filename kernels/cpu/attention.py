@@ -11,6 +11,7 @@ from torch import Tensor
 import tokenrelay.kernels._cpu as _native
 from tokenrelay.kernels.batch import AttentionBatch
 from tokenrelay.kernels.cpu.variants import FLOATS, Variant, check, check_axes, check_dense, code_of, part
+from tokenrelay.kernels.layout import absorbed_tokens_max
 from tokenrelay.kernels.registry import Limit, register
 
 # Tokens of a context that are projected up at once; its keys and values should stay in the last cache.
@@ -165,16 +166,6 @@ def _head_product(isa: int, x: Tensor, weight: Tensor, out: Tensor, *, absorbs: 
     return out
 
 
-def absorbed_tokens_max(rank: int, rope: int, nope: int, value: int) -> int:
-    """Up to this many tokens of a row, attending over latents costs less than projecting them up first.
-
-    Per pair of token and head, latents cost 2 * rank + rope multiplications, keys and values nope + rope + value; but
-    those must first be made, for each head and cached token, by rank * (nope + value).
-    """
-    saved = 2 * rank - nope - value
-    return 1 << 62 if saved <= 0 else rank * (nope + value) // saved
-
-
 def mla_prefill(
     isa: int,
     q_nope: Tensor,
@@ -200,7 +191,7 @@ def mla_prefill(
     rope = cache.shape[2] - rank
     check("q_rope", q_rope, cache.dtype, (tokens, heads, rope))
     if absorbed_tokens is None:
-        absorbed_tokens = absorbed_tokens_max(rank, rope, nope, value)
+        absorbed_tokens = absorbed_tokens_max(rank, nope, value)
     out = q_nope.new_empty(tokens, heads, value)
     offsets, lengths = batch.offsets.tolist(), batch.lengths.tolist()
     rows = len(lengths)

@@ -61,8 +61,7 @@ def _attend(
     tiling = tiling_of(heads // kv_heads, kv_heads, queries, cache.dtype, fixed=fixed)
     work = work_of(batch, tiling, decode=decode)
     head_p = max(16, triton.next_power_of_2(head_dim))
-    scratch = torch.empty((work.places * tiling.block_m, head_p), dtype=torch.float32, device=q.device)
-    sums = torch.empty((work.places * tiling.block_m, 2), dtype=torch.float32, device=q.device)
+    scratch, sums = work.scratch(tiling.block_m, head_p)
     gqa_kernels.attend[(work.parts,)](
         q,
         cache,
@@ -70,16 +69,7 @@ def _attend(
         out,
         scratch,
         sums,
-        work.first,
-        work.lengths,
-        work.starts,
-        work.slots,
-        work.segment,
-        work.tile,
-        work.steps,
-        work.cum,
-        work.share,
-        work.units,
+        *work.arrays,
         batch.block_table.stride(0),
         *q.stride()[:2],
         scale * LOG2_E.value,

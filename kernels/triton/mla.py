@@ -121,9 +121,7 @@ def _launch(
 ) -> None:
     _, heads, rank = q_latent.shape
     rank_p = max(16, triton.next_power_of_2(rank))
-    rows = work.places * tiling.block_m
-    scratch = torch.empty((rows, rank_p), dtype=torch.float32, device=out.device)
-    sums = torch.empty((rows, 2), dtype=torch.float32, device=out.device)
+    scratch, sums = work.scratch(tiling.block_m, rank_p)
     mla_kernels.attend[(work.parts,)](
         q_latent,
         q_rope,
@@ -134,16 +132,7 @@ def _launch(
         out,
         scratch,
         sums,
-        work.first,
-        work.lengths,
-        work.starts,
-        work.slots,
-        work.segment,
-        work.tile,
-        work.steps,
-        work.cum,
-        work.share,
-        work.units,
+        *work.arrays,
         batch.block_table.stride(0),
         *q_latent.stride()[:2],
         *q_rope.stride()[:2],

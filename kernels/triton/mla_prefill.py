@@ -1,8 +1,7 @@
 """Latent attention of prompts: short pieces attend over the latents, long ones over keys and values projected up.
 
-Per pair of token and head, latents cost 2 * rank + rope multiplications, keys and values nope + rope + value; but those
-must first be made, for each head and cached token, by rank * (nope + value). So up to `absorbed_tokens_max` tokens of a
-row (170 for DeepSeek-V3's sizes) the latents are cheaper, however long the cached prefix is.
+Up to `absorbed_tokens_max` tokens of a row (170 for DeepSeek-V3's sizes) the latents are cheaper, however long the
+cached prefix is.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from tokenrelay.kernels import ops
 from tokenrelay.kernels.batch import AttentionBatch
+from tokenrelay.kernels.layout import absorbed_tokens_max
 from tokenrelay.kernels.ref import fp8
 from tokenrelay.kernels.triton import dense_kernels
 from tokenrelay.kernels.triton.checks import check, check_axes, check_dense
@@ -39,12 +39,6 @@ class _Run:
 
 
 _last: tuple[AttentionBatch | None, int, list[_Run]] = (None, 0, [])
-
-
-def absorbed_tokens_max(rank: int, nope: int, value: int) -> int:
-    """Up to this many tokens of a row, attending over latents costs less than projecting them up first."""
-    saved = 2 * rank - nope - value
-    return 1 << 62 if saved <= 0 else rank * (nope + value) // saved
 
 
 def _runs(batch: AttentionBatch, absorbed_tokens: int) -> list[_Run]:

@@ -33,6 +33,11 @@ class _Groups:
     tiles: int
 
 
+def _tiles_max(choices: int, count: int, block_m: int) -> int:
+    """However the choices fall on the experts, each of which may leave a tile half filled."""
+    return -(-choices // block_m) + min(count, choices)
+
+
 def _group(experts: Tensor, count: int, block_m: int) -> _Groups:
     if experts.numel() <= GROUPED_CHOICES_MAX:
         return _group_few(experts, count, block_m)
@@ -44,7 +49,7 @@ def _group(experts: Tensor, count: int, block_m: int) -> _Groups:
     offsets = torch.searchsorted(by_expert, each, out_int32=True)  # [E + 1]; the last one ends what lives here
     per_expert = (offsets[1:] - offsets[:-1] + (block_m - 1)) // block_m  # [E]
     ends = torch.cumsum(per_expert, 0, dtype=torch.int32)
-    tiles = -(-choices // block_m) + min(count, choices)
+    tiles = _tiles_max(choices, count, block_m)
     tile = torch.arange(tiles, dtype=torch.int32, device=device)
     tile_expert = torch.searchsorted(ends, tile, right=True, out_int32=True)  # [tiles]; E beyond the last tile
     inside = tile_expert.clamp(max=count - 1)
@@ -55,7 +60,7 @@ def _group(experts: Tensor, count: int, block_m: int) -> _Groups:
 def _group_few(experts: Tensor, count: int, block_m: int) -> _Groups:
     """In one launch of one program, which compares every choice with those before it."""
     choices, device = experts.numel(), experts.device
-    tiles = -(-choices // block_m) + min(count, choices)
+    tiles = _tiles_max(choices, count, block_m)
     order, offsets, tile_expert, tile_first = (
         torch.empty(size, dtype=torch.int32, device=device) for size in (choices, count + 1, tiles, tiles)
     )
@@ -147,20 +152,9 @@ def moe(fixed: bool, x: Tensor, experts: Tensor, weights: Tensor, w_gate_up: Ten
     """See `ops.moe`."""
     check_axes("w_down", w_down, 3)
     count, width, hidden = w_down.shape
-    _check(x, experts, weights, width)
     check_dense("w_gate_up", w_gate_up, x, (count, 2 * hidden, width))
     check_dense("w_down", w_down, x, (count, width, hidden))
-    tokens, top_k = experts.shape
-    out = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
-    if not experts.numel():
-        return out.zero_()
-    tile = _tile(tokens * top_k, count, x.dtype, fixed=fixed)
-    groups = _group(experts, count, tile[0])
-    inner = torch.empty((tokens * top_k, hidden), dtype=x.dtype, device=x.device)
-    _product(x, None, w_gate_up, None, weights, inner, groups, tile, top_k, gated=True)
-    parts = torch.empty((tokens * top_k, width), dtype=torch.float32, device=x.device)
-    _product(inner, None, w_down, None, weights, parts, groups, tile, top_k, gated=False)
-    return _sum(parts, experts, out, count)
+    return _experts(fixed, x, experts, weights, (w_gate_up, None), (w_down, None))
 
 
 def scaled_moe(
@@ -174,39 +168,41 @@ def scaled_moe(
     """See `ops.scaled_moe`."""
     check_axes("w_down", w_down.data, 3)
     count, width, hidden = w_down.data.shape
-    _check(x, experts, weights, width)
-    fp8 = torch.float8_e4m3fn
-    check_dense("w_gate_up", w_gate_up.data, x, (count, 2 * hidden, width), fp8)
-    check_dense("w_down", w_down.data, x, (count, width, hidden), fp8)
+    check_dense("w_gate_up", w_gate_up.data, x, (count, 2 * hidden, width), torch.float8_e4m3fn)
+    check_dense("w_down", w_down.data, x, (count, width, hidden), torch.float8_e4m3fn)
     for name, weight in (("w_gate_up", w_gate_up), ("w_down", w_down)):
         check_dense(f"{name}.factors", weight.factors, x, tuple(weight.factors.shape), torch.float32)
-    tokens, top_k = experts.shape
-    out = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
-    if not experts.numel():
-        return out.zero_()
-    tile = _tile(tokens * top_k, count, fp8, fixed=fixed)
-    groups = _group(experts, count, tile[0])
-    inner = torch.empty((tokens * top_k, hidden), dtype=x.dtype, device=x.device)
-    small, factors = _quantize(x)
-    _product(small, factors, w_gate_up.data, w_gate_up.factors, weights, inner, groups, tile, top_k, gated=True)
-    small, factors = _quantize(inner)
-    parts = torch.empty((tokens * top_k, width), dtype=torch.float32, device=x.device)
-    _product(small, factors, w_down.data, w_down.factors, weights, parts, groups, tile, top_k, gated=False)
-    return _sum(parts, experts, out, count)
+    first, second = ((weight.data, weight.factors) for weight in (w_gate_up, w_down))
+    return _experts(fixed, x, experts, weights, first, second)
 
 
-def _check(x: Tensor, experts: Tensor, weights: Tensor, width: int) -> None:
+_Scaled = tuple[Tensor, Tensor | None]  # values, and their factors where they are float8
+
+
+def _experts(fixed: bool, x: Tensor, experts: Tensor, weights: Tensor, gate_up: _Scaled, down: _Scaled) -> Tensor:
+    """Both products and the sum; activations become float8 before each where the weights are."""
+    count, width, hidden = down[0].shape
     check_axes("experts", experts, 2)
     check("x", x, experts, (experts.shape[0], width), x.dtype)
     check_dense("experts", experts, x, tuple(experts.shape), torch.int32)
     check_dense("weights", weights, x, tuple(experts.shape), torch.float32)
+    tokens, top_k = experts.shape
+    out = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
+    if not experts.numel():
+        return out.zero_()
+    tile = _tile(tokens * top_k, count, down[0].dtype, fixed=fixed)
+    groups = _group(experts, count, tile[0])
+    scaled = down[1] is not None
+    inner = torch.empty((tokens * top_k, hidden), dtype=x.dtype, device=x.device)
+    _product(_quantize(x) if scaled else (x, None), gate_up, weights, inner, groups, tile, top_k, gated=True)
+    parts = torch.empty((tokens * top_k, width), dtype=torch.float32, device=x.device)
+    _product(_quantize(inner) if scaled else (inner, None), down, weights, parts, groups, tile, top_k, gated=False)
+    return _sum(parts, experts, out, count)
 
 
 def _product(
-    a: Tensor,
-    a_factors: Tensor | None,
-    b: Tensor,
-    b_factors: Tensor | None,
+    left: _Scaled,
+    right: _Scaled,
     weights: Tensor,
     out: Tensor,
     groups: _Groups,
@@ -215,6 +211,7 @@ def _product(
     *,
     gated: bool,
 ) -> None:
+    (a, a_factors), (b, b_factors) = left, right
     block_m, block_n, block_k, warps, stages = tile
     count, _, depth = b.shape
     columns = out.shape[1]

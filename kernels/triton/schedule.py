@@ -65,6 +65,28 @@ class Work:
     places: int  # of the scratch buffer
     split: int  # steps of a piece in fixed mode
 
+    @property
+    def arrays(self) -> tuple[Tensor | int, ...]:
+        """What the attention kernels take, in their order: `first` to `units`."""
+        return (
+            self.first,
+            self.lengths,
+            self.starts,
+            self.slots,
+            self.segment,
+            self.tile,
+            self.steps,
+            self.cum,
+            self.share,
+            self.units,
+        )
+
+    def scratch(self, block_m: int, width: int) -> tuple[Tensor, Tensor]:
+        """For the pieces of units that are cut: float32 vectors [places * block_m, width], and their running maximum
+        and sum [places * block_m, 2]."""
+        rows, device = self.places * block_m, self.first.device
+        return tuple(torch.empty((rows, n), dtype=torch.float32, device=device) for n in (width, 2))  # type: ignore[return-value]
+
 
 _Key = tuple[Tiling, bool]
 _last: tuple[AttentionBatch | None, dict[_Key, Work]] = (None, {})

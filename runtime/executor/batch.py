@@ -121,14 +121,19 @@ def _tails(plan: Plan) -> tuple[tuple[int, int, int], ...]:
     return tuple(zip(plan.tail_sources.tolist(), plan.tail_blocks.tolist(), plan.tail_tokens.tolist(), strict=True))
 
 
-def copy_tails(caches: list[Tensor], tails: tuple[tuple[int, int, int], ...]) -> None:
-    """The KV of the first tokens of a block into another one, in every layer: a prompt's last block, copied on write.
+def begin(batch: Batch, caches: list[Tensor], last_token: Tensor) -> Tensor:
+    """What a step does before its model runs, on the executor's thread -> its token ids, int64 [t].
 
+    The KV of tails is copied: the first tokens of a block into another one, in every layer (a prompt's last block,
+    copied on write). Tokens that only the device knows yet come from `last_token` int64 [slots], by slot.
     `caches`: a tensor per layer whose first axis is blocks and whose last but one is tokens (docs/kernels.md).
     """
-    for source, block, tokens in tails:
+    for source, block, tokens in batch.tails:
         for cache in caches:
             cache[block].narrow(-2, 0, tokens).copy_(cache[source].narrow(-2, 0, tokens))
+    if batch.feedback_at is not None and batch.feedback_slots is not None:
+        batch.token_ids[batch.feedback_at] = last_token[batch.feedback_slots]
+    return batch.token_ids
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tokenrelay.base.logging import get_logger
 from tokenrelay.libscheduler import Plan
-from tokenrelay.runtime.executor.batch import Batch, BatchBuilder, copy_tails, rows_of
+from tokenrelay.runtime.executor.batch import Batch, BatchBuilder, begin, rows_of
 from tokenrelay.runtime.executor.executor import STEP_WAIT_MAX_S, Runnable, Step, StepResult
 from tokenrelay.runtime.executor.grammars import GrammarSource
 from tokenrelay.runtime.executor.graphs import Backend, Captures, DeviceGraphs, Staged, sampled_or_not
@@ -186,11 +186,7 @@ class DeviceExecutor:
 
     def _forward(self, batch: Batch, work: SampleWork) -> tuple[Tensor | None, dict[int, TokenLogprobs] | None]:
         """Kernel by kernel. What is sampled, as `sampled_or_not` says; None: nothing is."""
-        if batch.tails:
-            copy_tails(self._caches, batch.tails)
-        token_ids = batch.token_ids
-        if batch.feedback_at is not None and batch.feedback_slots is not None:
-            token_ids[batch.feedback_at] = self._last_token[batch.feedback_slots]
+        token_ids = begin(batch, self._caches, self._last_token)
         logits = self._model(token_ids, batch.attention, self._caches, batch.sample_rows)
         if not len(batch.sample_slots):
             return None, None

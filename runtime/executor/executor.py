@@ -26,7 +26,7 @@ from torch import Tensor
 from tokenrelay.base.errors import TokenRelayError
 from tokenrelay.kernels.batch import AttentionBatch
 from tokenrelay.libscheduler import Plan
-from tokenrelay.runtime.executor.batch import Batch, BatchBuilder, copy_tails
+from tokenrelay.runtime.executor.batch import Batch, BatchBuilder, begin
 from tokenrelay.runtime.executor.grammars import GrammarSource
 from tokenrelay.runtime.executor.predictor import PredictionWork, Predictor, Proposals
 from tokenrelay.runtime.executor.sampler import Sampler, SampleWork
@@ -184,11 +184,7 @@ class Executor:
     ) -> tuple[npt.NDArray[np.uint32], dict[int, TokenLogprobs] | None, Proposals | None]:
         batch, sampling = work.batch, work.sampling
         self._sampler.admit(sampling)  # a step that samples nothing admits as well
-        if batch.tails:
-            copy_tails(self._caches, batch.tails)
-        token_ids = batch.token_ids
-        if batch.feedback_at is not None and batch.feedback_slots is not None:
-            token_ids[batch.feedback_at] = self._last_token[batch.feedback_slots]
+        token_ids = begin(batch, self._caches, self._last_token)
         logits, hidden = self._compute(batch)
         sampled, logprobs, proposals = token_ids.new_empty(0), None, None
         if len(batch.sample_slots):

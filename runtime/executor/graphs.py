@@ -1,8 +1,9 @@
 """Decode steps recorded once for each size, and run again: a replay costs the host one call instead of one per kernel.
 
     captures = Captures(model, caches, block_table, …, backend=DeviceGraphs(device))
-    staged = captures.stage(rows, plan, sampler, work)     # engine's thread; None: this step must run by itself
-    captures.run(staged)                                   # executor's thread: one copy in, one replay
+    if captures.takes(rows):
+        staged = captures.stage(rows, plan, sampler)       # engine's thread
+        captures.run(staged)                               # executor's thread: one copy in, one replay
 
 A recorded step reads and writes the same memory at every replay, so all that changes between steps lies in one buffer
 of bytes for each size: it is filled on the host, copied as a whole, and the device's tensors are views into its copy.
@@ -279,10 +280,8 @@ class Captures:
     def _record(self, recorded: Recorded) -> None:
         """The recording computes rows of padding only."""
         device = self._caches[0].device
-        padding, host = recorded.staging[recorded.turn]
-        spare = padding.clone()
+        spare = recorded.staging[recorded.turn][0].clone()  # its own may be filled for the next step already
         self._pad({name: section.of(spare).numpy() for name, section in recorded.sections.items()}, 0)
-        del host
         recorded.buffer = spare.to(device)
         recorded.out = torch.zeros(recorded.rows, dtype=torch.int64, device=device)
         views = {name: section.of(recorded.buffer) for name, section in recorded.sections.items()}
