@@ -28,12 +28,14 @@ __all__ = [
     "gqa_cache_write",
     "gqa_decode",
     "gqa_prefill",
+    "gqa_rotary_write",
     "linear",
     "mla_absorb",
     "mla_cache_write",
     "mla_decode",
     "mla_expand",
     "mla_prefill",
+    "mla_rotary_write",
     "moe",
     "moe_route",
     "packed_linear",
@@ -105,6 +107,41 @@ def gqa_cache_write(k: Tensor, v: Tensor, cache: Tensor, cache_slots: Tensor) ->
     k, v [t, hk, hd], cache [blocks, 2, hk, block_tokens, hd] of one type, cache_slots as in `mla_cache_write`.
     """
     pick("gqa_cache_write", cache.device.type, cache.dtype, k.shape[1], k.shape[2])(k, v, cache, cache_slots)
+
+
+def gqa_rotary_write(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, cache: Tensor, cache_slots: Tensor
+) -> Tensor:
+    """`rotary` (halves) and `gqa_cache_write` of the rotated keys as one operation, with the bits of the two.
+
+    q [t, h, hd], k, v [t, hk, hd] of the cache's type, any strides with a contiguous last axis; positions int64 [t],
+    cos_sin f32 [p, hd], cache and cache_slots as there -> the rotated queries [t, h, hd].
+    """
+    result: Tensor = pick("gqa_rotary_write", cache.device.type, cache.dtype, q.shape[1], k.shape[1], q.shape[2])(
+        q, k, v, positions, cos_sin, cache, cache_slots
+    )
+    return result
+
+
+def mla_rotary_write(
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    interleaved: bool,
+    cache: Tensor,
+    cache_slots: Tensor,
+) -> Tensor:
+    """`rotary` and `mla_cache_write` of the rotated key part as one operation, with the bits of the two.
+
+    q_rope [t, h, rope], latent [t, rank] (normed), k_rope [t, rope], any strides with a contiguous last axis; the rest
+    as there -> the rotated queries' part [t, h, rope].
+    """
+    result: Tensor = pick(
+        "mla_rotary_write", cache.device.type, cache.dtype, q_rope.shape[1], latent.shape[1], q_rope.shape[2]
+    )(q_rope, latent, k_rope, positions, cos_sin, interleaved, cache, cache_slots)
+    return result
 
 
 def mla_absorb(q_nope: Tensor, w_uk: Tensor) -> Tensor:

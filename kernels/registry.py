@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 ENTRY_POINT_GROUP = "tokenrelay.kernels"
+PARTS = "ref/parts"  # the path of kernels that only call other operations, which are timed themselves
 NUMERICS_VERSION = 2  # raised when a kernel's results change in their last bits
 _CACHE_ENTRIES_MAX = 1024
 
@@ -42,6 +43,8 @@ OPS: dict[str, tuple[str, ...]] = {
     "silu_mul": ("width",),
     "mla_cache_write": ("rank", "rope"),
     "gqa_cache_write": ("kv_heads", "head_dim"),
+    "mla_rotary_write": ("heads", "rank", "rope"),
+    "gqa_rotary_write": ("heads", "kv_heads", "head_dim"),
     "mla_absorb": ("heads", "nope", "rank"),
     "mla_expand": ("heads", "value", "rank"),
     "mla_decode": ("heads", "rank", "rope", "block_tokens"),
@@ -289,8 +292,9 @@ def pick(op: str, device: str, dtype: torch.dtype, *dims: int) -> Callable[..., 
     if found is None:
         names = dict(zip(OPS[op], dims, strict=True))
         named = str(dtype).removeprefix("torch.")
-        found = select(op, device=device, dtype=named, **names).call
-        if _times is not None:
+        kernel = select(op, device=device, dtype=named, **names)
+        found = kernel.call
+        if _times is not None and kernel.path != PARTS:
             found = _timed(found, (op, device, named, tuple(sorted(names.items()))))
         with _lock:
             if len(_cache) >= _CACHE_ENTRIES_MAX:

@@ -130,6 +130,8 @@ _WORK: dict[str, Callable[[tuple[Any, ...], Any], Work]] = {
     "mla_absorb": _heads,
     "mla_expand": _heads,
     "rotary": lambda arguments, result: Work(2 * _bytes(result)),  # of the table it reads a row a token
+    "gqa_rotary_write": lambda arguments, _: Work(2 * _bytes(arguments[:3])),
+    "mla_rotary_write": lambda arguments, _: Work(2 * _bytes(arguments[:3])),
     "gqa_cache_write": lambda arguments, _: Work(2 * _bytes(arguments[:2])),
     "mla_cache_write": lambda arguments, _: Work(2 * _bytes(arguments[:2])),
 }

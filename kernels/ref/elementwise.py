@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenrelay.kernels import ops
 from tokenrelay.kernels.ref import fp8
-from tokenrelay.kernels.registry import register
+from tokenrelay.kernels.registry import PARTS, register
 
 
 def accumulate(x: Tensor) -> Tensor:
@@ -73,3 +74,30 @@ def gqa_cache_write(k: Tensor, v: Tensor, cache: Tensor, cache_slots: Tensor) ->
     block, offset = cache_slots[keep] // block_tokens, cache_slots[keep] % block_tokens
     cache[block, 0, :, offset] = k[keep].to(cache.dtype)  # [kept, kv_heads, head_dim]
     cache[block, 1, :, offset] = v[keep].to(cache.dtype)
+
+
+@register(op="gqa_rotary_write", path=PARTS, device="any", priority=0, layout="gqa")
+def gqa_rotary_write(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, cache: Tensor, cache_slots: Tensor
+) -> Tensor:
+    """See `ops.gqa_rotary_write`: its two parts, each by the best kernel for it."""
+    q, k = ops.rotary(q, k, positions, cos_sin, False)
+    ops.gqa_cache_write(k, v, cache, cache_slots)
+    return q
+
+
+@register(op="mla_rotary_write", path=PARTS, device="any", priority=0, layout="mla")
+def mla_rotary_write(
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    interleaved: bool,
+    cache: Tensor,
+    cache_slots: Tensor,
+) -> Tensor:
+    """See `ops.mla_rotary_write`: its two parts, each by the best kernel for it."""
+    q_rope, k_rotated = ops.rotary(q_rope, k_rope.unsqueeze(1), positions, cos_sin, interleaved)
+    ops.mla_cache_write(latent, k_rotated.squeeze(1), cache, cache_slots)
+    return q_rope

@@ -84,6 +84,7 @@ def register_all() -> None:
     _add("mla_cache_write", "triton/fp8", write, dtypes=("float8_e4m3fn",), limits=mla_dims, layout="mla-fp8")
     heads = {"kv_heads": Limit(1, 256), "head_dim": Limit(1, 512)}
     _add("gqa_cache_write", "triton/rows", _later("elementwise", "gqa_cache_write"), limits=heads, layout="gqa")
+    _register_rotary_writes(mla_dims, heads)
     route = _later("moe", "moe_route")
     _add("moe_route", "triton/rows", route, dtypes=("float32",), limits={"experts": Limit(1, 1024)})
     _register_attention()
@@ -96,6 +97,16 @@ def register_all() -> None:
     _add("apply_penalties", "triton/rows", _later("sampling", "apply_penalties"), dtypes=("float32",))
     for op in ("linear", "mla_absorb", "mla_expand"):  # below torch's: where rows must not depend on others
         _add(op, "triton/invariant", _later("matmul", op), priority=-10, needs=_TILES)
+
+
+def _register_rotary_writes(mla: Mapping[str, Limit], gqa: Mapping[str, Limit]) -> None:
+    call = _later("rotary_write", "mla_rotary_write")
+    mla = {**mla, "rope": Limit(2, 128, 2), "heads": Limit(1, 256)}
+    _add("mla_rotary_write", "triton/rows", call, limits=mla, layout="mla")
+    _add("mla_rotary_write", "triton/fp8", call, dtypes=("float8_e4m3fn",), limits=mla, layout="mla-fp8")
+    limits = {**gqa, "heads": Limit(1, 1024), "head_dim": Limit(2, 512, 2)}
+    call = _later("rotary_write", "gqa_rotary_write")
+    _add("gqa_rotary_write", "triton/rows", call, limits=limits, layout="gqa")
 
 
 def _register_attention() -> None:

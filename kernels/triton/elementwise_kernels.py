@@ -59,6 +59,47 @@ def silu_mul(
 
 
 @jit
+def angles(
+    positions: tl.tensor,
+    cos_sin: tl.tensor,
+    token: tl.tensor,
+    table_rows: tl.tensor,
+    HALF: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Cosines and sines [BLOCK_R] of a token; no numbers where its position is outside the table."""
+    i = tl.arange(0, BLOCK_R)
+    position = tl.load(positions + token)
+    known = (i < HALF) & (position >= 0) & (position < table_rows)
+    row = cos_sin + position * (2 * HALF) + i
+    return tl.load(row, mask=known, other=float("nan")), tl.load(row + HALF, mask=known, other=float("nan"))
+
+
+@jit
+def turn(
+    source: tl.tensor,
+    target: tl.tensor,
+    inside: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    HALF: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+) -> None:
+    """Rotate vectors of 2 HALF elements: source, target pointers [BLOCK_H, 1], inside [BLOCK_H, BLOCK_R]."""
+    i = tl.arange(0, BLOCK_R)
+    if INTERLEAVED:
+        first, second = 2 * i, 2 * i + 1
+    else:
+        first, second = i, i + HALF
+    a = widen(tl.load(source + first[None, :], mask=inside, other=0.0))
+    b = widen(tl.load(source + second[None, :], mask=inside, other=0.0))
+    c, s = cos[None, :], sin[None, :]
+    tl.store(target + first[None, :], narrow(a * c - b * s, target.dtype.element_ty), mask=inside)
+    tl.store(target + second[None, :], narrow(b * c + a * s, target.dtype.element_ty), mask=inside)
+
+
+@jit
 def rotate(
     x: tl.tensor,
     out: tl.tensor,
@@ -78,20 +119,9 @@ def rotate(
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     i = tl.arange(0, BLOCK_R)
     inside = (head < HEADS)[:, None] & (i < HALF)[None, :]
-    position = tl.load(positions + token)
-    known = (i < HALF) & (position >= 0) & (position < table_rows)
-    cos = tl.load(cos_sin + position * (2 * HALF) + i, mask=known, other=float("nan"))[None, :]
-    sin = tl.load(cos_sin + position * (2 * HALF) + HALF + i, mask=known, other=float("nan"))[None, :]
-    if INTERLEAVED:
-        first, second = 2 * i, 2 * i + 1
-    else:
-        first, second = i, i + HALF
+    cos, sin = angles(positions, cos_sin, token, table_rows, HALF, BLOCK_R)
     source = x + token * x_token + (head * x_head)[:, None]
-    a = widen(tl.load(source + first[None, :], mask=inside, other=0.0))
-    b = widen(tl.load(source + second[None, :], mask=inside, other=0.0))
-    target = out + (token * HEADS + head)[:, None] * (2 * HALF)
-    tl.store(target + first[None, :], narrow(a * cos - b * sin, out.dtype.element_ty), mask=inside)
-    tl.store(target + second[None, :], narrow(b * cos + a * sin, out.dtype.element_ty), mask=inside)
+    turn(source, out + (token * HEADS + head)[:, None] * (2 * HALF), inside, cos, sin, HALF, BLOCK_R, INTERLEAVED)
 
 
 @jit
@@ -119,6 +149,28 @@ def write_mla(
 
 
 @jit
+def store_fp8(
+    latent: tl.tensor,
+    latents: tl.tensor,
+    factors: tl.tensor,
+    slot: tl.tensor,
+    RANK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS_P: tl.constexpr,
+    GROUP: tl.constexpr,
+) -> None:
+    """One token's latents in E4M3 and their factors: the largest of a group becomes 448."""
+    group, within = tl.arange(0, GROUPS_P), tl.arange(0, GROUP)
+    at = group[:, None] * GROUP + within[None, :]
+    x = widen(tl.load(latent + at, mask=at < RANK, other=0.0))
+    largest = tl.max(tl.abs(x), 1)
+    factor = tl.where(largest > 0.0, largest / 448.0, 1.0)
+    small = narrow(x / factor[:, None], tl.float8e4nv)
+    tl.store(latents + slot * WIDTH + at, small, mask=at < RANK)
+    tl.store(factors + slot * (WIDTH // 4) + group, factor, mask=group < RANK // GROUP)
+
+
+@jit
 def write_mla_fp8(
     latent: tl.tensor,
     rope: tl.tensor,
@@ -136,18 +188,12 @@ def write_mla_fp8(
     GROUPS_P: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> None:
-    """Grid (tokens). As `write_mla`: latents in E4M3, scaled so that the largest of a group is 448."""
+    """Grid (tokens). As `write_mla`: latents in E4M3, see `store_fp8`."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(cache_slots + token)
     if (slot >= 0) & (slot < slots):
-        group, within, o = tl.arange(0, GROUPS_P), tl.arange(0, GROUP), tl.arange(0, ROPE_P)
-        at = group[:, None] * GROUP + within[None, :]
-        x = widen(tl.load(latent + token * latent_row + at, mask=at < RANK, other=0.0))
-        largest = tl.max(tl.abs(x), 1)
-        factor = tl.where(largest > 0.0, largest / 448.0, 1.0)
-        small = narrow(x / factor[:, None], tl.float8e4nv)
-        tl.store(latents + slot * WIDTH + at, small, mask=at < RANK)
-        tl.store(factors + slot * (WIDTH // 4) + group, factor, mask=group < RANK // GROUP)
+        o = tl.arange(0, ROPE_P)
+        store_fp8(latent + token * latent_row, latents, factors, slot, RANK, WIDTH, GROUPS_P, GROUP)
         tl.store(ropes + slot * (WIDTH // 2) + o, tl.load(rope + token * rope_row + o, mask=o < ROPE), mask=o < ROPE)
 
 

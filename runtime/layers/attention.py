@@ -55,6 +55,12 @@ class GqaHeads(Module):
 
     def forward(self, qkv: Tensor, cos_sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[t, (h + 2 hk) * hd], int64 [t] -> [t, h, hd], [t, hk, hd], [t, hk, hd]."""
+        q, k, v = self.normed(qkv)
+        q, k = ops.rotary(q, k, positions, cos_sin, False)
+        return q, k, v
+
+    def normed(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `forward`, not rotated."""
         t = qkv.shape[0]
         q, k, v = qkv.view(t, -1, self.head_dim).split_with_sizes(
             self.split, dim=1
@@ -62,7 +68,6 @@ class GqaHeads(Module):
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q.reshape(-1, self.head_dim)).view(q.shape)
             k = self.k_norm(k.reshape(-1, self.head_dim)).view(k.shape)
-        q, k = ops.rotary(q, k, positions, cos_sin, False)
         return q, k, v
 
 
@@ -85,6 +90,10 @@ class GqaAttend(Module):
     ) -> Tensor:
         """[t, h, hd], 2 x [u, hk, hd], int64 [u] slots of the cache -> [t, h * hd]."""
         ops.gqa_cache_write(k, v, cache, written)
+        return self.over(q, batch, cache)
+
+    def over(self, q: Tensor, batch: ops.AttentionBatch, cache: Tensor) -> Tensor:
+        """Attention over keys that are written: [t, h, hd] -> [t, h * hd]."""
         t, decodes = q.shape[0], batch.decodes
         if t == 0:
             return q.new_empty((0, self.width))
@@ -125,8 +134,9 @@ class GqaCore(Module):
 
     def forward(self, qkv: Tensor, cos_sin: Tensor, batch: ops.AttentionBatch, cache: Tensor) -> Tensor:
         """[t, (h + 2 hk) * hd] -> [t, h * hd]; writes this step's keys and values to `cache`."""
-        q, k, v = self.heads(qkv, cos_sin, batch.positions)
-        return self.attend(q, k, v, batch, cache, batch.cache_slots)  # type: ignore[no-any-return]
+        q, k, v = self.heads.normed(qkv)
+        q = ops.gqa_rotary_write(q, k, v, batch.positions, cos_sin, cache, batch.cache_slots)
+        return self.attend.over(q, batch, cache)
 
 
 class GqaAttention(Module):

@@ -95,8 +95,9 @@ class MlaCore(Module):
         """q [t, h * (nope + rope)], latent [t, rank], k_rope [t, rope] -> [t, h * v]; writes this step's latents."""
         t = q.shape[0]
         q_nope, q_rope = q.view(t, self.heads, -1).split_with_sizes(self.split, dim=-1)  # [t, h, nope], [t, h, rope]
-        q_rope, k_rotated = ops.rotary(q_rope, k_rope.unsqueeze(1), batch.positions, cos_sin, self.interleaved)
-        ops.mla_cache_write(latent, k_rotated.squeeze(1), cache, batch.cache_slots)
+        q_rope = ops.mla_rotary_write(
+            q_rope, latent, k_rope, batch.positions, cos_sin, self.interleaved, cache, batch.cache_slots
+        )
         return self._attend(q_nope, q_rope, batch, cache)
 
     def apart(

@@ -11,7 +11,7 @@ from kernel_cases import make_batch
 from tokenrelay.kernels.batch import PenaltyBatch, SamplingBatch
 from tokenrelay.kernels.layout import GqaLayout, MlaFp8Layout, MlaLayout
 from tokenrelay.kernels.scaled import BlockScaledWeight
-from tokenrelay.kernels.triton import arch, elementwise, gqa, matmul, mla, mla_prefill, moe, sampling
+from tokenrelay.kernels.triton import arch, elementwise, gqa, matmul, mla, mla_prefill, moe, rotary_write, sampling
 
 BF16 = torch.bfloat16
 Launch = tuple[str, Callable[[], object]]
@@ -48,6 +48,11 @@ def _elementwise() -> Iterator[Launch]:
     kv = torch.zeros(4, 8, 128, dtype=BF16)
     gqa = torch.zeros(GqaLayout(8, 128, 64).shape(2), dtype=BF16)
     yield "write", functools.partial(elementwise.gqa_cache_write, kv, kv, gqa, slots)
+    for entries in (cache, small):
+        call = functools.partial(rotary_write.mla_rotary_write, q, latent, rope, slots, table, True, entries, slots)
+        yield "rotary write", call
+    wide, table = torch.zeros(4, 64, 128, dtype=BF16), torch.zeros(64, 128)
+    yield "rotary write", functools.partial(rotary_write.gqa_rotary_write, wide, kv, kv, slots, table, gqa, slots)
 
 
 def _mla_decode() -> Iterator[Launch]:

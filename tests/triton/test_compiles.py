@@ -53,6 +53,8 @@ def test_all_compile() -> None:
         "matmul_kernels.matmul",
         "sampling_kernels.choose",
         "elementwise_kernels.rotate",
+        "rotary_write_kernels.rotate_write_gqa",
+        "rotary_write_kernels.rotate_write_mla",
     }
 
 

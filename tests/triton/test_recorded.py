@@ -32,6 +32,8 @@ PATHS = {
     "rotary": "triton/rows",
     "mla_cache_write": "triton/rows",
     "gqa_cache_write": "triton/rows",
+    "mla_rotary_write": "triton/rows",
+    "gqa_rotary_write": "triton/rows",
     "mla_decode": "triton/balanced",
     "mla_prefill": "triton/balanced",
     "gqa_decode": "triton/balanced",
