@@ -314,7 +314,18 @@ class Program:
     def buffer(self, bytes: int, /) -> int: ...
     def embed(self, dtype: int, vocab: int, d: int, table: int, out: int, /) -> None: ...
     def norm(
-        self, isa: int, dtype: int, d: int, x: int, residual: int, weight: int, eps: float, out: int, /
+        self,
+        isa: int,
+        dtype: int,
+        d: int,
+        x: int,
+        x_at: int,
+        x_width: int,
+        residual: int,
+        weight: int,
+        eps: float,
+        out: int,
+        /,
     ) -> None: ...
     def linear(self, dtype: int, out_dtype: int, matrix: NativeMatrix, x: int, bias: int, out: int, /) -> None: ...
     def silu_mul(self, isa: int, dtype: int, f: int, x: int, out: int, /) -> None: ...
@@ -336,6 +347,44 @@ class Program:
         out: int,
         /,
     ) -> None: ...
+    def mla(
+        self,
+        variants: tuple[int, ...],
+        dtype: int,
+        shape: tuple[int, int, int, int, int],
+        interleaved: bool,
+        scale: float,
+        w_uk: int,
+        w_uv: int,
+        cos_sin: int,
+        down: tuple[int, int],
+        layer: int,
+        buffers: tuple[int, ...],
+        /,
+    ) -> None: ...
+    def route(
+        self,
+        variants: tuple[int, int],
+        dtype: int,
+        d: int,
+        weight: int,
+        bias: int,
+        counts: tuple[int, int, int, int],
+        flags: tuple[bool, bool, bool],
+        scale: float,
+        buffers: tuple[int, int, int, int, int],
+        /,
+    ) -> None: ...
+    def experts(
+        self,
+        dtype: int,
+        gate_up: NativeMatrix,
+        down: NativeMatrix,
+        counts: tuple[int, int, int, int],
+        buffers: tuple[int, int, int, int],
+        /,
+    ) -> None: ...
+    def add(self, isa: int, dtype: int, width: int, a: int, b: int, out: int, /) -> None: ...
     def take(self, row_bytes: int, moves: list[tuple[int, int]], /) -> None: ...
     def run(
         self,

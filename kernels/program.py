@@ -11,6 +11,7 @@ and the model runs op by op. The same functions are called, so results are equal
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,12 +26,44 @@ if TYPE_CHECKING:
     from tokenrelay.kernels._cpu import NativeMatrix
 
 AnyWeight = Tensor | QuantizedWeight | PackedWeight
+# Prompt tokens of a step beyond which the room that latent attention's absorbed queries take (heads * rank elements a
+# token, twice) is no longer worth the microseconds that a captured step saves.
+_MLA_PROMPT_TOKENS_MAX = 256
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
 _VARIANTS = {"cpu/baseline": 0, "cpu/avx2": 1, "cpu/avx512": 2, "cpu/avx512bf16": 3, "cpu/avx512vnni": 2}
 
 
 class NotNative(Exception):
     """An operation that no native CPU kernel is chosen for."""
+
+
+@dataclass(frozen=True, slots=True)
+class MlaShape:
+    """A layer of latent attention: widths by head but for the rank, and how its down-projection's row is cut."""
+
+    heads: int
+    nope: int
+    rope: int
+    rank: int
+    value: int
+    down_width: int
+    rope_at: int  # element of that row at which the key's part to rotate begins
+    interleaved: bool
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class RouteShape:
+    """How experts are chosen; see `ops.moe_route`."""
+
+    experts: int
+    top_k: int
+    groups: int
+    groups_top_k: int
+    sigmoid: bool
+    normalize: bool
+    top2: bool
+    scale: float
 
 
 class Program:
@@ -51,8 +84,10 @@ class Program:
         self._code = _CODES[dtype]
         self._cos_sin = cos_sin
         self._kept: list[object] = [cos_sin]  # what the program holds addresses of
+        self._shared: dict[tuple[str, int], int] = {}
         self._vocab = 0
         self._layers = 0
+        self._absorbs: int | None = None  # tokens of a prompt's chunk that latent attention absorbs; None: it has none
 
     def buffer(self, width: int, dtype: torch.dtype | None = None) -> int:
         """Room for `width` elements of each token."""
@@ -63,12 +98,24 @@ class Program:
         vocab, width = table.shape
         self._native.embed(self._code, vocab, width, self._address(table), out)
 
-    def norm(self, x: int, weight: Tensor, eps: float, out: int, residual: int = -1) -> None:
-        """As `ops.rms_norm`, or with `residual` as `ops.add_rms_norm`, the sum taking its place."""
+    def norm(
+        self,
+        x: int,
+        weight: Tensor,
+        eps: float,
+        out: int,
+        residual: int = -1,
+        part: tuple[int, int] | None = None,
+    ) -> None:
+        """As `ops.rms_norm`, or with `residual` as `ops.add_rms_norm`, the sum taking its place.
+
+        `part`: x's rows are wider: where the elements begin, and how wide they are.
+        """
         op = "rms_norm" if residual < 0 else "add_rms_norm"
         width = weight.shape[0]
         isa = self._chosen(op, self._dtype, width=width)
-        self._native.norm(isa, self._code, width, x, residual, self._address(weight), eps, out)
+        at, x_width = part or (0, width)
+        self._native.norm(isa, self._code, width, x, at, x_width, residual, self._address(weight), eps, out)
 
     def linear(self, x: int, weight: AnyWeight, bias: Tensor | None, out: int) -> None:
         """As `ops.linear` and its kin; into LOGITS in float32."""
@@ -124,6 +171,119 @@ class Program:
         )
         self._layers += 1
 
+    def mla(
+        self,
+        shape: MlaShape,
+        weights: tuple[Tensor, Tensor],
+        block_tokens: int,
+        inputs: tuple[int, int, int],
+        out: int,
+    ) -> None:
+        """Rotation, cache write, absorbed attention and values of the next layer. `weights`: w_uk and w_uv.
+
+        `inputs`: buffers of the queries, the normed latents and the down-projection.
+        """
+        from tokenrelay.kernels.cpu.attention import absorbed_tokens_max
+
+        heads, rank, rope = shape.heads, shape.rank, shape.rope
+        sizes = {"heads": heads, "rank": rank, "rope": rope, "block_tokens": block_tokens}
+        prefill = self._kernel("mla_prefill", self._dtype, **sizes, nope=shape.nope, value=shape.value)
+        variants = (
+            self._chosen("rotary", self._dtype, rope=rope),
+            self._chosen("mla_absorb", self._dtype, heads=heads, nope=shape.nope, rank=rank),
+            self._chosen("mla_decode", self._dtype, **sizes),
+            self._chosen("mla_expand", self._dtype, heads=heads, value=shape.value, rank=rank),
+            _VARIANTS[prefill.removesuffix("/absorbed")],
+        )
+        self._chosen("mla_cache_write", self._dtype, rank=rank, rope=rope)
+        if self._cos_sin.shape[1] != rope:
+            raise NotNative("another width is rotated than the keys' part has")
+        if prefill.endswith("/absorbed"):
+            self._absorbs = _MLA_PROMPT_TOKENS_MAX
+        else:
+            self._absorbs = absorbed_tokens_max(rank, rope, shape.nope, shape.value)
+        room = tuple(
+            self._once(name, heads * width, self._dtype)
+            for name, width in (("q_rope", rope), ("q_latent", rank), ("attended latents", rank))
+        )
+        self._native.mla(
+            variants,
+            self._code,
+            (heads, shape.nope, rope, rank, shape.value),
+            shape.interleaved,
+            shape.scale,
+            self._address(weights[0]),
+            self._address(weights[1]),
+            self._cos_sin.data_ptr(),
+            (shape.down_width, shape.rope_at),
+            self._layers,
+            (*inputs, *room, out),
+        )
+        self._layers += 1
+
+    def route(self, x: int, weight: Tensor, bias: Tensor | None, shape: RouteShape) -> tuple[int, int]:
+        """As `ops.moe_route` of x's product with `weight` f32 [experts, d]; `bias` f32. Buffers: experts, weights."""
+        width = weight.shape[1]
+        variants = (
+            self._chosen("linear", torch.float32, width=width, columns=shape.experts),
+            self._chosen("moe_route", torch.float32, experts=shape.experts),
+        )
+        wide = -1 if self._dtype is torch.float32 else self._once("wide", width, torch.float32)
+        logits = self._once("scores", shape.experts, torch.float32)
+        chosen, weights = (
+            self._once("chosen", shape.top_k, torch.int32),
+            self._once("shares", shape.top_k, torch.float32),
+        )
+        self._native.route(
+            variants,
+            self._code,
+            width,
+            self._address(weight, torch.float32),
+            0 if bias is None else self._address(bias, torch.float32),
+            (shape.experts, shape.top_k, shape.groups, shape.groups_top_k),
+            (shape.sigmoid, shape.normalize, shape.top2),
+            shape.scale,
+            (x, wide, logits, chosen, weights),
+        )
+        return chosen, weights
+
+    def experts(
+        self, x: int, routed: tuple[int, int], top_k: int, gate_up: AnyWeight, down: AnyWeight, out: int
+    ) -> None:
+        """As `ops.moe` and its kin; `routed`: what `route` gave."""
+        if isinstance(gate_up, Tensor) or isinstance(down, Tensor):
+            assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+            count, d, f = down.shape
+            isa = self._chosen("moe", self._dtype, experts=count, width=d, hidden=f)
+            first = (isa, 0, False, (0, 0, count * 2 * f, d, self._address(gate_up), 0))
+            second = (isa, 0, False, (0, 0, count * d, f, self._address(down), 0))
+        else:
+            self._kept += [gate_up, down]
+            packed = isinstance(down, PackedWeight)
+            count = down.experts if isinstance(down, PackedWeight) else down.scales.shape[0]
+            f, d = down.width, gate_up.width
+            sizes = {"experts": count, "width": d, "hidden": f, "bits": down.bits, "group": down.group}
+            isa = self._chosen("packed_moe" if packed else "quantized_moe", self._dtype, **sizes)
+            first = (isa, isa, packed, _integers(gate_up, count * 2 * f))
+            second = (isa, isa, packed, _integers(down, count * d))
+        self._native.experts(self._code, first, second, (count, top_k, d, f), (x, *routed, out))
+
+    def add(self, a: int, b: int, width: int, out: int) -> None:
+        """a + b; `out` may be either."""
+        isa = self._chosen("silu_mul", self._dtype, width=2 * width)  # any that runs here: sums have one rounding
+        self._native.add(isa, self._code, width, a, b, out)
+
+    def takes(self, batch: AttentionBatch) -> bool:
+        """Whether this step's rows are computed by it as by the operations one by one: long chunks of latent attention
+        are projected up, which torch does, and need much room.
+        """
+        if self._absorbs is None or batch.decodes == batch.slots.shape[0]:
+            return True
+        tokens = batch.positions.shape[0] - batch.decodes
+        return tokens <= _MLA_PROMPT_TOKENS_MAX and (
+            tokens <= self._absorbs or int(batch.lengths[batch.decodes :].max()) <= self._absorbs
+        )
+
     def take(self, width: int, moves: list[tuple[int, int]]) -> None:
         """From here on only the sampled tokens: each pair says from which buffer into which they go."""
         self._native.take(width * self._dtype.itemsize, moves)
@@ -153,17 +313,31 @@ class Program:
         )
         return logits
 
-    def _address(self, tensor: Tensor) -> int:
-        if not (tensor.is_cpu and tensor.is_contiguous() and tensor.dtype == self._dtype):
+    def _once(self, name: str, width: int, dtype: torch.dtype) -> int:
+        """A buffer that all layers share."""
+        key = (name, width)
+        if key not in self._shared:
+            self._shared[key] = self.buffer(width, dtype)
+        return self._shared[key]
+
+    def _address(self, tensor: Tensor, dtype: torch.dtype | None = None) -> int:
+        if not (tensor.is_cpu and tensor.is_contiguous() and tensor.dtype == (dtype or self._dtype)):
             raise NotNative(f"a tensor is {tensor.dtype} with strides {tensor.stride()} on {tensor.device}")
         self._kept.append(tensor)
         return tensor.data_ptr()
 
     def _chosen(self, op: str, dtype: torch.dtype, **dims: int) -> int:
+        path = self._kernel(op, dtype, **dims)
+        if path not in _VARIANTS:
+            raise NotNative(f"{op} runs {path}")
+        return _VARIANTS[path]
+
+    def _kernel(self, op: str, dtype: torch.dtype, **dims: int) -> str:
+        """The path of what is chosen, one of ours."""
         kernel = registry.select(op, device="cpu", dtype=str(dtype).removeprefix("torch."), **dims)
-        if kernel.source != "tokenrelay" or kernel.path not in _VARIANTS:
+        if kernel.source != "tokenrelay" or kernel.path.removesuffix("/absorbed") not in _VARIANTS:
             raise NotNative(f"{op} runs {kernel.path}")
-        return _VARIANTS[kernel.path]
+        return kernel.path
 
     def _matrix(self, weight: AnyWeight) -> tuple[NativeMatrix, int]:
         """As the extension takes it, and its columns."""
@@ -176,5 +350,9 @@ class Program:
         columns = weight.columns if isinstance(weight, PackedWeight) else weight.scales.shape[0]
         sizes = {"width": weight.width, "columns": columns, "bits": weight.bits, "group": weight.group}
         isa = self._chosen("packed_linear" if packed else "quantized_linear", self._dtype, **sizes)
-        addresses = (weight.data.data_ptr(), weight.scales.data_ptr())
-        return (isa, isa, packed, (weight.bits, weight.group, columns, weight.width, *addresses)), columns
+        return (isa, isa, packed, _integers(weight, columns)), columns
+
+
+def _integers(weight: QuantizedWeight | PackedWeight, columns: int) -> tuple[int, int, int, int, int, int]:
+    """As the extension takes one matrix, or all experts' below each other."""
+    return weight.bits, weight.group, columns, weight.width, weight.data.data_ptr(), weight.scales.data_ptr()

@@ -1,52 +1,22 @@
 // tokenrelay.kernels._cpu.Program: a model's step as one call; see program.hpp. kernels/program.py checks what it adds.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings_program.hpp"
 
 #include <array>
 #include <cstring>
-#include <stdexcept>
 
 #include "bindings_parts.hpp"
 #include "elementwise.hpp"
-#include "integer.hpp"
 #include "linear.hpp"
-#include "moe.hpp"
-#include "pool.hpp"
-#include "program.hpp"
 
 namespace py = pybind11;
 
 namespace tokenrelay {
 namespace {
 
-using Address = uintptr_t;
-
-template <class T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);  // NOLINT(performance-no-int-to-ptr)
-}
-
-DType dtype_of(int code) {
-  if (code != 0 && code != 1) throw std::invalid_argument("dtype code must be 0 (float32) or 1 (bfloat16)");
-  return static_cast<DType>(code);
-}
+using namespace bound;  // NOLINT: the names of this file's arguments
 
 // (block_table, slots_total, blocks_max, slots, starts, lengths, offsets), as bindings.cpp takes it
 using BatchTuple = std::tuple<Address, int64_t, int64_t, Address, Address, Address, Address>;
-// (bits, group, columns, depth, data, scales); bits 0: rows as in a checkpoint, of the program's type
-using WeightTuple = std::tuple<int, int64_t, int64_t, int64_t, Address, Address>;
-// (the weight's variant, another for its surroundings, packed or not, the weight)
-using Matrix = std::tuple<int, int, bool, WeightTuple>;
-
-PackedWeights packed_of(const WeightTuple& w) {
-  const auto& [bits, group, columns, depth, data, scales] = w;
-  return {bits, group, columns, depth, pointer<char>(data), pointer<float>(scales)};
-}
-
-IntegerWeights integers_of(const WeightTuple& w) {
-  const auto& [bits, group, columns, depth, data, scales] = w;
-  return {bits, group, columns, depth, pointer<uint8_t>(data), pointer<float>(scales)};
-}
 
 void add_embed(Program& program, int dtype, int64_t vocab, int64_t d, Address table, int out) {
   const int64_t row = d * size_of(dtype_of(dtype));
@@ -62,14 +32,15 @@ void add_embed(Program& program, int dtype, int64_t vocab, int64_t d, Address ta
   });
 }
 
-// residual: -1, or the stream that x is added to, in place.
-void add_norm(Program& program, int isa, int dtype, int64_t d, int x, int residual, Address weight, float eps,
-              int out) {
+// x: d elements from x_at on of each row of x_width. residual: -1, or the stream that x is added to, in place.
+void add_norm(Program& program, int isa, int dtype, int64_t d, int x, int64_t x_at, int64_t x_width, int residual,
+              Address weight, float eps, int out) {
   const Table& table = table_of(isa);
   const DType type = dtype_of(dtype);
   program.add([=, &table](Step& step) {
     char* stream = residual < 0 ? nullptr : step.at(residual);
-    rms_norm(table, type, step.rows, d, step.at(x), d, stream, d, pointer(weight), eps, step.at(out), stream);
+    rms_norm(table, type, step.rows, d, step.at(x) + x_at * size_of(type), x_width, stream, d, pointer(weight), eps,
+             step.at(out), stream);
   });
 }
 
@@ -164,8 +135,8 @@ void run(Program& program, const BatchTuple& batch, int64_t tokens, int64_t rows
 }  // namespace
 
 void bind_program(py::module_& m) {
-  py::class_<Program>(m, "Program")
-      .def(py::init<int64_t>())
+  py::class_<Program> program(m, "Program");
+  program.def(py::init<int64_t>())
       .def("buffer", &Program::buffer)
       .def("embed", &add_embed)
       .def("norm", &add_norm)
@@ -174,6 +145,7 @@ void bind_program(py::module_& m) {
       .def("gqa", &add_gqa)
       .def("take", &add_take)
       .def("run", &run, py::call_guard<py::gil_scoped_release>());
+  bind_program_layers(program);
 }
 
 }  // namespace tokenrelay

@@ -15,11 +15,14 @@ from torch import Tensor
 from tokenrelay.base.logging import get_logger
 from tokenrelay.kernels import registry
 from tokenrelay.kernels.batch import AttentionBatch
-from tokenrelay.kernels.program import AnyWeight, NotNative, Program
+from tokenrelay.kernels.layout import MlaLayout
+from tokenrelay.kernels.program import AnyWeight, MlaShape, NotNative, Program, RouteShape
 from tokenrelay.runtime.layers.attention import GqaAttention, GqaHeads
 from tokenrelay.runtime.layers.embedding import Head
 from tokenrelay.runtime.layers.linear import Linear
+from tokenrelay.runtime.layers.mla import MlaAttention
 from tokenrelay.runtime.layers.mlp import SwiGlu
+from tokenrelay.runtime.layers.moe import MoeMlp
 
 if TYPE_CHECKING:
     from tokenrelay.runtime.models.decoder import DecoderLayer, Model
@@ -48,9 +51,11 @@ class Capture:
         return self._program
 
     def run(self, token_ids: Tensor, batch: AttentionBatch, caches: list[Tensor], sample_rows: Tensor) -> Tensor | None:
-        """The logits, or None where there is no program."""
+        """The logits, or None where there is no program, or none for this step."""
         program = self.program()
-        return None if program is None else program.run(token_ids, batch, caches, sample_rows)
+        if program is None or not program.takes(batch):
+            return None
+        return program.run(token_ids, batch, caches, sample_rows)
 
 
 class _Emitter:
@@ -82,17 +87,23 @@ class _Emitter:
             program.norm(self._residual, norm.weight, norm.eps, self._normed)
         else:
             program.norm(self._x, norm.weight, norm.eps, self._normed, self._residual)
-        if not isinstance(layer.attention, GqaAttention):
+        if isinstance(layer.attention, MlaAttention):
+            self._mla(layer.attention)
+        elif isinstance(layer.attention, GqaAttention):
+            self._gqa(layer.attention)
+        else:
             raise NotNative(f"no program for {type(layer.attention).__name__}")
-        self._gqa(layer.attention)
         if layer.rows is not None:
             x, residual = self._buffer("x", self._hidden), self._buffer("residual", self._hidden)
             program.take(self._hidden, [(self._x, x), (self._residual, residual)])
             self._x, self._residual = x, residual
         program.norm(self._x, layer.post_norm.weight, layer.post_norm.eps, self._normed, self._residual)
-        if not isinstance(layer.mlp, SwiGlu):
+        if isinstance(layer.mlp, MoeMlp):
+            self._moe(layer.mlp)
+        elif isinstance(layer.mlp, SwiGlu):
+            self._mlp(layer.mlp)
+        else:
             raise NotNative(f"no program for {type(layer.mlp).__name__}")
-        self._mlp(layer.mlp)
 
     def _gqa(self, attention: GqaAttention) -> None:
         core = attention.core
@@ -109,6 +120,45 @@ class _Emitter:
         shape = (heads, kv_heads, part.head_dim)
         self._program.gqa(qkv, shape, norms, eps, part.head_dim**-0.5, self._block_tokens, q, attended)
         self._linear(attended, attention.out, self._x)
+
+    def _mla(self, attention: MlaAttention) -> None:
+        program, core = self._program, attention.core
+        mla, (q_rank, rank, rope) = core.mla, attention.split
+        if not isinstance(self._model.config.kv_layout, MlaLayout):
+            raise NotNative(f"no program for a cache of {type(self._model.config.kv_layout).__name__}")
+        width = q_rank + rank + rope
+        down, latent = self._buffer("down", width), self._buffer("latent", rank)
+        q, attended = self._buffer("q", core.heads * (mla.nope + rope)), self._buffer("attended", core.out_width)
+        self._linear(self._normed, attention.down, down)
+        queries = self._normed
+        if attention.q_norm is not None:
+            queries = self._buffer("q_compressed", q_rank)
+            program.norm(down, attention.q_norm.weight, attention.q_norm.eps, queries, part=(0, width))
+        self._linear(queries, attention.q_up, q)
+        program.norm(down, attention.kv_norm.weight, attention.kv_norm.eps, latent, part=(q_rank, width))
+        shape = MlaShape(core.heads, mla.nope, rope, rank, mla.v, width, q_rank + rank, core.interleaved, core.scale)
+        program.mla(shape, (core.w_uk, core.w_uv), self._block_tokens, (q, latent, down), attended)
+        self._linear(attended, attention.out, self._x)
+
+    def _moe(self, mlp: MoeMlp) -> None:
+        program, moe, experts = self._program, mlp.router.moe, mlp.experts
+        shape = RouteShape(
+            moe.experts,
+            moe.top_k,
+            moe.groups,
+            moe.groups_top_k,
+            moe.scoring == "sigmoid",
+            moe.normalize,
+            moe.group_score == "top2",
+            moe.scale,
+        )
+        routed = program.route(self._normed, mlp.router.weight, mlp.router.bias, shape)
+        out = self._x if mlp.shared is None else self._buffer("routed", self._hidden)
+        gate_up, down = experts.packed or experts.quantized or (experts.w_gate_up, experts.w_down)
+        program.experts(self._normed, routed, moe.top_k, gate_up, down, out)
+        if mlp.shared is not None:
+            self._mlp(mlp.shared)
+            program.add(out, self._x, self._hidden, self._x)
 
     def _mlp(self, mlp: SwiGlu) -> None:
         width = mlp.down.width

@@ -4,37 +4,48 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from checkpoints import make_checkpoint
+from checkpoints import FAMILIES, make_checkpoint
 from paged import Paged
 
 from tokenrelay.kernels import registry
+from tokenrelay.kernels.program import Program
 from tokenrelay.runtime.models.decoder import Model
 from tokenrelay.runtime.weights.loader import load_model
 from tokenrelay.runtime.weights.pack import pack_model
 from tokenrelay.runtime.weights.quantize import quantize_model
 
+# Of the experts: once a width that packs, once one that does not.
+WIDTHS: dict[str, dict[str, Any]] = {family: {} for family in FAMILIES} | {"deepseek_v3": {"moe_intermediate_size": 32}}
 PROMPT = [(7 * i * i + 3) % 300 for i in range(90)]
+
+
+STEPS = ({0: 27, 1: 20}, {0: 1, 1: 12}, {0: 1, 1: 1}, {0: 1})  # chunks in company, mixed, decodes
+LATENT = ("deepseek_v2", "deepseek_v3")
 
 
 def logits_of(model: Model) -> list[torch.Tensor]:
     """A whole prompt, chunks in company, decodes, and a mixed step."""
     paged = Paged(model)
-    a, b = paged.add(PROMPT), paged.add(PROMPT[5:40])
+    a = paged.add(PROMPT)
+    paged.add(PROMPT[5:40])
     found = [paged.step({a: 60}, every=True)[a]]
-    for lengths in ({a: 28, b: 33}, {a: 1, b: 1}, {a: 1}):
+    for lengths in STEPS:
         step = paged.step(lengths)
         found += [step[i] for i in lengths]
     return found
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama", "qwen2"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["plain", "packed", "int8", "int8 packed", "int4 packed"])
-def test_bits_are_those_of_the_modules(tmp_path: Path, family: str, dtype: torch.dtype, form: str) -> None:
-    model = load_model(make_checkpoint(tmp_path / family, family), dtype=dtype, block_tokens=16)
+def test_bits_are_those_of_the_modules(
+    tmp_path: Path, family: str, dtype: torch.dtype, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(make_checkpoint(tmp_path / family, family, **WIDTHS[family]), dtype=dtype, block_tokens=16)
     if form.startswith("int"):
         quantize_model(model, form.split()[0])
     if form.endswith("packed"):
@@ -42,8 +53,70 @@ def test_bits_are_those_of_the_modules(tmp_path: Path, family: str, dtype: torch
     expected = logits_of(model)
     model.capture()
     assert model._capture is not None and model._capture.program() is not None
+    runs = counted(monkeypatch)
     for found, truth in zip(logits_of(model), expected, strict=True):
         assert torch.equal(found, truth)
+    # Of the steps of latent attention, those with a long chunk are projected up, which torch does.
+    assert len(runs) == len(STEPS) - 1 if family in LATENT else len(runs) == len(STEPS) + 1
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of each step that a program will run from now on."""
+    runs: list[int] = []
+    run = Program.run
+
+    def counting(program: Program, token_ids: torch.Tensor, *others: Any) -> torch.Tensor:
+        runs.append(len(token_ids))
+        return run(program, token_ids, *others)
+
+    monkeypatch.setattr(Program, "run", counting)
+    return runs
+
+
+@pytest.mark.parametrize("family", LATENT)
+@pytest.mark.parametrize("form", ["plain", "packed", "int8 packed"])
+def test_deterministic_latent_attention_is_captured_for_longer_chunks(
+    tmp_path: Path, family: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.deterministic()
+    try:
+        model = load_model(make_checkpoint(tmp_path / family, family), dtype=torch.bfloat16, block_tokens=16)
+        if form.startswith("int"):
+            quantize_model(model, form.split()[0])
+        if form.endswith("packed"):
+            pack_model(model)
+        expected = logits_of(model)
+        model.capture()
+        runs = counted(monkeypatch)
+        for found, truth in zip(logits_of(model), expected, strict=True):
+            assert torch.equal(found, truth)
+        assert len(runs) == len(STEPS) + 1
+    finally:
+        registry.deterministic(False)
+
+
+def test_a_step_with_drafted_rows_is_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of one sequence as rows of one token each: their bits are those of one after the other."""
+    model = load_model(make_checkpoint(tmp_path / "m", "deepseek_v3"), dtype=torch.bfloat16, block_tokens=16)
+    model.capture()
+    paged, alone = Paged(model), Paged(model)
+    for one in (paged, alone):
+        one.add(PROMPT)
+        one.step({0: 60})
+    truth = [alone.step({0: 1})[0] for _ in range(3)]
+    token_ids, batch, _ = paged.batch({0: 3})
+    ones = torch.ones(3, dtype=torch.int32)
+    drafted = dataclasses.replace(
+        batch,
+        slots=batch.slots.repeat(3),
+        starts=torch.tensor([60, 61, 62], dtype=torch.int32),
+        lengths=ones,
+        offsets=torch.arange(4, dtype=torch.int32),
+        decodes=3,
+    )
+    runs = counted(monkeypatch)
+    assert torch.equal(model(token_ids, drafted, paged.caches, torch.arange(3)), torch.stack(truth))
+    assert runs == [3]
 
 
 def captured(tmp_path: Path, family: str = "llama") -> Model:
@@ -61,24 +134,26 @@ def test_what_is_not_native_runs_module_by_module(tmp_path: Path) -> None:
     assert model._capture.program() is not None
 
 
-def test_a_step_that_samples_nothing_writes_its_cache(tmp_path: Path) -> None:
-    model = captured(tmp_path)
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v2"])
+def test_a_step_that_samples_nothing_writes_its_cache(tmp_path: Path, family: str) -> None:
+    model = captured(tmp_path, family)
     paged, twin = Paged(model), Paged(model)
     for one in (paged, twin):
         one.add(PROMPT)
-    token_ids, batch, _ = paged.batch({0: 40})
+    token_ids, batch, _ = paged.batch({0: 20})
     assert model(token_ids, batch, paged.caches, torch.zeros(0, dtype=torch.int64)).shape == (0, 384)
-    paged.rows[0].done = 40
-    twin.step({0: 40})
-    assert torch.equal(paged.step({0: 50})[0], twin.step({0: 50})[0])
+    paged.rows[0].done = 20
+    twin.step({0: 20})
+    assert torch.equal(paged.step({0: 20})[0], twin.step({0: 20})[0])
 
 
-def test_what_lies_outside_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    model = captured(tmp_path)
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_what_lies_outside_is_refused_before_anything_is_written(tmp_path: Path, family: str) -> None:
+    model = captured(tmp_path, family)
     paged = Paged(model)
     paged.add(PROMPT)
-    token_ids, batch, _ = paged.batch({0: 40})
-    rows = torch.tensor([39])
+    token_ids, batch, _ = paged.batch({0: 20})
+    rows = torch.tensor([19])
     for field, value, message in (
         ("positions", 4096, "position 4096 of token 7 is outside the table of 4096"),
         ("cache_slots", 64 * 16, "cache_slots\\[7\\] is 1024, the cache has 1024"),
@@ -87,7 +162,7 @@ def test_what_lies_outside_is_refused_before_anything_is_written(tmp_path: Path)
         changed[7] = value
         with pytest.raises(ValueError, match=message):
             model(token_ids, dataclasses.replace(batch, **{field: changed}), paged.caches, rows)
-    with pytest.raises(ValueError, match=r"sample_rows\[0\] is 40, the step has 40 tokens"):
+    with pytest.raises(ValueError, match=r"sample_rows\[0\] is 20, the step has 20 tokens"):
         model(token_ids, batch, paged.caches, rows + 1)
     assert all(cache.isnan().all() for cache in paged.caches)
     token_ids[3] = 384

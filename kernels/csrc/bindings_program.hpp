@@ -1,0 +1,46 @@
+// What bindings_program.cpp and bindings_program_layers.cpp share: how Python names weights and addresses.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <tuple>
+
+#include "integer.hpp"
+#include "packed.hpp"
+#include "program.hpp"
+
+namespace tokenrelay::bound {
+
+using Address = uintptr_t;
+
+template <class T = void>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);  // NOLINT(performance-no-int-to-ptr)
+}
+
+inline DType dtype_of(int code) {
+  if (code != 0 && code != 1) throw std::invalid_argument("dtype code must be 0 (float32) or 1 (bfloat16)");
+  return static_cast<DType>(code);
+}
+
+// (bits, group, columns, depth, data, scales); bits 0: rows as in a checkpoint, of the program's type
+using WeightTuple = std::tuple<int, int64_t, int64_t, int64_t, Address, Address>;
+// (the weight's variant, another for its surroundings, packed or not, the weight)
+using Matrix = std::tuple<int, int, bool, WeightTuple>;
+
+inline PackedWeights packed_of(const WeightTuple& w) {
+  const auto& [bits, group, columns, depth, data, scales] = w;
+  return {bits, group, columns, depth, pointer<char>(data), pointer<float>(scales)};
+}
+
+inline IntegerWeights integers_of(const WeightTuple& w) {
+  const auto& [bits, group, columns, depth, data, scales] = w;
+  return {bits, group, columns, depth, pointer<uint8_t>(data), pointer<float>(scales)};
+}
+
+// Latent attention, routers, experts and sums; see program_layers.hpp.
+void bind_program_layers(pybind11::class_<Program>& program);
+
+}  // namespace tokenrelay::bound
