@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tokenrelay.kernels import registry
 from tokenrelay.kernels.batch import AttentionBatch
+from tokenrelay.kernels.layout import absorbed_tokens_max
 from tokenrelay.kernels.packed import PackedWeight
 from tokenrelay.kernels.quantized import QuantizedWeight
 
@@ -150,6 +151,7 @@ class Program:
         rotary = self._chosen("rotary", self._dtype, rope=head_dim)
         norm = rotary if norms is None else self._chosen("rms_norm", self._dtype, width=head_dim)
         self._chosen("gqa_cache_write", self._dtype, kv_heads=kv_heads, head_dim=head_dim)
+        self._apart("gqa_rotary_write", heads=count, kv_heads=kv_heads, head_dim=head_dim)
         if self._cos_sin.shape[1] != head_dim:
             raise NotNative("a part of each head is rotated")
         q_norm, k_norm = (0, 0) if norms is None else (self._address(norms[0]), self._address(norms[1]))
@@ -183,8 +185,6 @@ class Program:
 
         `inputs`: buffers of the queries, the normed latents and the down-projection.
         """
-        from tokenrelay.kernels.cpu.attention import absorbed_tokens_max
-
         heads, rank, rope = shape.heads, shape.rank, shape.rope
         sizes = {"heads": heads, "rank": rank, "rope": rope, "block_tokens": block_tokens}
         prefill = self._kernel("mla_prefill", self._dtype, **sizes, nope=shape.nope, value=shape.value)
@@ -196,12 +196,13 @@ class Program:
             _VARIANTS[prefill.removesuffix("/absorbed")],
         )
         self._chosen("mla_cache_write", self._dtype, rank=rank, rope=rope)
+        self._apart("mla_rotary_write", heads=heads, rank=rank, rope=rope)
         if self._cos_sin.shape[1] != rope:
             raise NotNative("another width is rotated than the keys' part has")
         if prefill.endswith("/absorbed"):
             self._absorbs = _MLA_PROMPT_TOKENS_MAX
         else:
-            self._absorbs = absorbed_tokens_max(rank, rope, shape.nope, shape.value)
+            self._absorbs = absorbed_tokens_max(rank, shape.nope, shape.value)
         room = tuple(
             self._once(name, heads * width, self._dtype)
             for name, width in (("q_rope", rope), ("q_latent", rank), ("attended latents", rank))
@@ -331,6 +332,12 @@ class Program:
         if path not in _VARIANTS:
             raise NotNative(f"{op} runs {path}")
         return _VARIANTS[path]
+
+    def _apart(self, op: str, **dims: int) -> None:
+        """`op` calls the kernels of its parts, which the program has."""
+        kernel = registry.select(op, device="cpu", dtype=str(self._dtype).removeprefix("torch."), **dims)
+        if kernel.path != registry.PARTS:
+            raise NotNative(f"{op} runs {kernel.path}")
 
     def _kernel(self, op: str, dtype: torch.dtype, **dims: int) -> str:
         """The path of what is chosen, one of ours."""
