@@ -71,6 +71,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_intermediate_size": 512,
             "n_routed_experts": 32,
             "num_experts_per_tok": 4,
+            "n_group": 1,  # vLLM wants them said
+            "topk_group": 1,
             "vocab_size": 32768,
         },
     ),

@@ -7,6 +7,8 @@
 namespace tokenrelay::TOKENRELAY_ISA {
 namespace {
 
+constexpr int64_t kWeighAhead = 12;  // tokens
+
 // o[r, column ..] += sum over tokens of p[r, t] * v[t, column ..], NV vectors wide, tokens in order.
 template <int MR, int NV, class TV>
 inline void weigh_block(const float* p, const TV* const* v, int64_t tokens, int64_t column, float* o, int64_t stride) {
@@ -18,6 +20,13 @@ inline void weigh_block(const float* p, const TV* const* v, int64_t tokens, int6
   }
   for (int64_t t = 0; t < tokens; ++t) {
     const TV* value = v[t] + column;
+    if constexpr (MR == 1) {  // waits for memory
+      if (t + kWeighAhead < tokens) {
+        for (int i = 0; i < NV * W * static_cast<int>(sizeof(TV)); i += 64) {
+          __builtin_prefetch(reinterpret_cast<const char*>(v[t + kWeighAhead] + column) + i, 0, 3);
+        }
+      }
+    }
     F lane[NV];
 #pragma GCC unroll 8
     for (int i = 0; i < NV; ++i) lane[i] = load(value + i * W);
@@ -59,6 +68,9 @@ void weigh_tail(const float* p, int64_t rows, const TV* const* v, int64_t tokens
 template <class TV>
 void weigh(const float* p, int64_t rows, const TV* const* v, int64_t tokens, int64_t dv, float* o) {
   int64_t column = 0;
+  if (rows == 1) {
+    for (; column + 8 * W <= dv; column += 8 * W) weigh_block<1, 8>(p, v, tokens, column, o, dv);
+  }
   for (; column + 4 * W <= dv; column += 4 * W) weigh_columns<4>(p, rows, v, tokens, column, o, dv);
   for (; column + W <= dv; column += W) weigh_columns<1>(p, rows, v, tokens, column, o, dv);
   if (column < dv) weigh_tail(p, rows, v, tokens, column, dv - column, o, dv);
