@@ -73,8 +73,8 @@ void convert(DType from, const void* in, DType to, void* out, int64_t count) {
 
 DType q_type(DType dtype) { return kPairs ? dtype : DType::float32; }
 
-// One row waits for memory, and NR short streams are too many for the hardware to learn: where columns lie side by side,
-// as they mostly do, this is the next block's. A place beyond the array is never read.
+// One row waits for memory, and NR short streams are too many for the hardware to learn: where columns lie side by
+// side, as they mostly do, this is the next block's. A place beyond the array is never read.
 template <int NR, class TB>
 inline void fetch_next(const TB* at, int64_t depth) {
   __builtin_prefetch(reinterpret_cast<const char*>(at) + NR * depth * static_cast<int64_t>(sizeof(TB)), 0, 3);
