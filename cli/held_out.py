@@ -62,6 +62,6 @@ def _logits(model: Model, ids: torch.Tensor) -> torch.Tensor:
         decodes=0,
         context_max=tokens,
     )
-    caches = [torch.zeros(layout.shape(blocks), dtype=model.config.dtype) for _ in model.layers]
+    caches = [torch.zeros(layout.shape(blocks), dtype=model.config.kv_dtype) for _ in model.layers]
     logits: torch.Tensor = model(ids, batch, caches, positions)
     return logits

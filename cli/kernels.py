@@ -190,7 +190,7 @@ def _step(model: Model, rows: int, start: int, count: int) -> Callable[[], objec
 
     blocks = -(-(start + count) // BLOCK_TOKENS)
     layout = model.config.kv_layout
-    caches = [torch.zeros(layout.shape(rows * blocks), dtype=model.config.dtype) for _ in model.layers]
+    caches = [torch.zeros(layout.shape(rows * blocks), dtype=model.config.kv_dtype) for _ in model.layers]
     table = torch.arange(rows * blocks, dtype=torch.int32).view(rows, blocks)
     positions = torch.arange(start, start + count).repeat(rows)
     row = torch.arange(rows).repeat_interleave(count)

@@ -126,6 +126,14 @@ def serve(
             help="int8 or int4: matrices are quantized at load (CPU): smaller, faster. Default: auto, as they are.",
         ),
     ] = None,
+    kv_dtype: Annotated[
+        Literal["auto", "fp8"] | None,
+        _option(
+            "--kv-dtype",
+            panel=MODEL,
+            help="fp8: the KV of models with latent attention in float8, for more context. Default: auto, as --dtype.",
+        ),
+    ] = None,
     deterministic: Annotated[
         bool, _option("--deterministic", panel=MODEL, help="Equal bits whatever the batch, chunks, prefix or worker.")
     ] = False,
@@ -322,6 +330,7 @@ def serve(
             "model": None if model is None else str(model),
             "dtype": dtype,
             "weight_dtype": weight_dtype,
+            "kv_dtype": kv_dtype,
             "deterministic": deterministic or None,
             "tp": tp,
             "ep": ep,

@@ -388,6 +388,7 @@ def load(
         context_tokens=config.context_tokens,
         # On a CPU a layer and a head more mostly cost more than they bring (docs/scheduler.md): by name only.
         prediction="off" if config.prediction == "auto" and device == "cpu" else config.prediction,
+        kv_dtype=config.kv_dtype,
     )
     if config.weight_dtype != "auto":
         told_s = 0.0
@@ -537,6 +538,7 @@ def _numerics(dtype: str, config: WorkerConfig) -> str:
     if registry.is_deterministic():  # terms of several ranks are other ones than those of one
         widths = [f"{axis}{size}" for axis in ("dp", "ep", "tp") if (size := getattr(config, axis)) > 1]
         mode = ";".join(["", "deterministic", *widths, *([config.experts] if widths and config.experts else [])])
+    mode += f";kv-{config.kv_dtype}" if config.kv_dtype != "auto" else ""
     mode += f";tuned-{digest}" if (digest := registry.tuned_digest()) else ""
     return f"{machine()};{','.join(sorted(features()))};{dtype};{config.weight_dtype};torch-{torch.__version__}{mode}"
 

@@ -96,7 +96,7 @@ def _mla_decode(arguments: tuple[Any, ...], result: Tensor) -> Work:
     q, q_rope, cache, batch = arguments[:4]
     tokens, pairs = _extents(batch, False)
     rank, rope = q.shape[2], q_rope.shape[2]
-    read = tokens * (rank + rope) * cache.element_size()
+    read = tokens * cache.shape[-1] * cache.element_size()
     return Work(read + _bytes((q, q_rope, result)), 2 * pairs * q.shape[1] * (2 * rank + rope))
 
 
@@ -107,7 +107,7 @@ def _mla_prefill(arguments: tuple[Any, ...], result: Tensor) -> Work:
     # Queries into the space of latents, or latents up to keys and values: the cheaper one.
     absorbed = pairs * (2 * rank + rope) + q.shape[0] * (nope + value) * rank
     projected = pairs * (nope + value + rope) + tokens * (nope + value) * rank
-    read = tokens * (rank + rope) * cache.element_size()
+    read = tokens * cache.shape[-1] * cache.element_size()
     return Work(read + _bytes((q, q_rope, w_uk, w_uv, result)), 2 * heads * min(absorbed, projected))
 
 

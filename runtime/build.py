@@ -26,6 +26,7 @@ from tokenrelay.runtime.executor.predictor import Predictor
 from tokenrelay.runtime.executor.threads import default_threads
 from tokenrelay.runtime.handover import AllocatePool, OnHandover
 from tokenrelay.runtime.models.decoder import Model
+from tokenrelay.runtime.models.kv import check_kernels
 from tokenrelay.runtime.predicted import PredictedDrafter
 from tokenrelay.runtime.weights.pack import pack_model
 from tokenrelay.runtime.weights.quantize import weight_bytes
@@ -112,7 +113,7 @@ def build_engine(
             draft_tokens=sizes.draft_tokens,
             tail_tokens_min=TAIL_TOKENS_MIN if isinstance(model, Model) else 0,
             host_blocks=plan_host(
-                config.kv_layout, config.kv_layers, config.dtype, sizes.host_memory_bytes, pool.blocks, device
+                config.kv_layout, config.kv_layers, config.kv_dtype, sizes.host_memory_bytes, pool.blocks, device
             ),
         )
     except ValueError as error:
@@ -123,11 +124,11 @@ def build_engine(
         model.capture()
     if allocate is None:
         scheduler = Scheduler(scheduler_config)
-        caches = allocate_caches(config.kv_layout, config.kv_layers, pool, config.dtype, device)
+        caches = allocate_caches(config.kv_layout, config.kv_layers, pool, config.kv_dtype, device)
     else:
-        memory = allocate([config.kv_layout.bytes_per_block(config.dtype)] * config.kv_layers, pool.blocks)
+        memory = allocate([config.kv_layout.bytes_per_block(config.kv_dtype)] * config.kv_layers, pool.blocks)
         scheduler = Scheduler(scheduler_config, generations=memory.generations)
-        caches = wrap_caches(memory.layers, config.kv_layout, pool, config.dtype)
+        caches = wrap_caches(memory.layers, config.kv_layout, pool, config.kv_dtype)
     predictor, drafter = None, None
     if isinstance(model, Model) and model.prediction is not None:
         predictor = Predictor(
@@ -177,12 +178,14 @@ def build_engine(
 
 
 def _pool_for(model: Model | LeadingModel, sizes: EngineSizes) -> Pool:
-    """Of a model on several ranks along dp each has a part. Raises ConfigError."""
+    """Of a model on several ranks along dp each has a part. Raises ConfigError, also where no kernel reads it."""
     config = model.config
+    if isinstance(model, Model):
+        check_kernels(config, model.architecture, model.cos_sin.device)
     return plan_pool(
         config.kv_layout,
         config.kv_layers,
-        config.dtype,
+        config.kv_dtype,
         slots=sizes.slots,
         context_tokens=min(sizes.context_tokens or config.context_tokens, config.context_tokens),
         context_asked=sizes.context_tokens is not None,

@@ -100,7 +100,7 @@ class Predictor:
         self._tokens_max = tokens_max
         self._device = cache.device
         slots, hidden = block_table.shape[0], model.architecture.hidden
-        self._carried = torch.zeros(slots, hidden, dtype=cache.dtype, device=self._device)  # 0: not known
+        self._carried = torch.zeros(slots, hidden, dtype=model.config.dtype, device=self._device)  # 0: not known
 
     # -- engine's thread ----------------------------------------------------------------------------------------------
     def prepare(self, plan: Plan, batch: Batch) -> PredictionWork:

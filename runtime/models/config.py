@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tokenrelay.base.errors import CheckpointError
-from tokenrelay.kernels.layout import GqaLayout, MlaLayout
+from tokenrelay.kernels.layout import GqaLayout, KvLayout, MlaFp8Layout, MlaLayout
 from tokenrelay.runtime.layers.attention import Gqa
 from tokenrelay.runtime.layers.mla import Mla
 from tokenrelay.runtime.layers.moe import Moe
@@ -54,10 +54,15 @@ class ModelConfig:
     layers: int  # that this rank holds: with pipeline stages some of the model's
     context_tokens: int
     eos_token_ids: tuple[int, ...]
-    kv_layout: GqaLayout | MlaLayout  # of one layer; kv_layout.shape(blocks) in `dtype`
+    kv_layout: KvLayout  # of one layer; kv_layout.shape(blocks) in `kv_dtype`
     dtype: torch.dtype
     identity: bytes  # 16 bytes: which weights in which dtype, see runtime/weights/identity.py
     prediction_layers: int = 0  # for drafts, beyond `layers`; each has KV of its own (runtime/models/prediction.py)
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of the caches: the model's, unless their layout has one of its own."""
+        return torch.float8_e4m3fn if isinstance(self.kv_layout, MlaFp8Layout) else self.dtype
 
     @property
     def kv_layers(self) -> int:

@@ -164,7 +164,8 @@ class Model(Module):
 
     def capture(self) -> None:
         """From now on, run as one native program where there is one. The weights are final."""
-        self._capture = Capture(self)
+        if self.config.kv_dtype is self.config.dtype:  # the native kernels read no other caches
+            self._capture = Capture(self)
 
     def forward(
         self, token_ids: Tensor, batch: ops.AttentionBatch, caches: list[Tensor], sample_rows: Tensor

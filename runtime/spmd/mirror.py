@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenrelay.kernels.batch import AttentionBatch
-from tokenrelay.kernels.layout import GqaLayout, MlaLayout
+from tokenrelay.kernels.layout import GqaLayout, KvLayout
 from tokenrelay.runtime.placement import STAGES, Mesh
 from tokenrelay.runtime.placement.mesh import MESH_AXES
 from tokenrelay.runtime.placement.stages import stage_layers
@@ -50,7 +50,7 @@ class Unseen:
 class Mirror:
     """One rank's part in `spread` and `collect`. All ranks of the mesh call them together."""
 
-    def __init__(self, comm: Comm, mesh: Mesh, rank: int, layout: GqaLayout | MlaLayout, layers: int) -> None:
+    def __init__(self, comm: Comm, mesh: Mesh, rank: int, layout: KvLayout, layers: int) -> None:
         """`layout` of this rank's caches; `layers` of the whole model."""
         self._comm = comm
         self._mesh = mesh

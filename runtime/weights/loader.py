@@ -24,6 +24,7 @@ from tokenrelay.runtime.layers.moe import ExpertSplit
 from tokenrelay.runtime.layers.sources import WeightSource
 from tokenrelay.runtime.models.config import ModelConfig
 from tokenrelay.runtime.models.decoder import Model
+from tokenrelay.runtime.models.kv import KvDtype, in_float8
 from tokenrelay.runtime.models.registry import architecture_of
 from tokenrelay.runtime.placement import STAGES, Mesh, check
 from tokenrelay.runtime.placement.stages import stage_layers
@@ -57,6 +58,7 @@ def load_model(
     rank: int = 0,
     experts: ExpertSplit | None = None,
     prediction: Wanted = "off",
+    kv_dtype: KvDtype = "auto",
 ) -> Model:
     """Load the checkpoint in `folder`.
 
@@ -64,7 +66,8 @@ def load_model(
     `context_tokens` lowers the model's context. With `mesh` only the part of `rank` is read, `config.kv_layout` is that
     of its cache, `config.layers` counts the layers of its pipeline stage, and `runtime.spmd.rank_model` runs it;
     `experts` says how these are dealt out. `prediction`: whether to load the multi-token prediction layer, for drafts;
-    not with `mesh`. Raises CheckpointError with one sentence for whatever is wrong.
+    not with `mesh`. `kv_dtype`: of the caches, "auto" for the model's, "fp8" for latents in float8; ConfigError where
+    it has none. Raises CheckpointError with one sentence for whatever is wrong with the checkpoint.
     """
     device = torch.device(device)
     with Checkpoint(Path(folder)) as checkpoint:
@@ -94,6 +97,8 @@ def load_model(
             identity=model_identity(checkpoint, name, architecture, dtype),
             prediction_layers=int(model.prediction is not None),
         )
+        if kv_dtype == "fp8":
+            config = in_float8(config)
         zeros: list[tuple[torch.nn.Module, str]] = []
         if mesh.ranks > 1:
             sources, zeros = shard_model(model, sources, mesh, rank, experts.spare if experts else 0)

@@ -32,6 +32,9 @@ class WorkerConfig:
     weight_dtype: Literal["auto", "int8", "int4", "int4-32", "int4-128"] = setting(
         "auto", "int8, or int4 in groups of 64 (32, 128): matrices are quantized at load; auto: they stay as dtype says"
     )
+    kv_dtype: Literal["auto", "fp8"] = setting(
+        "auto", "of the KV caches; fp8: latents in float8 (models with latent attention); auto: as dtype says"
+    )
     deterministic: bool = setting(
         False,
         "equal bits whatever the batch, chunks, cached prefix or worker; models without latent attention are anyway",
@@ -122,6 +125,8 @@ class WorkerConfig:
 
         if self.ranks > 1 and self.weight_dtype != "auto":
             raise ConfigError(f"worker.weight_dtype {self.weight_dtype} is for one rank; this worker has {self.ranks}")
+        if self.ranks > 1 and self.kv_dtype != "auto":
+            raise ConfigError(f"worker.kv_dtype {self.kv_dtype} is for one rank; this worker has {self.ranks}")
         if self.deterministic and "spare" in self.experts:
             raise ConfigError("worker.deterministic and experts spare:N exclude each other: replicas take turns")
         if self.ranks > 1 and self.prediction == "on":

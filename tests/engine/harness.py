@@ -148,7 +148,7 @@ def plain_logits(model: Any, token_ids: Sequence[int]) -> torch.Tensor:
     layout = model.config.kv_layout
     t = len(token_ids)
     blocks = -(-t // layout.block_tokens)
-    caches = [torch.zeros(layout.shape(blocks), dtype=model.config.dtype) for _ in range(model.config.layers)]
+    caches = [torch.zeros(layout.shape(blocks), dtype=model.config.kv_dtype) for _ in range(model.config.layers)]
     positions = torch.arange(t)
     batch = AttentionBatch(
         block_table=torch.arange(blocks, dtype=torch.int32)[None],

@@ -105,6 +105,20 @@ async def test_a_prediction_layers_kv_is_handed_over_with_the_rest(tmp_path: Pat
         await fleet.close()
 
 
+async def test_float8_kv_is_handed_over(checkpoints: dict[str, Path]) -> None:
+    flags = ("--kv-dtype", "fp8", "--dtype", "float32")
+    fleet = Fleet(checkpoints["mla"], more={"prefill": flags, "decode": flags})
+    try:
+        await fleet.start()
+        relayed = await fleet.relay(prompt_of(100), 12)
+        texts = await fleet.finish(relayed)
+        assert relayed.source.terminals[0].finish == worker_pb2.FINISH_HANDOVER, fleet.logs(relayed)
+        assert texts == await fleet.alone("prefill", prompt_of(100), 12)
+        await fleet.settles("prefill", "decode")
+    finally:
+        await fleet.close()
+
+
 async def test_workers_with_and_without_a_prediction_layer_do_not_fit(tmp_path: Path) -> None:
     """Their blocks differ by a layer: who comes second is refused by name."""
     model = make_steady_checkpoint(tmp_path / "steady")

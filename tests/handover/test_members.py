@@ -137,6 +137,7 @@ async def test_two_that_differ_do_not_pair(scene: Scene, checkpoints: dict[str, 
         "block_tokens": (("--block-tokens", "32"), None),
         "model_identity": ((), checkpoints["gqa"]),
         "dtype": (("--dtype", "bfloat16"), None),
+        "layout": (("--kv-dtype", "fp8"), None),
     }
     for field, (flags, model) in differing.items():
         settled = await scene.worker(f"second-{field}", *flags, model=model)

@@ -38,7 +38,7 @@ class Paged:
         self.model = model
         layout = model.config.kv_layout
         self.block_tokens: int = layout.block_tokens
-        dtype = model.config.dtype
+        dtype = model.config.kv_dtype
         # Poison: whoever reads a slot that nobody wrote gets NaN.
         parts = getattr(model, "parts", 1)  # a model of several ranks along dp: each has a part of the blocks
         shape = layout.shape(blocks // parts)

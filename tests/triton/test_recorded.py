@@ -14,12 +14,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "engine"))
 
 from checkpoints import make_checkpoint
-from harness import BLOCK_TOKENS, Harness, plain_greedy
+from harness import BLOCK_TOKENS, Harness, plain_greedy, plain_logits
 from recording import Recording
 from triton_cases import DEVICE, FULL
 
 from tokenrelay.kernels import registry
 from tokenrelay.kernels.layout import MlaLayout
+from tokenrelay.runtime import build
 from tokenrelay.runtime.executor.device import DeviceExecutor
 from tokenrelay.runtime.executor.graphs import DeviceGraphs
 from tokenrelay.runtime.requests import SamplingParams
@@ -101,3 +102,24 @@ def test_a_kernel_that_asks_the_host_cannot_be_recorded(model: Any) -> None:
         assert isinstance(executor, DeviceExecutor)
         assert executor.captures.stats.refused > 0
         assert executor.captures.stats.recorded == []
+
+
+def test_float8_kv_is_replayed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents in float8, written and read by Triton's kernels alone; the references say the same of the same cache."""
+    monkeypatch.setattr(build, "pack_model", lambda _: None)  # a processor's kernels cannot be recorded
+    folder = make_checkpoint(tmp_path / "model", "deepseek_v3")
+    load = {"dtype": torch.bfloat16, "block_tokens": BLOCK_TOKENS, "device": DEVICE}
+    model = load_model(folder, kv_dtype="fp8", **load)
+    small = {"mla_rotary_write": "triton/fp8"} | dict.fromkeys(("mla_decode", "mla_prefill"), "triton/balanced-fp8")
+    backend = DeviceGraphs(DEVICE) if FULL else Recording()
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]
+    with on_triton(**small):
+        logits, expected = plain_logits(model, prompt), plain_greedy(model, prompt, 5)
+        with Harness(model, graphs=backend, slots=2) as harness:
+            assert harness.run(prompt, tokens_max=5) == [expected]
+            executor = harness.engine._executor
+            assert isinstance(executor, DeviceExecutor)
+            assert executor.captures.stats.refused == 0 < executor.captures.stats.replays
+            assert not harness.fatal
+    truth = plain_logits(model, prompt).double()
+    assert float((logits.double() - truth).norm() / truth.norm()) < 0.03  # bfloat16's steps, in another order
