@@ -10,7 +10,7 @@
 namespace tokenrelay {
 namespace {
 
-constexpr int64_t kUnitRows = 64;                     // query rows that share a pass over the cache
+constexpr int64_t kUnitRowsMin = 64;                  // query rows that share a pass over the cache, at least
 constexpr int64_t kPartialBytes = int64_t{16} << 20;  // of unmerged results kept at once
 
 // Scratch slots of a thread.
@@ -28,6 +28,7 @@ struct Unit {
   int64_t rows() const { return tokens * heads; }
   int64_t context() const { return start + tokens; }
   int64_t runs() const { return ceil_div(context(), kRunTokens); }
+  int64_t work() const { return rows() * context(); }
 };
 
 void refuse(const std::string& what) { throw std::invalid_argument(what); }
@@ -62,12 +63,11 @@ int64_t tokens_in_line(const StepRows& rows, int64_t row) {
   return tokens;
 }
 
-std::vector<Unit> make_units(const StepRows& rows, const PagedCache& cache, const Queries& queries) {
+std::vector<Unit> make_units(const StepRows& rows, const PagedCache& cache, const Queries& queries, int64_t unit_rows) {
   std::vector<Unit> units;
   const int64_t group = queries.heads / cache.kv_heads;  // query heads that read one KV head
-  const int64_t heads = min_of(group, kUnitRows);
-  const int64_t tokens = max_of(1, kUnitRows / heads);
-  for (int64_t row = rows.first; row < rows.last; ++row) check_row(rows, cache, queries, row);
+  const int64_t heads = min_of(group, unit_rows);
+  const int64_t tokens = max_of(1, unit_rows / heads);
   for (int64_t row = rows.first; row < rows.last;) {
     const int64_t first = rows.offsets[row] - rows.token_base, count = tokens_in_line(rows, row);
     for (int64_t t = 0; t < count; t += tokens) {
@@ -81,6 +81,14 @@ std::vector<Unit> make_units(const StepRows& rows, const PagedCache& cache, cons
     row += rows.lengths[row] == 1 ? count : 1;
   }
   return units;
+}
+
+// Rows that share a unit: what the inner loops like best, less where the threads would not all have work.
+int64_t rows_of_units(const StepRows& rows, const Queries& queries, int64_t wanted) {
+  int64_t tokens = 0;
+  for (int64_t row = rows.first; row < rows.last; ++row) tokens += rows.lengths[row];
+  while (wanted > kUnitRowsMin && tokens * queries.heads < wanted * 4 * threads()) wanted /= 2;
+  return wanted;
 }
 
 // Copies the unit's queries, in the type that the dot products want: [rows, da + db].
@@ -114,10 +122,17 @@ class Attention {
  public:
   Attention(const Table& table, const StepRows& rows, const PagedCache& cache, const Queries& queries,
             const Output& out, float scale)
-      : table_(table), rows_(rows), cache_(cache), queries_(queries), out_(out), scale_(scale) {}
+      : table_(table),
+        rows_(rows),
+        cache_(cache),
+        queries_(queries),
+        out_(out),
+        scale_(scale),
+        needs_(table.attend_needs(cache.dtype, queries.da + queries.db, 0, out.dv)) {}
 
   void run() {
-    const std::vector<Unit> units = make_units(rows_, cache_, queries_);
+    for (int64_t row = rows_.first; row < rows_.last; ++row) check_row(rows_, cache_, queries_, row);
+    std::vector<Unit> units = make_units(rows_, cache_, queries_, rows_of_units(rows_, queries_, needs_.rows));
     int64_t total = 0, longest = 0;
     for (const Unit& unit : units) {
       total += unit.runs();
@@ -126,6 +141,8 @@ class Attention {
     // Whole units as tasks where they balance well; else single runs, whose results are merged afterwards. Both give
     // the same bits.
     if (longest * 4 * threads() <= total || longest == 1) {
+      // The longest first: threads then finish together.
+      std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.work() > b.work(); });
       parallel_for(static_cast<int64_t>(units.size()), [&](int64_t i) { whole(units[static_cast<size_t>(i)]); });
     } else {
       in_waves(units);
@@ -217,7 +234,7 @@ class Attention {
     }
     int64_t* visible = static_cast<int64_t*>(scratch(kVisible, unit.rows() * 8));
     for (int64_t r = 0; r < unit.rows(); ++r) visible[r] = unit.start + r / unit.heads + 1;
-    float* scores = static_cast<float*>(scratch(kScores, unit.rows() * kTileTokens * 4));
+    float* scores = static_cast<float*>(scratch(kScores, needs_.bytes));
     table_.attend({cache_.dtype, unit.rows(), queries_.da + queries_.db, 0, out_.dv, q, k, nullptr, v, tokens, first,
                    visible, scale_, to.m, to.l, to.o, scores});
   }
@@ -236,6 +253,7 @@ class Attention {
   const Queries& queries_;
   const Output& out_;
   const float scale_;
+  const AttendNeeds needs_;
 };
 
 }  // namespace
@@ -250,10 +268,11 @@ void paged_attention(const Table& table, const StepRows& rows, const PagedCache&
 void dense_attention(const Table& table, const DenseStretch& s, const Queries& queries, float scale, float* m, float* l,
                      float* o) {
   if (s.first % kRunTokens != 0) refuse("a stretch starts at a multiple of the run length");
-  const int64_t blocks = ceil_div(s.q_tokens, kUnitRows);
+  const AttendNeeds needs = table.attend_needs(s.dtype, s.dk, s.dk2, s.dv);
+  const int64_t blocks = ceil_div(s.q_tokens, needs.rows);
   parallel_for(s.heads * blocks, [&](int64_t index) {
-    const int64_t head = index / blocks, token = index % blocks * kUnitRows;
-    const int64_t rows = min_of(kUnitRows, s.q_tokens - token);
+    const int64_t head = index / blocks, token = index % blocks * needs.rows;
+    const int64_t rows = min_of(needs.rows, s.q_tokens - token);
     const int64_t context = min_of(s.first + s.tokens, s.q_first + token + rows);
     if (context <= s.first) return;  // the queries stand before this stretch
     const void* q = pack_queries(table, s.dtype, queries, token, rows, head, 1);
@@ -262,7 +281,7 @@ void dense_attention(const Table& table, const DenseStretch& s, const Queries& q
     const void **k2 = k + kRunTokens, **v = k2 + kRunTokens;
     int64_t* visible = static_cast<int64_t*>(scratch(kVisible, rows * 8));
     for (int64_t r = 0; r < rows; ++r) visible[r] = s.q_first + token + r + 1;
-    float* scores = static_cast<float*>(scratch(kScores, rows * kTileTokens * 4));
+    float* scores = static_cast<float*>(scratch(kScores, needs.bytes));
     const Partial next = partial_at(static_cast<float*>(scratch(kPartial, partial_floats(rows, s.dv) * 4)), rows);
     for (int64_t begin = s.first; begin < context; begin += kRunTokens) {
       const int64_t tokens = min_of(kRunTokens, context - begin);

@@ -9,8 +9,6 @@
 
 namespace tokenrelay {
 
-constexpr int64_t kRunTokens = 512;
-
 // The rows of a step; addresses of the tensors of AttentionBatch (kernels/batch.py).
 struct StepRows {
   const int32_t* block_table;  // [slots_total, blocks_max]

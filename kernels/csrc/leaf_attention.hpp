@@ -2,6 +2,7 @@
 // the merge of two runs. Part of isa_*.cpp.
 #pragma once
 
+#include "leaf_attention_pairs.hpp"
 #include "leaf_math.hpp"
 
 namespace tokenrelay::TOKENRELAY_ISA {
@@ -269,7 +270,21 @@ void weigh_rows(DType dtype, const float* p, int64_t rows, const void* const* v,
   TOKENRELAY_BY_TYPE(dtype, T, weigh_typed(p, rows, reinterpret_cast<const T* const*>(v), count, dv, o));
 }
 
-void attend(const AttendJob& job) { TOKENRELAY_BY_TYPE(job.dtype, T, attend_typed<T>(job)); }
+AttendNeeds attend_needs([[maybe_unused]] DType dtype, [[maybe_unused]] int64_t dk, [[maybe_unused]] int64_t dk2,
+                         [[maybe_unused]] int64_t dv) {
+#ifdef TOKENRELAY_PAIRS
+  if (takes_pairs(dtype, dk, dk2, dv)) return {kPairShared, PairScratch::bytes(dk + dk2, dv)};
+#endif
+  constexpr int64_t kRows = 64;
+  return {kRows, kRows * kTileTokens * static_cast<int64_t>(sizeof(float))};
+}
+
+void attend(const AttendJob& job) {
+#ifdef TOKENRELAY_PAIRS
+  if (takes_pairs(job.dtype, job.dk, job.dk2, job.dv)) return attend_pairs(job);
+#endif
+  TOKENRELAY_BY_TYPE(job.dtype, T, attend_typed<T>(job));
+}
 
 void merge(int64_t rows, int64_t dv, float* m, float* l, float* o, const float* m2, const float* l2, const float* o2) {
   for (int64_t r = 0; r < rows; ++r) {

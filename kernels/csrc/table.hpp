@@ -11,6 +11,7 @@
 namespace tokenrelay {
 
 constexpr int64_t kTileTokens = 64;  // keys that one pass of the online softmax takes
+constexpr int64_t kRunTokens = 512;  // of a context that are attended to at once, then merged with the next
 
 // Attention of some query rows over one run of cached tokens. Rows share keys and values; their visible length differs.
 struct AttendJob {
@@ -20,12 +21,18 @@ struct AttendJob {
   const void* const* k;       // [tokens] address of each token's key
   const void* const* k2;      // [tokens], where dk2 > 0
   const void* const* v;       // [tokens] address of each token's value
-  int64_t tokens;
-  int64_t first;           // absolute position of token 0
-  const int64_t* visible;  // [rows] tokens of the sequence that the row sees, from position 0
+  int64_t tokens;             // at most kRunTokens
+  int64_t first;              // absolute position of token 0
+  const int64_t* visible;     // [rows] tokens of the sequence that the row sees, from position 0
   float scale;
   float *m, *l, *o;  // out: [rows] maximum, [rows] sum, [rows, dv] weighted values, not yet divided by the sum
-  float* scores;     // scratch [rows, kTileTokens]
+  float* scores;     // scratch, of AttendNeeds::bytes
+};
+
+// How attention over keys of one shape likes to be called; its bits do not depend on it.
+struct AttendNeeds {
+  int64_t rows;   // that best share a job
+  int64_t bytes;  // of scratch for a job of `rows` rows or fewer
 };
 
 // out[i, j] = a[i] . b[j], accumulated in float32.
@@ -44,6 +51,7 @@ struct Table {
   DType (*q_type)(DType dtype);
   void (*convert)(DType from, const void* in, DType to, void* out, int64_t count);
 
+  AttendNeeds (*attend_needs)(DType dtype, int64_t dk, int64_t dk2, int64_t dv);
   void (*attend)(const AttendJob& job);
   // o[r] += sum of p[r, i] * v[i] over `count` <= kTileTokens rows v [dv] of dtype; p [rows, kTileTokens] is 0 beyond.
   void (*weigh)(DType dtype, const float* p, int64_t rows, const void* const* v, int64_t count, int64_t dv, float* o);

@@ -94,13 +94,13 @@ def test_mla_prefill(
     close(actual, mla_prefill_oracle(case, inputs, rank), 1.5)
 
 
-@pytest.mark.parametrize("start", [0, 2500])
+@pytest.mark.parametrize(("start", "nope"), [(0, 16), (2500, 16), (0, 32), (2500, 32)])
 @each_path("mla_prefill", reference=False)
-def test_mla_prefill_long_chunk_is_projected_up(path: str, dtype: torch.dtype, start: int) -> None:
-    """A row above the threshold (16 tokens for these sizes) takes the other algorithm, over several stretches."""
+def test_mla_prefill_long_chunk_is_projected_up(path: str, dtype: torch.dtype, start: int, nope: int) -> None:
+    """A row above the threshold (up to 32 tokens for these sizes) takes the other algorithm, over several stretches."""
     layout = MlaLayout(64, 16, 16)
     case = mla_case([(start, 70), (3, 4), (start // 2, 130)], layout, dtype)
-    inputs = prefill_inputs(case, 2, 16, 16, layout, dtype)
+    inputs = prefill_inputs(case, 2, nope, 16, layout, dtype)
     with registry.force("mla_prefill", path):
         actual = run_mla_prefill(case, inputs)
     close(actual, mla_prefill_oracle(case, inputs, 64), 1.5)
@@ -131,6 +131,43 @@ def test_gqa(path: str, dtype: torch.dtype, heads: int, kv_heads: int, head_dim:
         filled = ops.gqa_prefill(q[decodes:], case.cache, case.batch, SCALE)
     close(decoded, gqa_oracle(case, q[:decodes], range(decodes), 0))
     close(filled, gqa_oracle(case, q[decodes:], range(decodes, case.rows), decodes))
+
+
+@each_path("gqa_prefill", reference=False)
+@pytest.mark.parametrize(("start", "heads"), [(0, 2), (509, 2), (1500, 7), (40, 9)])
+def test_long_chunks_of_grouped_heads(path: str, dtype: torch.dtype, start: int, heads: int) -> None:
+    """Units of many rows: runs that some of them do not see, blocks of rows that are not full, ends inside a tile. How
+    many rows share a unit follows from the number of threads, which the bits do not."""
+    layout = GqaLayout(1, 64, 32)
+    case = gqa_case([(start, 301), (3, 77), (511, 2)], layout, dtype)
+    q = torch.randn(case.tokens, heads, 64).to(dtype)
+    before = cpu.threads()
+    try:
+        with registry.force("gqa_prefill", path):
+            cpu.set_threads(1)
+            alone = ops.gqa_prefill(q, case.cache, case.batch, SCALE)
+            cpu.set_threads(3)
+            together = ops.gqa_prefill(q, case.cache, case.batch, SCALE)
+    finally:
+        cpu.set_threads(before)
+    close(alone, gqa_oracle(case, q, range(case.rows), 0))
+    assert torch.equal(alone, together)
+
+
+@each_path("gqa_prefill", reference=False)
+def test_extreme_scores_of_grouped_heads(path: str, dtype: torch.dtype) -> None:
+    """Scores in the thousands, both ways, neither overflow nor give NaN; a NaN stays in its row."""
+    layout = GqaLayout(2, 32, 16)
+    case = gqa_case([(600, 40)], layout, dtype)
+    q = (torch.randn(40, 4, 32) * 1000).to(dtype)
+    with registry.force("gqa_prefill", path):
+        close(ops.gqa_prefill(q, case.cache, case.batch, SCALE), gqa_oracle(case, q, range(1), 0), 8)
+        q[7, 2, 5] = float("nan")
+        out = ops.gqa_prefill(q, case.cache, case.batch, SCALE)
+    spoiled = torch.zeros(40, 4, dtype=torch.bool)
+    spoiled[7, 2] = True
+    assert torch.equal(out.isnan().any(-1), spoiled)
+    assert torch.equal(out.isnan().all(-1), spoiled)
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,0 +1,383 @@
+// Attention with bfloat16 pairs (AVX-512 BF16): scores and weighted sums are products with packed keys and values, as
+// packed.hpp has them with weights. Part of isa_avx512bf16.cpp.
+//
+//   keys:   [groups of 16 tokens][depth / 2][16][2]
+//   values: [groups of 16 columns][tokens / 2][16][2]
+//
+// What is missing at the ends is zero. A lane is a token's score or a column of the result, and walks depth or tokens
+// in order, so no sum crosses lanes and a row's bits are the same whatever stands beside it. The softmax takes a run
+// at once: nothing is rescaled inside it.
+#pragma once
+
+#include "leaf_math.hpp"
+
+#ifdef TOKENRELAY_PAIRS
+namespace tokenrelay::TOKENRELAY_ISA {
+namespace {
+
+constexpr int64_t kPairGroup = 16;      // tokens or columns side by side
+constexpr int64_t kPairRows = 8;        // rows of one product
+constexpr int64_t kPairShared = 256;    // rows that best share packed keys and values: packing costs 2 % then
+constexpr int64_t kPairDepthMax = 256;  // a run of packed keys and values stays in the second cache
+constexpr int64_t kTileGroups = kTileTokens / kPairGroup;
+
+inline int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
+
+// The parts of an AttendJob's scratch.
+struct PairScratch {
+  float *scores, *sums;  // [kPairRows, kRunTokens], [kPairRows, columns]
+  bf16 *weights, *queries;
+  bf16 *keys, *values;  // of a run, or of a tile where few rows read them
+
+  static int64_t columns(int64_t dv) { return round_up(dv, kPairGroup); }
+  static int64_t steps(int64_t depth) { return ceil_div(depth, 2); }
+
+  static int64_t bytes(int64_t depth, int64_t dv) {
+    const int64_t wide = round_up(steps(depth) * 2, 32);
+    return kPairRows * (kRunTokens * 6 + columns(dv) * 4 + wide * 2) + kRunTokens * (wide + columns(dv)) * 2;
+  }
+
+  explicit PairScratch(const AttendJob& job) {
+    const int64_t wide = round_up(steps(job.dk + job.dk2) * 2, 32);
+    scores = job.scores;
+    sums = scores + kPairRows * kRunTokens;
+    weights = reinterpret_cast<bf16*>(sums + kPairRows * columns(job.dv));
+    queries = weights + kPairRows * kRunTokens;
+    keys = queries + kPairRows * wide;
+    values = keys + kRunTokens * wide;
+  }
+};
+
+// The cache lines of a run's keys and then of its values, asked for some at a time, a tile before they are read, so
+// that memory is never idle: blocks lie anywhere, which the hardware does not guess. Not a function of its own: one
+// that only prefetches is pure to GCC, and its calls are dropped.
+class Ahead {
+ public:
+  explicit Ahead(const AttendJob& job) : job_(job), row_(min_of(job.tokens, kTileTokens)) { aim(); }
+
+  // Nothing beyond the row `limit`, counted through keys and values, is asked for yet.
+  void allow(int64_t limit) { limit_ = min_of(limit, 2 * job_.tokens); }
+
+  [[gnu::always_inline]] void fetch(int64_t lines) {
+    for (int64_t i = 0; i < lines && row_ < limit_; ++i) {
+      __builtin_prefetch(at_, 0, 2);
+      at_ += 64;
+      if (at_ < end_) continue;
+      ++row_;
+      aim();
+    }
+  }
+
+ private:
+  void aim() {
+    if (row_ >= 2 * job_.tokens) return;
+    const bool keys = row_ < job_.tokens;
+    at_ = static_cast<const char*>(keys ? job_.k[row_] : job_.v[row_ - job_.tokens]);
+    end_ = at_ + (keys ? job_.dk : job_.dv) * 2;
+  }
+
+  const AttendJob& job_;
+  int64_t row_, limit_ = 0;
+  const char *at_ = nullptr, *end_ = nullptr;
+};
+
+inline void transpose(__m512i (&row)[16]) {
+  __m512i half[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    half[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+    half[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // row[i + j]: in lane l, column 4 l + j of rows i .. i + 3
+    row[i] = _mm512_unpacklo_epi64(half[i], half[i + 2]);
+    row[i + 1] = _mm512_unpackhi_epi64(half[i], half[i + 2]);
+    row[i + 2] = _mm512_unpacklo_epi64(half[i + 1], half[i + 3]);
+    row[i + 3] = _mm512_unpackhi_epi64(half[i + 1], half[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i a = _mm512_shuffle_i32x4(row[j], row[4 + j], 0x44);
+    const __m512i b = _mm512_shuffle_i32x4(row[j], row[4 + j], 0xee);
+    const __m512i c = _mm512_shuffle_i32x4(row[8 + j], row[12 + j], 0x44);
+    const __m512i d = _mm512_shuffle_i32x4(row[8 + j], row[12 + j], 0xee);
+    half[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+    half[4 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    half[8 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+    half[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) row[i] = half[i];
+}
+
+// `depth` elements of up to 16 tokens' keys, behind one another in `out`.
+inline void pack_group(const void* const* k, int64_t count, int64_t depth, bf16* out, Ahead& ahead) {
+  for (int64_t d = 0; d < depth; d += 32) {
+    const int64_t n = min_of(32, depth - d);
+    const __mmask32 present = static_cast<__mmask32>((uint64_t{1} << n) - 1);
+    __m512i row[16];
+    if (count >= kPairGroup && n == 32) {
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) row[i] = _mm512_loadu_si512(static_cast<const bf16*>(k[i]) + d);
+    } else {
+      for (int i = 0; i < 16; ++i) {
+        row[i] =
+            i < count ? _mm512_maskz_loadu_epi16(present, static_cast<const bf16*>(k[i]) + d) : _mm512_setzero_si512();
+      }
+    }
+    ahead.fetch(kPairGroup);  // as many as are read
+    transpose(row);
+    bf16* to = out + d * kPairGroup;
+    if (n == 32) {
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * 32, row[i]);
+    } else {
+      for (int i = 0; i < ceil_div(n, 2); ++i) _mm512_storeu_si512(to + i * 32, row[i]);
+    }
+  }
+}
+
+// The keys of a tile from token `t` on, zero where the run has ended.
+inline void pack_keys(const AttendJob& job, int64_t t, bf16* out, Ahead& ahead) {
+  ahead.allow(t + 2 * kTileTokens);
+  const int64_t steps = PairScratch::steps(job.dk + job.dk2);
+  for (int64_t g = 0; g < kTileGroups; ++g, t += kPairGroup, out += steps * 2 * kPairGroup) {
+    const int64_t count = max_of(0, min_of(kPairGroup, job.tokens - t));
+    pack_group(job.k + t, count, job.dk, out, ahead);
+    if (job.dk2 > 0) pack_group(job.k2 + t, count, job.dk2, out + job.dk * kPairGroup, ahead);
+  }
+}
+
+// The values of a tile from token `t` on; groups of columns lie `stride` elements apart.
+inline void pack_values(const AttendJob& job, int64_t t, bf16* out, int64_t stride, Ahead& ahead) {
+  ahead.allow(job.tokens + t + 2 * kTileTokens);
+  alignas(64) static constexpr uint16_t kOrder[64] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                      8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47,
+                                                      16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                                      24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+  const __m512i first = _mm512_load_si512(kOrder), second = _mm512_load_si512(kOrder + 32);
+  const int64_t end = min_of(job.tokens, t + kTileTokens);
+  for (; t < end; t += 2, out += 2 * kPairGroup) {
+    ahead.fetch(2 * ceil_div(job.dv, 32));
+    const bf16* even = static_cast<const bf16*>(job.v[t]);
+    const bf16* odd = t + 1 < end ? static_cast<const bf16*>(job.v[t + 1]) : nullptr;
+    for (int64_t c = 0; c < job.dv; c += 32) {
+      const int64_t n = min_of(32, job.dv - c);
+      const __mmask32 present = static_cast<__mmask32>((uint64_t{1} << n) - 1);
+      const __m512i a = _mm512_maskz_loadu_epi16(present, even + c);
+      const __m512i b = odd == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(present, odd + c);
+      bf16* to = out + c / kPairGroup * stride;
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, first, b));
+      if (n > kPairGroup) _mm512_storeu_si512(to + stride, _mm512_permutex2var_epi16(a, second, b));
+    }
+  }
+}
+
+// A product: out[r, 16 g ..] = (or, with kAdd, +=) the sum over steps of a[r]'s pair times b[g]'s sixteen.
+struct PairProduct {
+  const bf16* a;
+  int64_t a_stride;
+  const bf16* b;
+  int64_t b_stride, groups, steps;
+  float* out;
+  int64_t out_stride;
+};
+
+template <int MR, int NR, bool kAdd>
+inline void pair_block(const PairProduct& job, int64_t group) {
+  __m512 acc[MR][NR];
+  const char *a[MR], *b[NR];
+  float* out = job.out + group * kPairGroup;
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+    a[r] = reinterpret_cast<const char*>(job.a + r * job.a_stride);
+#pragma GCC unroll 4
+    for (int c = 0; c < NR; ++c) {
+      acc[r][c] = kAdd ? _mm512_loadu_ps(out + r * job.out_stride + c * kPairGroup) : _mm512_setzero_ps();
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < NR; ++c) b[c] = reinterpret_cast<const char*>(job.b + (group + c) * job.b_stride);
+  for (int64_t k = 0; k < job.steps; ++k) {
+    __m512bh column[NR];
+#pragma GCC unroll 4
+    for (int c = 0; c < NR; ++c) column[c] = (__m512bh)_mm512_loadu_si512(b[c] + k * 64);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      int32_t both;
+      __builtin_memcpy(&both, a[r] + k * 4, sizeof both);
+      const __m512bh pair = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 4
+      for (int c = 0; c < NR; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], column[c], pair);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < NR; ++c) _mm512_storeu_ps(out + r * job.out_stride + c * kPairGroup, acc[r][c]);
+  }
+}
+
+template <int MR, bool kAdd>
+void pair_rows(const PairProduct& job) {
+  constexpr int NR = MR <= 4 ? 4 : 2;
+  int64_t group = 0;
+  for (; group + NR <= job.groups; group += NR) pair_block<MR, NR, kAdd>(job, group);
+  for (; group < job.groups; ++group) pair_block<MR, 1, kAdd>(job, group);
+}
+
+template <bool kAdd, int MR = kPairRows>
+void pair_product(int64_t rows, const PairProduct& job) {
+  if constexpr (MR > 1) {
+    if (rows < MR) return pair_product<kAdd, MR - 1>(rows, job);
+  }
+  pair_rows<MR, kAdd>(job);
+}
+
+// e^x for x up to about 0, to 2e-7: powers of two, and a polynomial of degree 5 (least largest error) on
+// [-1/2, 1/2]. What is below e^-138 becomes 0; a NaN stays one.
+inline F exp_weight(F x) {
+  x = max(set1(-200.0f), x * set1(1.44269504f));  // the order of arguments lets a NaN through
+  const F n = round(x);
+  const F r = x - n;
+  F p = set1(1.326472604e-3f);
+  p = fma(p, r, set1(9.671512722e-3f));
+  p = fma(p, r, set1(5.550733747e-2f));
+  p = fma(p, r, set1(2.402224208e-1f));
+  p = fma(p, r, set1(6.931469776e-1f));
+  p = fma(p, r, set1(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+inline __mmask16 lanes_before(int64_t n) { return n >= W ? __mmask16(0xffff) : n <= 0 ? __mmask16(0) : first_lanes(n); }
+
+// Scores [0, visible) of a row become weights e^(score - maximum), rounded to bfloat16, and 0 up to `end`, a multiple
+// of 32.
+inline void soften_run(const float* s, bf16* weights, int64_t visible, int64_t end, float scale, float& m, float& l) {
+  m = -__builtin_inff();
+  l = 0;
+  F top = set1(m), total = zero();
+  for (int64_t t = 0; t < visible; t += W) {
+    top = _mm512_mask_max_ps(top, lanes_before(visible - t), top, load(s + t) * set1(scale));
+  }
+  if (visible > 0) m = largest(top);
+  const F least = set1(-m);
+  const auto weight = [&](int64_t t) {
+    return _mm512_maskz_mov_ps(lanes_before(visible - t), exp_weight(fma(load(s + t), set1(scale), least)));
+  };
+  for (int64_t t = 0; t < end; t += 2 * W) {
+    const F low = weight(t), high = weight(t + W);
+    total = (total + low) + high;
+    _mm512_storeu_si512(weights + t, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+  if (visible > 0) l = sum(total);
+}
+
+// The tokens of the run that any of the rows [r, r + rows) sees.
+inline int64_t seen(const AttendJob& job, int64_t r, int64_t rows) {
+  int64_t most = 0;
+  for (int64_t i = r; i < r + rows; ++i) most = max_of(most, job.visible[i] - job.first);
+  return min_of(job.tokens, most);
+}
+
+// Up to kPairRows rows of a job.
+class PairRows {
+ public:
+  PairRows(const AttendJob& job, const PairScratch& scratch, int64_t row)
+      : job_(job),
+        scratch_(scratch),
+        row_(row),
+        rows_(min_of(kPairRows, job.rows - row)),
+        seen_(seen(job, row, rows_)),
+        depth_(job.dk + job.dk2),
+        columns_(PairScratch::columns(job.dv)) {
+    queries_ = static_cast<const bf16*>(job.q) + row * depth_;
+    if (depth_ % 2 == 0) return;
+    for (int64_t r = 0; r < rows_; ++r) {  // pairs are read whole
+      __builtin_memcpy(scratch.queries + r * (depth_ + 1), queries_ + r * depth_, static_cast<size_t>(depth_) * 2);
+      scratch.queries[r * (depth_ + 1) + depth_] = {};
+    }
+    queries_ = scratch.queries;
+  }
+
+  // With the keys of the tiles from token `t` on.
+  void score(const bf16* keys, int64_t t, int64_t tokens) const {
+    const int64_t steps = PairScratch::steps(depth_);
+    const int64_t groups = round_up(ceil_div(min_of(tokens, seen_ - t), kPairGroup), 2);
+    if (groups <= 0) return;
+    pair_product<false>(
+        rows_, {queries_, steps * 2, keys, steps * 2 * kPairGroup, groups, steps, scratch_.scores + t, kRunTokens});
+  }
+
+  void soften() const {
+    for (int64_t r = 0; r < rows_; ++r) {
+      const int64_t visible = max_of(0, min_of(seen_, job_.visible[row_ + r] - job_.first));
+      soften_run(scratch_.scores + r * kRunTokens, scratch_.weights + r * kRunTokens, visible, round_up(seen_, 32),
+                 job_.scale, job_.m[row_ + r], job_.l[row_ + r]);
+    }
+    __builtin_memset(scratch_.sums, 0, static_cast<size_t>(rows_ * columns_) * sizeof(float));
+  }
+
+  // With the values of the tiles from token `t` on; groups of columns lie `stride` elements apart.
+  void weigh(const bf16* values, int64_t stride, int64_t t, int64_t tokens) const {
+    const int64_t steps = ceil_div(min_of(tokens, seen_ - t), 2);
+    if (steps <= 0) return;
+    pair_product<true>(rows_, {scratch_.weights + t, kRunTokens, values, stride, columns_ / kPairGroup, steps,
+                               scratch_.sums, columns_});
+  }
+
+  void finish() const {
+    for (int64_t r = 0; r < rows_; ++r) {
+      __builtin_memcpy(job_.o + (row_ + r) * job_.dv, scratch_.sums + r * columns_,
+                       static_cast<size_t>(job_.dv) * sizeof(float));
+    }
+  }
+
+ private:
+  const AttendJob& job_;
+  const PairScratch& scratch_;
+  const int64_t row_, rows_, seen_, depth_, columns_;
+  const bf16* queries_;
+};
+
+// Which shapes come here; the answer may not depend on how many rows there are.
+inline bool takes_pairs(DType dtype, int64_t dk, int64_t dk2, int64_t dv) {
+  return dtype == DType::bfloat16 && dk + dk2 <= kPairDepthMax && dv <= kPairDepthMax && (dk2 == 0 || dk % 32 == 0);
+}
+
+// Few rows (a decode): tile by tile, in the first cache. Many: a run is packed once, and all rows pass over it.
+void attend_pairs(const AttendJob& job) {
+  const PairScratch scratch(job);
+  Ahead ahead(job);
+  const int64_t steps = PairScratch::steps(job.dk + job.dk2);
+  if (job.rows <= kPairRows) {
+    const PairRows rows(job, scratch, 0);
+    for (int64_t t = 0; t < job.tokens; t += kTileTokens) {
+      pack_keys(job, t, scratch.keys, ahead);
+      rows.score(scratch.keys, t, kTileTokens);
+    }
+    rows.soften();
+    for (int64_t t = 0; t < job.tokens; t += kTileTokens) {
+      pack_values(job, t, scratch.values, kTileTokens * kPairGroup, ahead);
+      rows.weigh(scratch.values, kTileTokens * kPairGroup, t, kTileTokens);
+    }
+    rows.finish();
+    return;
+  }
+  for (int64_t t = 0; t < job.tokens; t += kTileTokens) pack_keys(job, t, scratch.keys + t * steps * 2, ahead);
+  const int64_t stride = round_up(job.tokens, kTileTokens) * kPairGroup;
+  for (int64_t t = 0; t < job.tokens; t += kTileTokens) {
+    pack_values(job, t, scratch.values + t * kPairGroup, stride, ahead);
+  }
+  for (int64_t row = 0; row < job.rows; row += kPairRows) {
+    const PairRows rows(job, scratch, row);
+    rows.score(scratch.keys, 0, job.tokens);
+    rows.soften();
+    rows.weigh(scratch.values, stride, 0, job.tokens);
+    rows.finish();
+  }
+}
+
+}  // namespace
+}  // namespace tokenrelay::TOKENRELAY_ISA
+#endif
