@@ -4,11 +4,16 @@
     python bench/step.py --json bench/results/step.json
 
 Stages are timed one by one in a decode steady state (median processor time of the thread, in microseconds): plan,
-batch, sampling state, commit and outputs are the engine thread's, sample and the like the executor's, messages the
-event loop's. `gap_us` is wall time: with a model that only sleeps, the time per step beyond the time that steps ran,
-with one step in flight and with two. One step ahead is there to make it vanish. `whole step` is the processor time of
-all threads for each step of a whole engine on a Qwen3 of 12 tiny layers, whose arithmetic takes next to nothing: what
-plan, batch, launch, the layers' dispatch, sampling, commit and outputs cost together (150 are asked for).
+batch (the native call that makes a step of the plan's rows), commit and outputs are the engine thread's, messages the
+event loop's. `tensors`, `sampling_state`, `sample` and `to_host` are what a step costs more whose rows ask for more
+than a token, or whose model is not captured. `gap_us` is wall time: with a model that only sleeps, the time per step
+beyond the time that steps ran, with one step in flight and with two. One step ahead is there to make it vanish.
+
+`whole` is the processor time of all threads of the process for each step of a whole engine on a model of 12 tiny
+layers, mean over the last three quarters of the steps; `kernels` is the part of it that the executor's thread spends
+inside the native call that runs a step, from the tokens fed back to those chosen (processor time around the call,
+summed over the same steps; both clock readings count as overhead). `overhead` is the difference: plan, batch, launch,
+both threads' waking, commit, outputs and counters. 150 are asked for. `modules` is `whole` where no model is captured.
 """
 
 from __future__ import annotations
@@ -22,17 +27,18 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
 from tokenrelay.kernels.layout import MlaLayout
-from tokenrelay.libscheduler import Config, Scheduler
+from tokenrelay.kernels.step import HostSteps
+from tokenrelay.libscheduler import Config, Plan, Scheduler
 from tokenrelay.proto import worker_pb2
 from tokenrelay.runtime.build import EngineSizes, build_engine
 from tokenrelay.runtime.engine import Engine, EngineOptions
-from tokenrelay.runtime.executor.batch import BatchBuilder
+from tokenrelay.runtime.executor.batch import batch_of, shared
 from tokenrelay.runtime.executor.executor import Executor
 from tokenrelay.runtime.executor.sampler import Sampler
 from tokenrelay.runtime.requests import EngineOutput, EngineRequest, EngineStats, Finish, SamplingParams
@@ -42,6 +48,9 @@ from tokenrelay.services.chassis.wire import sequence_output
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests/support"))
 
 from checkpoints import make_checkpoint
+
+if TYPE_CHECKING:
+    from tokenrelay.kernels._cpu import HostStep
 
 VOCAB = 32_000
 SLOTS = 64
@@ -85,8 +94,10 @@ class Stages:
 def stages(rows: int, temperature: float, steps: int) -> dict[str, float]:
     """Median microseconds of each stage with `rows` decode rows."""
     scheduler, device, stage = new_scheduler(1), torch.device("cpu"), Stages()
-    builder = BatchBuilder(scheduler.block_table, BLOCK_TOKENS, device)
     sampler = Sampler(SLOTS, VOCAB, device)
+    cache, last_token = torch.zeros(1, BLOCK_TOKENS, 8), torch.zeros(SLOTS, dtype=torch.int64)
+    steps_of = HostSteps.over(shared(scheduler.block_table), BLOCK_TOKENS, sampler.settings, [cache], last_token)
+    assert steps_of is not None, "the native extension is needed"
     params = {n: SamplingParams(temperature=temperature, seed=n) for n in range(rows)}
     for n in range(rows):
         prompt = np.arange(3, 13, dtype=np.uint32)
@@ -95,7 +106,8 @@ def stages(rows: int, temperature: float, steps: int) -> dict[str, float]:
     for _ in range(steps):
         plan = stage.run("plan", lambda: scheduler.plan(0))
         assert plan is not None
-        batch = stage.run("batch", lambda plan=plan: builder.build(plan))
+        step = stage.run("batch", lambda plan=plan: made(steps_of, plan))
+        batch = stage.run("tensors", lambda step=step: batch_of(steps_of, step, ()))
         work = stage.run(
             "sampling_state",
             lambda plan=plan, batch=batch: sampler.prepare(
@@ -108,6 +120,11 @@ def stages(rows: int, temperature: float, steps: int) -> dict[str, float]:
         outputs = stage.run("outputs", lambda outcome=outcome: outputs_of(outcome))
         stage.run("messages", lambda outputs=outputs: message_of(outputs))
     return stage.medians_us()
+
+
+def made(steps: HostSteps, plan: Plan) -> HostStep:
+    """As Executor makes it."""
+    return steps.make(plan.slots, plan.starts, plan.lengths, plan.samples, plan.feedback, plan.token_ids, plan.decodes)
 
 
 def outputs_of(outcome: Any) -> list[EngineOutput]:
@@ -166,27 +183,71 @@ def gap_us(rows: int, steps_in_flight: int, step_ms: float, steps: int) -> float
     return round((wall_us - (last.step_time_us - first.step_time_us)) / (last.steps - first.steps), 1)
 
 
-def whole_step_us(folder: Path, rows: int, steps: int) -> float:
-    """Processor time of the process per decode step, the engine and its 12 layers together."""
+class Timed:
+    """Processor time inside the native calls that run steps, while it is entered."""
+
+    def __init__(self) -> None:
+        self.ns = self.calls = 0
+        self._run = HostSteps.run
+
+    def __enter__(self) -> Timed:
+        def run(steps: HostSteps, *arguments: Any) -> Any:
+            began = time.thread_time_ns()
+            result = self._run(steps, *arguments)
+            self.ns += time.thread_time_ns() - began
+            self.calls += 1
+            return result
+
+        HostSteps.run = run  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        HostSteps.run = self._run  # type: ignore[method-assign]
+
+
+def whole_step_us(folder: Path, rows: int, steps: int, *, captured: bool = True) -> tuple[float, float]:
+    """Processor time of the process per decode step, the engine and its 12 layers together; and inside its kernels."""
     model = load_model(folder, dtype=torch.float32, context_tokens=steps + 64)
-    seen: list[tuple[int, int]] = []  # processor time, steps
+    seen: list[tuple[int, int, int, int]] = []  # processor time, steps, kernels' time, their calls
     open_rows, ended = set(range(rows)), threading.Event()
 
     def on_step(outputs: list[EngineOutput], stats: EngineStats) -> None:
-        seen.append((time.process_time_ns(), stats.steps))
+        seen.append((time.process_time_ns(), stats.steps, timed.ns, timed.calls))
         open_rows.difference_update(output.sequence_id for output in outputs if output.finish)
         if not open_rows:
             ended.set()
 
     sizes = EngineSizes(slots=rows, step_tokens=1024, context_tokens=steps + 64, threads=1)
     engine = build_engine(model, sizes, on_step=on_step).engine
-    engine.start()
-    for n in range(rows):
-        engine.submit(EngineRequest(n, np.arange(3, 13, dtype=np.uint32), 10, steps))
-    assert ended.wait(600)
-    engine.close()
-    (began_ns, first), (ended_ns, last) = seen[len(seen) // 4], seen[-2]
-    return round((ended_ns - began_ns) / 1000 / (last - first), 1)
+    if not captured:
+        model._capture = None
+    with Timed() as timed:
+        engine.start()
+        for n in range(rows):
+            engine.submit(EngineRequest(n, np.arange(3, 13, dtype=np.uint32), 10, steps))
+        assert ended.wait(600)
+        engine.close()
+    (began_ns, first, ran_ns, calls), (ended_ns, last, ran_till_ns, calls_till) = seen[len(seen) // 4], seen[-2]
+    kernels = (ran_till_ns - ran_ns) / max(1, calls_till - calls)
+    return round((ended_ns - began_ns) / 1000 / (last - first), 1), round(kernels / 1000, 1)
+
+
+def whole_steps(steps: int) -> dict[str, float]:
+    """Of each kind of model, at batch 1, 8 and 32; the best of three, since other work disturbs."""
+    figures: dict[str, float] = {}
+    for family in ("qwen3", "qwen3_moe", "deepseek_v3"):
+        with tempfile.TemporaryDirectory() as folder:
+            make_checkpoint(Path(folder), family, num_hidden_layers=12)
+            for rows in (1, 8, 32):
+                found = [whole_step_us(Path(folder), rows, steps) for _ in range(3)]
+                whole, kernels = min(found, key=lambda pair: pair[0] - pair[1])
+                name = f"{rows} rows, {family}, 12 layers"
+                figures[f"{name}, whole_us"], figures[f"{name}, kernels_us"] = whole, kernels
+                figures[f"{name}, overhead_us"] = round(whole - kernels, 1)
+            figures[f"1 rows, {family}, 12 layers, modules_us"] = whole_step_us(Path(folder), 1, steps, captured=False)[
+                0
+            ]
+    return figures
 
 
 def main() -> None:
@@ -206,10 +267,7 @@ def main() -> None:
     for rows in (1, 64):
         for in_flight in (1, 2):
             figures[f"{rows} rows, {in_flight} in flight, gap_us"] = gap_us(rows, in_flight, 2.0, steps)
-    with tempfile.TemporaryDirectory() as folder:
-        make_checkpoint(Path(folder), "qwen3", num_hidden_layers=12)
-        for rows in (1, 8):
-            figures[f"{rows} rows, 12 layers, whole step_us"] = whole_step_us(Path(folder), rows, steps)
+    figures |= whole_steps(steps)
     for name, value in figures.items():
         print(f"{name:44} {value:10.1f}")
     if options.json:

@@ -1,5 +1,8 @@
 """The native extension (csrc/bindings.cpp). Addresses are `Tensor.data_ptr()`; sizes and strides count elements."""
 
+import numpy as np
+import numpy.typing as npt
+
 RUN_TOKENS: int
 
 _Part = tuple[int, int, int]  # address, token stride, head stride
@@ -418,3 +421,51 @@ def head_product(
     out: tuple[int, int, int],
     /,
 ) -> None: ...
+
+class HostStep:
+    """One step's inputs; csrc/host_step.hpp says in which order the views hold what."""
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def decodes(self) -> int: ...
+    @property
+    def sampled(self) -> int: ...
+    @property
+    def fed(self) -> int: ...
+    @property
+    def chunk_max(self) -> int: ...
+    @property
+    def context_max(self) -> int: ...
+    @property
+    def special(self) -> bool: ...
+    def longs(self) -> npt.NDArray[np.int64]: ...
+    def ints(self) -> npt.NDArray[np.int32]: ...
+    def floats(self) -> npt.NDArray[np.float32]: ...
+
+class HostSteps:
+    def __init__(
+        self,
+        table: tuple[int, int, int, int],
+        settings: tuple[int, ...],
+        caches: list[int],
+        blocks: int,
+        last_token: int,
+        /,
+    ) -> None: ...
+    def make(
+        self,
+        slots: npt.NDArray[np.int32],
+        starts: npt.NDArray[np.int32],
+        lengths: npt.NDArray[np.int32],
+        samples: npt.NDArray[np.uint8],
+        feedback: npt.NDArray[np.uint8],
+        token_ids: npt.NDArray[np.uint32],
+        decodes: int,
+        /,
+    ) -> HostStep: ...
+    def run(
+        self, program: Program, sampler: int, vocab: int, step: HostStep, /
+    ) -> tuple[npt.NDArray[np.uint32], list[int] | None]: ...

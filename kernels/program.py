@@ -80,24 +80,30 @@ class Program:
             import tokenrelay.kernels._cpu as native
         except ImportError as error:
             raise NotNative(str(error)) from error
-        self._native = native.Program(cos_sin.shape[0])
+        self.native = native.Program(cos_sin.shape[0])
         self._dtype = dtype
         self._code = _CODES[dtype]
         self._cos_sin = cos_sin
         self._kept: list[object] = [cos_sin]  # what the program holds addresses of
         self._shared: dict[tuple[str, int], int] = {}
-        self._vocab = 0
+        self.vocab = 0  # columns of the logits
+        self.sampler: int | None = None  # variant that chooses tokens from them; None: no native one
         self._layers = 0
         self._absorbs: int | None = None  # tokens of a prompt's chunk that latent attention absorbs; None: it has none
 
+    @property
+    def layers(self) -> int:
+        """That have a cache."""
+        return self._layers
+
     def buffer(self, width: int, dtype: torch.dtype | None = None) -> int:
         """Room for `width` elements of each token."""
-        return self._native.buffer(width * (dtype or self._dtype).itemsize)
+        return self.native.buffer(width * (dtype or self._dtype).itemsize)
 
     def embed(self, table: Tensor, out: int) -> None:
         """Rows of `table` [vocab, d] by token id."""
         vocab, width = table.shape
-        self._native.embed(self._code, vocab, width, self._address(table), out)
+        self.native.embed(self._code, vocab, width, self._address(table), out)
 
     def norm(
         self,
@@ -116,21 +122,21 @@ class Program:
         width = weight.shape[0]
         isa = self._chosen(op, self._dtype, width=width)
         at, x_width = part or (0, width)
-        self._native.norm(isa, self._code, width, x, at, x_width, residual, self._address(weight), eps, out)
+        self.native.norm(isa, self._code, width, x, at, x_width, residual, self._address(weight), eps, out)
 
     def linear(self, x: int, weight: AnyWeight, bias: Tensor | None, out: int) -> None:
         """As `ops.linear` and its kin; into LOGITS in float32."""
         matrix, columns = self._matrix(weight)
         wide = out == self.LOGITS
         if wide:
-            self._vocab = columns
-        self._native.linear(
+            self.vocab, self.sampler = columns, self._sampler_of(columns)
+        self.native.linear(
             self._code, 0 if wide else self._code, matrix, x, 0 if bias is None else self._address(bias), out
         )
 
     def silu_mul(self, x: int, width: int, out: int) -> None:
         """As `ops.silu_mul`: 2 * `width` elements -> `width`."""
-        self._native.silu_mul(self._chosen("silu_mul", self._dtype, width=2 * width), self._code, width, x, out)
+        self.native.silu_mul(self._chosen("silu_mul", self._dtype, width=2 * width), self._code, width, x, out)
 
     def gqa(
         self,
@@ -155,7 +161,7 @@ class Program:
         if self._cos_sin.shape[1] != head_dim:
             raise NotNative("a part of each head is rotated")
         q_norm, k_norm = (0, 0) if norms is None else (self._address(norms[0]), self._address(norms[1]))
-        self._native.gqa(
+        self.native.gqa(
             (norm, rotary, decode, prefill),
             self._code,
             count,
@@ -207,7 +213,7 @@ class Program:
             self._once(name, heads * width, self._dtype)
             for name, width in (("q_rope", rope), ("q_latent", rank), ("attended latents", rank))
         )
-        self._native.mla(
+        self.native.mla(
             variants,
             self._code,
             (heads, shape.nope, rope, rank, shape.value),
@@ -235,7 +241,7 @@ class Program:
             self._once("chosen", shape.top_k, torch.int32),
             self._once("shares", shape.top_k, torch.float32),
         )
-        self._native.route(
+        self.native.route(
             variants,
             self._code,
             width,
@@ -267,27 +273,29 @@ class Program:
             isa = self._chosen("packed_moe" if packed else "quantized_moe", self._dtype, **sizes)
             first = (isa, isa, packed, _integers(gate_up, count * 2 * f))
             second = (isa, isa, packed, _integers(down, count * d))
-        self._native.experts(self._code, first, second, (count, top_k, d, f), (x, *routed, out))
+        self.native.experts(self._code, first, second, (count, top_k, d, f), (x, *routed, out))
 
     def add(self, a: int, b: int, width: int, out: int) -> None:
         """a + b; `out` may be either."""
         isa = self._chosen("silu_mul", self._dtype, width=2 * width)  # any that runs here: sums have one rounding
-        self._native.add(isa, self._code, width, a, b, out)
+        self.native.add(isa, self._code, width, a, b, out)
 
     def takes(self, batch: AttentionBatch) -> bool:
-        """Whether this step's rows are computed by it as by the operations one by one: long chunks of latent attention
-        are projected up, which torch does, and need much room.
-        """
+        """Whether this step's rows are computed by it as by the operations one by one; see `takes_chunks`."""
         if self._absorbs is None or batch.decodes == batch.slots.shape[0]:
             return True
-        tokens = batch.positions.shape[0] - batch.decodes
-        return tokens <= _MLA_PROMPT_TOKENS_MAX and (
-            tokens <= self._absorbs or int(batch.lengths[batch.decodes :].max()) <= self._absorbs
-        )
+        tokens, chunk_max = batch.positions.shape[0] - batch.decodes, int(batch.lengths[batch.decodes :].max())
+        return self.takes_chunks(tokens, chunk_max)
+
+    def takes_chunks(self, tokens: int, chunk_max: int) -> bool:
+        """For so many prompt tokens, and so many in one row. Long chunks of latent attention are projected up, which
+        torch does, and many tokens need much room.
+        """
+        return self._absorbs is None or (tokens <= _MLA_PROMPT_TOKENS_MAX and chunk_max <= self._absorbs)
 
     def take(self, width: int, moves: list[tuple[int, int]]) -> None:
         """From here on only the sampled tokens: each pair says from which buffer into which they go."""
-        self._native.take(width * self._dtype.itemsize, moves)
+        self.native.take(width * self._dtype.itemsize, moves)
 
     def run(self, token_ids: Tensor, batch: AttentionBatch, caches: list[Tensor], sample_rows: Tensor) -> Tensor:
         """token_ids int64 [t], a GQA cache per layer, sample_rows int64 [s] -> float32 logits [s, vocab]."""
@@ -296,8 +304,8 @@ class Program:
         if len(caches) != self._layers:
             raise ValueError(f"caches has {len(caches)} layers, the model {self._layers}")
         blocks, block_tokens = caches[0].shape[0], caches[0].shape[-2]
-        logits = torch.empty(sample_rows.shape[0], self._vocab)
-        self._native.run(
+        logits = torch.empty(sample_rows.shape[0], self.vocab)
+        self.native.run(
             native_batch(batch),
             token_ids.shape[0],
             batch.slots.shape[0],
@@ -332,6 +340,14 @@ class Program:
         if path not in _VARIANTS:
             raise NotNative(f"{op} runs {path}")
         return _VARIANTS[path]
+
+    def _sampler_of(self, vocab: int) -> int | None:
+        """The variant of `ops.sample`; None where it, or what looks for broken logits, is none of ours."""
+        try:
+            self._chosen("finite_rows", torch.float32, vocab=vocab)
+            return self._chosen("sample", torch.float32, vocab=vocab)
+        except NotNative:
+            return None
 
     def _apart(self, op: str, **dims: int) -> None:
         """`op` calls the kernels of its parts, which the program has."""

@@ -335,4 +335,5 @@ PYBIND11_MODULE(_cpu, m) {
   bind_packed(m);
   bind_program(m);
   bind_sampling(m);
+  bind_step(m);
 }

@@ -7,5 +7,6 @@ namespace tokenrelay {
 
 void bind_packed(pybind11::module_& m);
 void bind_program(pybind11::module_& m);
+void bind_step(pybind11::module_& m);
 
 }  // namespace tokenrelay

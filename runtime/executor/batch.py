@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,11 @@ import torch
 from torch import Tensor
 
 from tokenrelay.kernels.batch import AttentionBatch
+from tokenrelay.kernels.step import HostSteps
 from tokenrelay.libscheduler import Plan
+
+if TYPE_CHECKING:
+    from tokenrelay.kernels._cpu import HostStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,22 @@ class Batch:
     tails: tuple[tuple[int, int, int], ...] = ()  # block, block, tokens: KV that is copied before anything else
 
 
+def batch_of(steps: HostSteps, step: HostStep, tails: tuple[tuple[int, int, int], ...]) -> Batch:
+    """The tensors of a step that a native call made: views of its memory."""
+    inputs, fed = steps.inputs(step), step.fed > 0
+    return Batch(
+        token_ids=inputs.token_ids,
+        feedback_at=inputs.fed_at if fed else None,
+        feedback_slots=inputs.fed_slots if fed else None,
+        attention=steps.attention(step),
+        sample_rows=inputs.sample_rows,
+        sample_slots=inputs.sample_slots.numpy(),
+        sample_slots_device=inputs.sample_slots,
+        sample_ends=inputs.sample_ends.numpy(),
+        tails=tails,
+    )
+
+
 class BatchBuilder:
     """Makes batches over the scheduler's persistent block table."""
 
@@ -44,7 +64,7 @@ class BatchBuilder:
         self._shift = block_tokens.bit_length() - 1
         self._mask = block_tokens - 1
         self._device = device
-        self._table_view = _shared(block_table) if device.type == "cpu" else None
+        self._table_view = shared(block_table) if device.type == "cpu" else None
 
     def build(self, plan: Plan) -> Batch:
         """The tensors of `plan`. Reads the block table as it is now, so call it before the next plan is made."""
@@ -87,7 +107,7 @@ class BatchBuilder:
             sample_slots=sample_slots,
             sample_slots_device=self._to_device(sample_slots),
             sample_ends=ends[sampled].astype(np.int64),
-            tails=_tails(plan),
+            tails=tails_of(plan),
         )
 
     def _table_of(self, slots: npt.NDArray[np.int32], context_max: int) -> tuple[Tensor, Tensor]:
@@ -115,22 +135,29 @@ class BatchBuilder:
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
 
 
-def _tails(plan: Plan) -> tuple[tuple[int, int, int], ...]:
+def tails_of(plan: Plan) -> tuple[tuple[int, int, int], ...]:
+    """Block, block, tokens: KV that is copied before the plan's step."""
     if not len(plan.tail_tokens):
         return ()
     return tuple(zip(plan.tail_sources.tolist(), plan.tail_blocks.tolist(), plan.tail_tokens.tolist(), strict=True))
 
 
+def copy_tails(caches: list[Tensor], tails: tuple[tuple[int, int, int], ...]) -> None:
+    """The KV of the first tokens of a block into another one, in every layer: a prompt's last block, copied on write.
+
+    `caches`: a tensor per layer whose first axis is blocks and whose last but one is tokens (docs/kernels.md).
+    """
+    for source, block, tokens in tails:
+        for cache in caches:
+            cache[block].narrow(-2, 0, tokens).copy_(cache[source].narrow(-2, 0, tokens))
+
+
 def begin(batch: Batch, caches: list[Tensor], last_token: Tensor) -> Tensor:
     """What a step does before its model runs, on the executor's thread -> its token ids, int64 [t].
 
-    The KV of tails is copied: the first tokens of a block into another one, in every layer (a prompt's last block,
-    copied on write). Tokens that only the device knows yet come from `last_token` int64 [slots], by slot.
-    `caches`: a tensor per layer whose first axis is blocks and whose last but one is tokens (docs/kernels.md).
+    The KV of tails is copied. Tokens that only the device knows yet come from `last_token` int64 [slots], by slot.
     """
-    for source, block, tokens in batch.tails:
-        for cache in caches:
-            cache[block].narrow(-2, 0, tokens).copy_(cache[source].narrow(-2, 0, tokens))
+    copy_tails(caches, batch.tails)
     if batch.feedback_at is not None and batch.feedback_slots is not None:
         batch.token_ids[batch.feedback_at] = last_token[batch.feedback_slots]
     return batch.token_ids
@@ -172,7 +199,7 @@ def rows_of(plan: Plan) -> Rows:
     return Rows(plan.slots[row_of], starts, lengths, plan.samples[row_of], plan.feedback[row_of], tokens, groups)
 
 
-def _shared(array: npt.NDArray[np.int32]) -> Tensor:
+def shared(array: npt.NDArray[np.int32]) -> Tensor:
     """A tensor over the same memory. The scheduler's view is read-only for Python; nothing here writes it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")

@@ -6,7 +6,8 @@
 
 The next plan is made while a step runs. What a step needs from the host is gathered by `launch`, in the caller's
 thread, because the block table changes with the next plan; the token that a sequence sampled last stays on the device
-and goes from step to step there.
+and goes from step to step there. On a CPU a native call gathers it, and where the model is captured, and no row asks
+for more than a token, another one runs the step from there to its tokens (kernels/step.py).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +26,18 @@ from torch import Tensor
 
 from tokenrelay.base.errors import TokenRelayError
 from tokenrelay.kernels.batch import AttentionBatch
+from tokenrelay.kernels.step import HostSteps
 from tokenrelay.libscheduler import Plan
-from tokenrelay.runtime.executor.batch import Batch, BatchBuilder, begin
+from tokenrelay.runtime.executor.batch import Batch, BatchBuilder, batch_of, begin, copy_tails, shared, tails_of
 from tokenrelay.runtime.executor.grammars import GrammarSource
 from tokenrelay.runtime.executor.predictor import PredictionWork, Predictor, Proposals
-from tokenrelay.runtime.executor.sampler import Sampler, SampleWork
+from tokenrelay.runtime.executor.sampler import NOT_FINITE, Sampler, SampleWork
 from tokenrelay.runtime.executor.threads import use_threads
 from tokenrelay.runtime.requests import SamplingParams, TokenIds, TokenLogprobs
+
+if TYPE_CHECKING:
+    from tokenrelay.kernels._cpu import HostStep
+    from tokenrelay.kernels.program import Program
 
 STEP_WAIT_MAX_S = 600.0  # a step that takes longer hangs: the caller gets an error instead of waiting for ever
 
@@ -56,13 +62,15 @@ class StepResult:
     proposals: Proposals | None = None  # of a prediction layer; the time they took is not in `run_us`
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepWork:
-    """What a step runs: made when it is launched."""
+    """What a step runs: made when it is launched. It has `host`, `batch` or both."""
 
-    batch: Batch
     sampling: SampleWork
-    prediction: PredictionWork | None
+    host: HostStep | None = None  # on a CPU: what a native call reads, and a batch is made of
+    batch: Batch | None = None
+    prediction: PredictionWork | None = None
+    tails: tuple[tuple[int, int, int], ...] = ()  # of `host`
 
 
 class Step:
@@ -72,19 +80,23 @@ class Step:
         self.number = number
         self._work = work
         self._on_done = on_done
-        self._ended = threading.Event()
+        self._done = False
+        self._ended = threading.Lock()  # held until then: a tenth of what an Event costs
+        self._ended.acquire()
         self._result: StepResult | None = None
         self._error: BaseException | None = None
 
     @property
     def done(self) -> bool:
         """Whether `wait` returns at once."""
-        return self._ended.is_set()
+        return self._done
 
     def wait(self, timeout_s: float = STEP_WAIT_MAX_S) -> StepResult:
         """What it sampled. Raises what it raised, or TokenRelayError when it does not end in time."""
-        if not self._ended.wait(timeout_s):
-            raise TokenRelayError(f"step {self.number} did not end within {timeout_s} s")
+        if not self._done:
+            if not self._ended.acquire(timeout=timeout_s):
+                raise TokenRelayError(f"step {self.number} did not end within {timeout_s} s")
+            self._ended.release()  # for whoever waits as well
         if self._error is not None:
             raise self._error
         assert self._result is not None
@@ -99,7 +111,8 @@ class Step:
     def finish(self, result: StepResult | None, error: BaseException | None) -> None:
         """Called once, by the executor."""
         self._result, self._error = result, error
-        self._ended.set()
+        self._done = True
+        self._ended.release()
         self._on_done()
 
 
@@ -131,7 +144,12 @@ class Executor:
         self._batches = BatchBuilder(block_table, block_tokens, self._device)
         self._sampler = Sampler(slots, vocab_size, self._device, grammars)
         self._last_token = torch.zeros(slots, dtype=torch.int64, device=self._device)  # [slots] sampled last
-        self._queue: queue.Queue[Step | None] = queue.Queue(steps_in_flight + 1)
+        self._steps = HostSteps.over(
+            shared(block_table), block_tokens, self._sampler.settings, caches, self._last_token
+        )
+        self._captured: Callable[[], Program | None] | None = getattr(model, "captured", None)
+        self._steps_max = steps_in_flight + 1
+        self._queue: queue.SimpleQueue[Step | None] = queue.SimpleQueue()  # bounded by `launch`
         self._threads = threads
         self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
         self._thread.start()
@@ -147,12 +165,34 @@ class Executor:
 
         `on_done` is called from the executor's thread when the step has ended, however it ended.
         """
-        batch = self._batches.build(plan)
-        work = self._sampler.prepare(plan, batch.sample_slots, batch.sample_ends, requests, token_ids_of)
-        prediction = None if self._predictor is None else self._predictor.prepare(plan, batch)
-        step = Step(plan.step, StepWork(batch, work, prediction), on_done)
-        self._queue.put_nowait(step)  # full: more steps in flight than agreed, a programmer's error
+        if self._queue.qsize() >= self._steps_max:  # more steps in flight than agreed, a programmer's error
+            raise queue.Full(f"{self._steps_max} steps wait")
+        work = self._work_of(plan, requests, token_ids_of)
+        if self._predictor is not None:
+            assert work.batch is not None, "a prediction layer reads tensors"
+            work.prediction = self._predictor.prepare(plan, work.batch)
+        step = Step(plan.step, work, on_done)
+        self._queue.put(step)
         return step
+
+    def _work_of(
+        self, plan: Plan, requests: Mapping[int, SamplingParams], token_ids_of: Callable[[int], TokenIds | None]
+    ) -> StepWork:
+        if self._steps is None:
+            batch = self._batches.build(plan)
+            sampling = self._sampler.prepare(plan, batch.sample_slots, batch.sample_ends, requests, token_ids_of)
+            return StepWork(sampling, batch=batch)
+        sampling = self._sampler.admitted(plan, requests, token_ids_of)
+        host = self._steps.make(
+            plan.slots, plan.starts, plan.lengths, plan.samples, plan.feedback, plan.token_ids, plan.decodes
+        )
+        work = StepWork(sampling, host, tails=tails_of(plan))
+        if host.special or self._predictor is not None or self._captured is None:
+            work.batch = batch_of(self._steps, host, work.tails)
+            sampling.batch, sampling.gathered = self._steps.sampling(host), True
+            if host.special:
+                self._sampler.ask(sampling, plan, work.batch.sample_slots, sampling.batch.position.numpy())
+        return work
 
     def close(self) -> None:
         """Let what was launched end, then the thread."""
@@ -184,6 +224,17 @@ class Executor:
     ) -> tuple[npt.NDArray[np.uint32], dict[int, TokenLogprobs] | None, Proposals | None]:
         batch, sampling = work.batch, work.sampling
         self._sampler.admit(sampling)  # a step that samples nothing admits as well
+        if batch is None:
+            assert work.host is not None and self._steps is not None
+            program = self._program_for(work.host)
+            if program is not None:
+                copy_tails(self._caches, work.tails)
+                chosen, broken = self._steps.run(program, work.host)
+                if broken is not None:
+                    sampling.failures = dict.fromkeys(broken, NOT_FINITE)
+                return chosen, None, None
+            batch = batch_of(self._steps, work.host, work.tails)
+            sampling.batch, sampling.gathered = self._steps.sampling(work.host), True
         token_ids = begin(batch, self._caches, self._last_token)
         logits, hidden = self._compute(batch)
         sampled, logprobs, proposals = token_ids.new_empty(0), None, None
@@ -193,6 +244,14 @@ class Executor:
         if self._predictor is not None and hidden is not None and work.prediction is not None:
             proposals = self._predictor.run(work.prediction, batch, hidden, sampled, sampling.batch)
         return sampled.cpu().numpy().astype(np.uint32), logprobs, proposals
+
+    def _program_for(self, host: HostStep) -> Program | None:
+        """What runs this step from feedback to tokens; None: the model and the sampler, one after the other."""
+        program = None if self._captured is None else self._captured()
+        if program is None or program.sampler is None or program.layers != len(self._caches):
+            return None
+        prompt_tokens = host.tokens - host.decodes
+        return program if not prompt_tokens or program.takes_chunks(prompt_tokens, host.chunk_max) else None
 
     def _compute(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Logits [s, V], and for a prediction layer what stands behind every token [t, d]."""

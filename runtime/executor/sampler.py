@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tokenrelay.kernels import ops
 from tokenrelay.kernels.batch import SamplingBatch
+from tokenrelay.kernels.step import SlotSettings
 from tokenrelay.libscheduler import Plan
 from tokenrelay.runtime.executor.grammars import GrammarAdmission, GrammarSource, GrammarState
 from tokenrelay.runtime.executor.penalties import PenaltyAdmission, PenaltyState
@@ -92,20 +93,46 @@ class Sampler:
         `slots`, `ends`: [s] of the sampled rows; `ends` counts the tokens before the one to sample. `captured`: rows
         that ask for nothing but a token need no tensors, the caller takes their settings by `fill`.
         """
-        admissions: list[PenaltyAdmission] = []
-        grammars: list[GrammarAdmission] = []
-        if len(plan.admitted_ids):
-            self._admit(plan, requests, token_ids_of, admissions, grammars)
-        positions = ends - self._output_start[slots]
+        work = self.admitted(plan, requests, token_ids_of)
         special = bool(self._special[slots].any())
-        gathered = special or not captured
-        batch = self._gather(slots, positions) if gathered else self._no_settings
-        work = SampleWork(batch, admissions, grammar_admissions=grammars, gathered=gathered)
+        positions = ends - self._output_start[slots]
+        if special or not captured:
+            work.batch, work.gathered = self._gather(slots, positions), True
         if special:
-            self._prepare_special(work, slots, positions)
-            if plan.drafted and work.grammar_rows is not None:
-                _note_drafts(work, plan)
+            self.ask(work, plan, slots, positions)
         return work
+
+    def admitted(
+        self,
+        plan: Plan,
+        requests: Mapping[int, SamplingParams],
+        token_ids_of: Callable[[int], TokenIds | None],
+    ) -> SampleWork:
+        """The first part of `prepare`: take over the sequences that the plan admits; nothing is gathered."""
+        work = SampleWork(self._no_settings, gathered=False)
+        if len(plan.admitted_ids):
+            self._admit(plan, requests, token_ids_of, work.admissions, work.grammar_admissions)
+        return work
+
+    def ask(self, work: SampleWork, plan: Plan, slots: Int64s, positions: Int64s) -> None:
+        """The last part of `prepare`, where a sampled row asks for more than a token. `positions`: in the output."""
+        self._prepare_special(work, slots, positions)
+        if plan.drafted and work.grammar_rows is not None:
+            _note_drafts(work, plan)
+
+    @property
+    def settings(self) -> SlotSettings:
+        """Of all slots, as they are; the arrays are the same for ever."""
+        return SlotSettings(
+            temperature=self._temperature,
+            top_p=self._top_p,
+            min_p=self._min_p,
+            top_k=self._top_k,
+            choice=self._choice,
+            seed=self._seed,
+            output_start=self._output_start,
+            special=self._special,
+        )
 
     def fill(self, into: Mapping[str, npt.NDArray[Any]], slots: Int64s, ends: Int64s) -> None:
         """The settings of `slots` [s] into the first s elements of arrays named as `SamplingBatch`'s fields are."""

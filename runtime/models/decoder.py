@@ -27,6 +27,7 @@ from tokenrelay.runtime.models.config import Architecture, ModelConfig
 from tokenrelay.runtime.placement import TOKEN_AXES, Boundary, Layout, Partial, Port, Replicate, edges
 
 if TYPE_CHECKING:
+    from tokenrelay.kernels.program import Program
     from tokenrelay.runtime.models.prediction import Prediction
 
 _EVERYWHERE: Layout = {axis: Replicate() for axis in TOKEN_AXES}
@@ -166,6 +167,10 @@ class Model(Module):
         """From now on, run as one native program where there is one. The weights are final."""
         if self.config.kv_dtype is self.config.dtype:  # the native kernels read no other caches
             self._capture = Capture(self)
+
+    def captured(self) -> Program | None:
+        """The native program of `forward`; None where there is none (see Capture)."""
+        return None if self._capture is None else self._capture.program()
 
     def forward(
         self, token_ids: Tensor, batch: ops.AttentionBatch, caches: list[Tensor], sample_rows: Tensor
