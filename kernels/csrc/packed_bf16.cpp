@@ -11,7 +11,7 @@ struct Bf16 {
   static constexpr int kNarrow = 4, kWide = 4;  // up to 4 rows take 4 blocks at once
 };
 
-constexpr int64_t kAhead = 1024;  // bytes of each stream that are fetched ahead
+constexpr int64_t kAhead = 4096;  // bytes of each stream that are fetched ahead
 
 template <class Kind, int MR, int NR, bool FETCH>
 inline void dot_steps(const PackedDot& job, int64_t block) {
@@ -36,7 +36,7 @@ inline void dot_steps(const PackedDot& job, int64_t block) {
 #pragma GCC unroll 4
     for (int c = 0; c < NR; ++c) {
       const char* p = from + c * stride + k * 64;
-      if constexpr (FETCH) __builtin_prefetch(p + kAhead, 0, 3);
+      if constexpr (FETCH) __builtin_prefetch(p + kAhead, 0, 2);
       column[c] = (__m512bh)_mm512_loadu_si512(p);
     }
 #pragma GCC unroll 8
