@@ -90,12 +90,12 @@ def build_engine(
     `allocate`: the pool's memory, for a transport that shares it. `tokenizer_file`: for outputs with a grammar.
     `graphs`: how decode steps are recorded; None: as the device does it, and on a CPU not at all.
     """
-    config = model.config
+    config, block_tokens = model.config, model.config.kv_layout.block_tokens
     device = model.cos_sin.device
     pool = _pool_for(model, sizes)
     try:
         scheduler_config = SchedulerConfig(
-            block_tokens=config.kv_layout.block_tokens,
+            block_tokens=block_tokens,
             blocks=pool.blocks,
             parts=pool.parts,
             slots=sizes.slots,
@@ -131,22 +131,18 @@ def build_engine(
         caches = wrap_caches(memory.layers, config.kv_layout, pool, config.kv_dtype)
     predictor, drafter = None, None
     if isinstance(model, Model) and model.prediction is not None:
-        predictor = Predictor(
-            model,
-            caches[-1],
-            scheduler.block_table,
-            block_tokens=config.kv_layout.block_tokens,
-            tokens_max=sizes.draft_tokens,
-        )
+        table, tokens_max = scheduler.block_table, sizes.draft_tokens
+        predictor = Predictor(model, caches[-1], table, block_tokens=block_tokens, tokens_max=tokens_max)
         drafter = PredictedDrafter(scheduler, predictor, tokens_max=sizes.draft_tokens)
     common: dict[str, Any] = {
-        "block_tokens": config.kv_layout.block_tokens,
+        "block_tokens": block_tokens,
         "vocab_size": config.vocab_size,
         "steps_in_flight": sizes.steps_in_flight,
+        "predictor": predictor,
         "grammars": GrammarSource(tokenizer_file, config.vocab_size, config.eos_token_ids) if tokenizer_file else None,
     }
     executor: Executor | DeviceExecutor
-    if (graphs is not None or device.type != "cpu") and predictor is None and isinstance(model, Model):
+    if (graphs is not None or device.type != "cpu") and isinstance(model, Model):
         executor = DeviceExecutor(
             model,
             caches,
@@ -158,7 +154,7 @@ def build_engine(
         )
     else:
         threads = sizes.threads or default_threads(parameter_bytes)
-        executor = Executor(model, caches, scheduler.block_table, threads=threads, predictor=predictor, **common)
+        executor = Executor(model, caches, scheduler.block_table, threads=threads, **common)
     engine = Engine(
         scheduler,
         executor,

@@ -29,6 +29,8 @@ from tokenrelay.kernels import ops
 from tokenrelay.kernels.batch import AttentionBatch, SamplingBatch
 from tokenrelay.libscheduler import Plan
 from tokenrelay.runtime.executor.batch import Rows
+from tokenrelay.runtime.executor.predictor import Predictor
+from tokenrelay.runtime.executor.recorded_predictor import Asked, Asking, RecordedPredictor
 from tokenrelay.runtime.executor.sampler import Sampler
 
 log = get_logger("graphs")
@@ -124,8 +126,8 @@ class _Section:
         return buffer[self.offset : self.offset + self.count * self.dtype.itemsize].view(self.dtype)
 
 
-def _sections(rows: int, blocks: int) -> tuple[dict[str, _Section], int]:
-    """By name, and the bytes of all."""
+def _sections(rows: int, blocks: int, more: Mapping[str, tuple[int, torch.dtype]]) -> tuple[dict[str, _Section], int]:
+    """By name, and the bytes of all. `more`: elements and their type, of a prediction layer."""
     counts: dict[str, tuple[int, torch.dtype]] = dict.fromkeys(
         ("token_ids", "slot", "positions", "cache_slots", "seed", "position", "feedback"), (rows, torch.int64)
     )
@@ -133,6 +135,7 @@ def _sections(rows: int, blocks: int) -> tuple[dict[str, _Section], int]:
     counts |= dict.fromkeys(("top_k", "choice", "starts"), (rows, torch.int32))
     counts["groups"] = (rows + 1, torch.int32)
     counts["table"] = (rows * blocks, torch.int32)
+    counts |= more
     found, offset = {}, 0
     for name, (count, dtype) in counts.items():
         found[name] = _Section(offset, count, dtype)
@@ -152,6 +155,7 @@ class Recorded:
     buffer: Tensor | None = None
     out: Tensor | None = None
     replay: Callable[[], None] | None = None
+    asking: Asking | None = None  # with a prediction layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +165,7 @@ class Staged:
     recorded: Recorded
     bytes: Tensor  # of the host, filled
     rows: int
+    asked: Asked | None = None  # with a prediction layer
 
 
 @dataclass(slots=True)
@@ -186,8 +191,13 @@ class Captures:
         steps_in_flight: int,
         draft_tokens: int,
         backend: Backend,
+        predictor: Predictor | None = None,
     ) -> None:
         """`last_token` int64 [slots + 1]: what each slot sampled last; padding writes the last one."""
+        self._predictor = predictor
+        self._recorded_predictor = (
+            None if predictor is None else RecordedPredictor(predictor, block_table, block_tokens=block_tokens)
+        )
         self._model = model
         self._caches = caches
         self._table = block_table
@@ -229,7 +239,8 @@ class Captures:
         host["groups"][: len(groups)] = groups
         host["groups"][len(groups) :] = count
         sampler.fill(host, slots.astype(np.int64), starts.astype(np.int64) + 1)
-        return Staged(recorded, buffer, count)
+        asked = None if self._recorded_predictor is None else self._recorded_predictor.fill(host, rows, plan)
+        return Staged(recorded, buffer, count, asked)
 
     def _pad(self, host: Mapping[str, npt.NDArray[Any]], count: int) -> None:
         """Rows from `count` on: greedy, one token of block 0, written nowhere."""
@@ -241,12 +252,15 @@ class Captures:
         host["cache_slots"][count:] = -1
         host["slot"][count:] = self._table.shape[0]
         host["table"].reshape(len(host["starts"]), -1)[count:, 0] = 0
+        if self._recorded_predictor is not None:
+            self._recorded_predictor.pad(host, count, 0)
 
     def _of(self, size: int, group_max: int) -> Recorded:
         with self._lock:
             found = self._recorded.get((size, group_max))
             if found is None:
-                sections, count = _sections(size, self._table.shape[1])
+                more = {} if self._recorded_predictor is None else self._recorded_predictor.sections(size)
+                sections, count = _sections(size, self._table.shape[1], more)
                 staging = []
                 for _ in range(self._ring):
                     buffer = self._backend.host_bytes(count)
@@ -264,10 +278,22 @@ class Captures:
         if recorded.replay is None:
             self._record(recorded)
         assert recorded.buffer is not None and recorded.out is not None and recorded.replay is not None
+        if self._recorded_predictor is not None and staged.asked is not None:
+            self._recorded_predictor.admit(staged.asked)
         recorded.buffer.copy_(staged.bytes, non_blocking=True)
         recorded.replay()
         self.stats.replays += 1
         return recorded.out[: staged.rows]
+
+    def ask(self, staged: Staged) -> Tensor | None:
+        """Queue what the prediction layer is asked -> `Asking.out` of the step's sequences; None: nothing."""
+        asked, asking = staged.asked, staged.recorded.asking
+        if asked is None or asking is None or asked.width == 0:
+            return None
+        assert asking.replay is not None
+        for _ in range(asked.width):
+            asking.replay()
+        return asking.out[: len(asked.sequence_ids)]
 
     def warm_up(self) -> None:
         """Record every size, the largest first, so that the others fit in its memory."""
@@ -292,14 +318,25 @@ class Captures:
         def step() -> None:
             self._step(recorded, views, constants, rows, ones)
 
-        try:
-            recorded.replay = self._backend.capture(step)
-        except Exception as error:  # a kernel that waits for the device cannot be recorded: slower, not wrong
-            log.warning("a decode step could not be recorded and runs by itself", rows=recorded.rows, error=repr(error))
-            self.stats.refused += 1
-            recorded.replay = step
-        else:
+        part = self._recorded_predictor
+        if part is not None:
+            recorded.asking = part.asking(recorded.rows)
+        recorded.replay, whole = self._capture(step, recorded.rows)
+        if part is not None and recorded.asking is not None and recorded.asking.out.shape[1] > 1:
+            asking = recorded.asking
+            asking.replay, also = self._capture(lambda: part.ask(asking, views, recorded.rows), recorded.rows)
+            whole = whole and also
+        if whole:
             self.stats.recorded.append((recorded.rows, recorded.group_max))
+
+    def _capture(self, run: Callable[[], None], rows: int) -> tuple[Callable[[], None], bool]:
+        """The replay, and whether it is one."""
+        try:
+            return self._backend.capture(run), True
+        except Exception as error:  # a kernel that waits for the device cannot be recorded: slower, not wrong
+            log.warning("a decode step could not be recorded and runs by itself", rows=rows, error=repr(error))
+            self.stats.refused += 1
+            return run, False
 
     def _step(
         self, recorded: Recorded, views: dict[str, Tensor], constants: Tensor, rows: Tensor, ones: Tensor
@@ -321,7 +358,12 @@ class Captures:
         )
         slot = views["slot"]
         token_ids = torch.where(views["feedback"] > 0, self._last_token[slot], views["token_ids"])
-        logits = self._model(token_ids, batch, self._caches, rows)
+        hidden = None
+        if self._predictor is None:
+            logits = self._model(token_ids, batch, self._caches, rows)
+        else:
+            hidden = self._predictor.model.hidden(token_ids, batch, self._caches)
+            logits = self._predictor.logits(hidden)
         settings = SamplingBatch(
             *(views[name] for name in ("temperature", "top_p", "top_k", "min_p", "seed", "choice", "position"))
         )
@@ -329,6 +371,9 @@ class Captures:
         self._last_token[slot] = tokens
         assert recorded.out is not None
         recorded.out.copy_(told)
+        if self._recorded_predictor is not None and recorded.asking is not None and hidden is not None:
+            drafts = recorded.group_max > 1
+            self._recorded_predictor.after_step(recorded.asking, views, drafts, token_ids, hidden, tokens)
 
 
 def sampled_or_not(logits: Tensor, settings: SamplingBatch) -> tuple[Tensor, Tensor]:

@@ -93,14 +93,14 @@ class Predictor:
         assert isinstance(model.prediction, Prediction)
         self.width = 0  # tokens to propose behind each row of the next step; set before its launch
         self.wanted: Container[int] = ()  # sequences that want proposals
-        self._model, self._layer, self._cache = model, model.prediction, cache
+        self.model, self.layer, self.cache, self.tokens_max = model, model.prediction, cache, tokens_max
         self._table = block_table
         self._shift = block_tokens.bit_length() - 1
         self._mask = block_tokens - 1
-        self._tokens_max = tokens_max
         self._device = cache.device
         slots, hidden = block_table.shape[0], model.architecture.hidden
-        self._carried = torch.zeros(slots, hidden, dtype=model.config.dtype, device=self._device)  # 0: not known
+        # [slots + 1, d], 0: not known; the last one is of rows that pad a recorded step
+        self.carried = torch.zeros(slots + 1, hidden, dtype=model.config.dtype, device=self._device)
 
     # -- engine's thread ----------------------------------------------------------------------------------------------
     def prepare(self, plan: Plan, batch: Batch) -> PredictionWork:
@@ -126,7 +126,7 @@ class Predictor:
         token_at = np.where(within < known, first[row] + within, tokens + first_sampled[row] + within - known)
         blocks = self._table[slots[row], positions >> self._shift].astype(np.int64)
         return PredictionWork(
-            width=min(self.width, self._tokens_max),
+            width=min(self.width, self.tokens_max),
             decode_only=decodes == rows,
             carries=bool((within == 0).any()),
             in_order=len(hidden_at) == tokens and bool((hidden_at == np.arange(tokens)).all()),
@@ -187,11 +187,11 @@ class Predictor:
     # -- executor's thread --------------------------------------------------------------------------------------------
     def hidden(self, batch: Batch, caches: list[Tensor]) -> Tensor:
         """The step's forward pass, up to what the head multiplies: [t, d]."""
-        return self._model.hidden(batch.token_ids, batch.attention, caches)
+        return self.model.hidden(batch.token_ids, batch.attention, caches)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[s, d] -> float32 [s, V]."""
-        found: Tensor = self._model.head(hidden)
+        found: Tensor = self.model.head(hidden)
         return found
 
     def run(
@@ -200,10 +200,10 @@ class Predictor:
         """Write the step's entries, and propose. hidden [t, d], sampled int64 [s], whose parameters are `sampling`."""
         began, token_ids = time.perf_counter_ns(), batch.token_ids
         if work.admitted_slots is not None:
-            self._carried[work.admitted_slots] = 0.0
-        source = torch.cat((hidden, self._carried[work.row_slots])) if work.carries else hidden
+            self.carried[work.admitted_slots] = 0.0
+        source = torch.cat((hidden, self.carried[work.row_slots])) if work.carries else hidden
         accepted = self._accepted(work, token_ids, sampled)
-        self._carried[work.row_slots] = hidden[work.last_at + accepted]
+        self.carried[work.row_slots] = hidden[work.last_at + accepted]
         said = torch.cat((token_ids, sampled))
         asked, kept, at = work.asked, None, work.positions.new_empty(0)
         if asked is not None:
@@ -213,13 +213,13 @@ class Predictor:
             at, positions = entries[kept], (asked.positions + came)[kept]
         pairs = Pairs(
             hidden=source if work.in_order else source[work.hidden_at],
-            embedded=self._model.embed(said[work.token_at]),
+            embedded=self.model.embed(said[work.token_at]),
             positions=work.positions,
             cache_slots=work.cache_slots,
             asked=at,
         )
         if asked is None or kept is None or not len(kept):
-            self._layer.write(pairs, self._model.cos_sin, self._cache)
+            self.layer.write(pairs, self.model.cos_sin, self.cache)
             return None
         y = self._predict(pairs, batch, asked, kept, positions)
         chosen = _rows_of(sampling, (asked.sampled + came)[kept])
@@ -251,7 +251,7 @@ class Predictor:
             decodes=rows,
             context_max=asked.context_max,
         )
-        y: Tensor = self._layer(pairs, self._model.cos_sin, attention, self._cache)
+        y: Tensor = self.layer(pairs, self.model.cos_sin, attention, self.cache)
         return y
 
     def _propose(
@@ -270,7 +270,7 @@ class Predictor:
         alive = torch.arange(len(kept), device=self._device)
         for i in range(width):
             sampling = _moved(sampling)
-            tokens = ops.sample(self._model.head(y), sampling)
+            tokens = ops.sample(self.model.head(y), sampling)
             proposed[alive, i] = tokens
             positions = positions + 1
             inside = (positions < asked.limits[kept]).nonzero().flatten()
@@ -283,7 +283,7 @@ class Predictor:
             block = torch.where(second, blocks[:, 1], blocks[:, 0])
             pairs = Pairs(
                 hidden=y[inside],
-                embedded=self._model.embed(tokens[inside]),
+                embedded=self.model.embed(tokens[inside]),
                 positions=positions,
                 cache_slots=(block << self._shift) | (positions & self._mask),
                 asked=torch.arange(len(kept), device=self._device),

@@ -15,6 +15,8 @@ from predictions import make_prediction_checkpoint, make_steady_checkpoint
 
 from tokenrelay.kernels import registry
 from tokenrelay.libscheduler import Outcome, Plan
+from tokenrelay.runtime.executor.device import DeviceExecutor
+from tokenrelay.runtime.executor.graphs import Eager
 from tokenrelay.runtime.executor.predictor import Proposals
 from tokenrelay.runtime.models.prediction import Pairs
 from tokenrelay.runtime.predicted import Pace, PredictedDrafter
@@ -51,6 +53,12 @@ def steady(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def models(request: pytest.FixtureRequest) -> Models:
     found: Models = request.getfixturevalue(request.param)
     return found
+
+
+@pytest.fixture(params=["apart", "recorded"])
+def how(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """How steps run: operation by operation, as on a CPU, or as recordings of fixed sizes, as on a device."""
+    return {"graphs": Eager()} if request.param == "recorded" else {}
 
 
 @pytest.fixture
@@ -126,11 +134,11 @@ SAMPLINGS = {
 
 @pytest.mark.parametrize("name", SAMPLINGS)
 @pytest.mark.usefixtures("eager")
-def test_the_text_is_that_of_a_run_without_drafts(models: Models, name: str) -> None:
+def test_the_text_is_that_of_a_run_without_drafts(models: Models, name: str, how: dict[str, Any]) -> None:
     sampling, prompts = SAMPLINGS[name], prompts_of(models.plain)
     with Harness(models.plain) as harness:
         before = harness.wait(*[harness.submit(prompt, 40, sampling=sampling) for prompt in prompts])
-    with Harness(models.with_layer, draft_tokens=WIDTH) as harness:
+    with Harness(models.with_layer, **how, draft_tokens=WIDTH) as harness:
         after = harness.wait(*[harness.submit(prompt, 40, sampling=sampling) for prompt in prompts])
         drafts = harness.engine.stats.drafts
         harness.assert_quiet()
@@ -141,12 +149,37 @@ def test_the_text_is_that_of_a_run_without_drafts(models: Models, name: str) -> 
 
 
 @pytest.mark.usefixtures("eager")
-def test_most_of_a_steady_models_proposals_come_true(steady: Models) -> None:
+def test_recorded_steps_propose_what_others_do(models: Models) -> None:
+    """Drawn tokens, one sequence at a time, so that where a block ends there is a step without drafts: both kinds are
+    recorded. When a draft comes depends on how steps overlap, what is proposed behind a text does not."""
+    prompts, drawn = prompts_of(models.plain), SamplingParams(temperature=0.7, top_k=8, seed=5)
+    outputs, heard = [], []
+    for graphs in (None, Eager()):
+        with Heard(models.with_layer, graphs=graphs) as harness:
+            outputs.append([harness.run(prompt, tokens_max=40, sampling=drawn) for prompt in prompts])
+            executor, steps = harness.engine._executor, harness.engine.stats.steps
+            harness.assert_quiet()
+        heard.append(harness.heard)
+    assert outputs[0] == outputs[1]
+    for sequence_id, proposed in heard[0].items():
+        both = proposed.keys() & heard[1][sequence_id].keys()
+        assert len(both) >= 5
+        for context in both:
+            pairs = zip(proposed[context], heard[1][sequence_id][context], strict=False)  # as far as a block went
+            assert all(one == other for one, other in pairs), (sequence_id, context)
+    assert isinstance(executor, DeviceExecutor)
+    stats = executor.captures.stats
+    assert stats.refused == 0 and stats.replays >= 0.7 * steps
+    assert {group_max for _, group_max in stats.recorded} == {1, 1 + WIDTH}
+
+
+@pytest.mark.usefixtures("eager")
+def test_most_of_a_steady_models_proposals_come_true(steady: Models, how: dict[str, Any]) -> None:
     prompts = prompts_of(steady.plain)
     with Harness(steady.plain) as harness:
         plain = harness.run(*prompts, tokens_max=40)
         steps = harness.engine.stats.steps
-    with Harness(steady.with_layer, draft_tokens=WIDTH) as harness:
+    with Harness(steady.with_layer, **how, draft_tokens=WIDTH) as harness:
         assert harness.run(*prompts, tokens_max=40) == plain
         drafts = harness.engine.stats.drafts
         assert harness.engine.stats.steps < 0.7 * steps
@@ -154,10 +187,10 @@ def test_most_of_a_steady_models_proposals_come_true(steady: Models) -> None:
 
 
 @pytest.mark.usefixtures("eager")
-def test_proposals_are_those_of_the_layer_by_hand(models: Models) -> None:
+def test_proposals_are_those_of_the_layer_by_hand(models: Models, how: dict[str, Any]) -> None:
     """At every token, whatever was drafted and rejected before it, with prompts in chunks."""
     prompts = prompts_of(models.plain)
-    with Heard(models.with_layer, step_tokens=48, chunk_tokens=23) as harness:
+    with Heard(models.with_layer, **how, step_tokens=48, chunk_tokens=23) as harness:
         outputs = harness.run(*prompts, tokens_max=50)
         heard = dict(harness.heard)
         rejected = harness.engine.stats.drafts
@@ -174,10 +207,10 @@ def test_proposals_are_those_of_the_layer_by_hand(models: Models) -> None:
 
 
 @pytest.mark.usefixtures("eager")
-def test_the_second_proposal_is_made_of_the_first(wild: Models) -> None:
+def test_the_second_proposal_is_made_of_the_first(wild: Models, how: dict[str, Any]) -> None:
     """The layer asked again: with what stands behind its own answer, and the token that it proposed."""
     model, prompt = wild.with_layer, prompts_of(wild.plain)[0]
-    with Heard(model) as harness:
+    with Heard(model, **how) as harness:
         harness.run(prompt, tokens_max=4)
         first = harness.heard[1][len(prompt) + 1]
     text = prompt + harness.transcripts[1].token_ids[:1]
@@ -218,11 +251,11 @@ def cut(batch: Any, length: int, start: int = 0) -> Any:
 
 
 @pytest.mark.usefixtures("eager")
-def test_blocks_that_are_found_in_the_cache_hold_the_layers_kv(models: Models) -> None:
+def test_blocks_that_are_found_in_the_cache_hold_the_layers_kv(models: Models, how: dict[str, Any]) -> None:
     """A next turn: its prompt is the first one's text. What it proposes is what the layer says by hand, but that one
     token, the first behind the cached ones, has nothing before it."""
     model, prompt = models.with_layer, prompts_of(models.plain)[1]
-    with Heard(model) as harness:
+    with Heard(model, **how) as harness:
         (output,) = harness.run(prompt, tokens_max=50)
         turn = prompt + output + [7, 8, 9]
         second = harness.submit(turn, 20)
@@ -238,14 +271,14 @@ def test_blocks_that_are_found_in_the_cache_hold_the_layers_kv(models: Models) -
 
 
 @pytest.mark.usefixtures("eager")
-def test_blocks_that_come_back_from_host_memory_hold_the_layers_kv(wild: Models) -> None:
+def test_blocks_that_come_back_from_host_memory_hold_the_layers_kv(wild: Models, how: dict[str, Any]) -> None:
     """A pool that has forgotten the first prompt when it comes again; what it proposes then is as when it was new, but
     for the one token behind the loaded blocks."""
     model, vocab = wild.with_layer, wild.plain.config.vocab_size
     prompts = [[(start + i * i) % vocab for i in range(5 * BLOCK_TOKENS + 3)] for start in (3, 50, 90, 70)]
     block_bytes = model.config.kv_layers * model.config.kv_layout.bytes_per_block(torch.float32)
     sizes = {"blocks": 14, "slots": 2, "context_tokens": 7 * BLOCK_TOKENS, "host_memory_bytes": 64 * block_bytes}
-    with Heard(model, **sizes) as harness:
+    with Heard(model, **how, **sizes) as harness:
         first = [harness.run(prompt, tokens_max=12)[0] for prompt in prompts]
         assert [harness.run(prompt, tokens_max=12)[0] for prompt in prompts] == first
         assert harness.engine.stats.host.loads > 0
@@ -291,23 +324,23 @@ def test_other_forms_of_weights(steady: Models, form: str) -> None:
 
 
 @pytest.mark.usefixtures("eager")
-def test_preemption_and_a_full_pool(models: Models) -> None:
+def test_preemption_and_a_full_pool(models: Models, how: dict[str, Any]) -> None:
     """Each is admitted with three blocks and needs seven of sixteen."""
     prompts = [prompt[:40] for prompt in prompts_of(models.plain, 12) if len(prompt) >= 40][:6]
     with Harness(models.plain) as harness:
         plain = harness.run(*prompts, tokens_max=60)
-    with Heard(models.with_layer, blocks=16, context_tokens=112) as harness:
+    with Heard(models.with_layer, **how, blocks=16, context_tokens=112) as harness:
         assert harness.run(*prompts, tokens_max=60) == plain
         assert harness.engine.stats.preemptions > 0
         harness.assert_quiet()
 
 
 @pytest.mark.usefixtures("eager")
-def test_aborts_in_the_middle_of_drafts(steady: Models) -> None:
+def test_aborts_in_the_middle_of_drafts(steady: Models, how: dict[str, Any]) -> None:
     prompts = prompts_of(steady.plain)
     with Harness(steady.plain) as harness:
         plain = harness.run(*prompts, tokens_max=60)
-    with Harness(steady.with_layer, draft_tokens=WIDTH) as harness:
+    with Harness(steady.with_layer, **how, draft_tokens=WIDTH) as harness:
         ids = [harness.submit(prompt, 60) for prompt in prompts]
         transcript = harness.transcripts[ids[0]]
         harness.wait_for(lambda: len(transcript.token_ids) >= 5 or transcript.terminals, "some tokens")

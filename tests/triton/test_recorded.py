@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "engine"))
 
 from checkpoints import make_checkpoint
 from harness import BLOCK_TOKENS, Harness, plain_greedy, plain_logits
+from predictions import make_steady_checkpoint
 from recording import Recording
 from triton_cases import DEVICE, FULL
 
@@ -23,6 +24,7 @@ from tokenrelay.kernels.layout import MlaLayout
 from tokenrelay.runtime import build
 from tokenrelay.runtime.executor.device import DeviceExecutor
 from tokenrelay.runtime.executor.graphs import DeviceGraphs
+from tokenrelay.runtime.predicted import Pace, PredictedDrafter
 from tokenrelay.runtime.requests import SamplingParams
 from tokenrelay.runtime.weights.loader import load_model
 
@@ -90,6 +92,25 @@ def test_drafts_and_drawn_tokens_are_replayed_too(model: Any) -> None:
     backend = DeviceGraphs(DEVICE) if FULL else Recording()
     with on_triton(), Harness(model, graphs=backend, slots=1, draft_tokens=2) as harness:
         assert harness.run(prompt, tokens_max=4, sampling=drawn) == expected
+
+
+def test_a_prediction_layer_is_replayed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which drafted tokens came true, the entries of the layer's KV and what is asked next: all found on the device."""
+    monkeypatch.setattr(PredictedDrafter, "_best_width", lambda self, rates, *_: (len(rates), 1.0))
+    monkeypatch.setattr(Pace, "pays", lambda _: None)
+    folder = make_steady_checkpoint(tmp_path / "model", noise=0.1)
+    options: dict[str, Any] = {"dtype": torch.float32, "block_tokens": BLOCK_TOKENS, "device": DEVICE}
+    prompt, count = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9], 9
+    expected = plain_greedy(load_model(folder, **options), prompt, count)
+    backend = DeviceGraphs(DEVICE) if FULL else Recording()
+    model = load_model(folder, prediction="on", **options)
+    with on_triton(), Harness(model, graphs=backend, slots=1, draft_tokens=2) as harness:
+        assert harness.run(prompt, tokens_max=count) == [expected]
+        drafts, executor = harness.engine.stats.drafts, harness.engine._executor
+        assert isinstance(executor, DeviceExecutor)
+        assert executor.captures.stats.refused == 0 < executor.captures.stats.replays
+        assert not harness.fatal
+    assert drafts.proposer == "mtp" and drafts.accepted > 0.5 * drafts.tokens > 0
 
 
 def test_a_kernel_that_asks_the_host_cannot_be_recorded(model: Any) -> None:
