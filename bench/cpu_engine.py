@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read when torch is imported; as the supervisor sets it for workers
+
 import torch
 from rich.console import Console
 from rich.table import Table

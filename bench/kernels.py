@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 

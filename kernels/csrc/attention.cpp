@@ -24,7 +24,8 @@ char* at(void* base, int64_t elements, DType dtype) { return static_cast<char*>(
 // Some tokens x some heads of one row of the step. Query rows are (token, head), the head running faster.
 struct Unit {
   int64_t row, token, tokens, head, heads;
-  int64_t start;  // absolute position of the first token
+  int64_t start;     // absolute position of the first token
+  int64_t kv_heads;  // that the heads read; more than 1 only for one token
   int64_t rows() const { return tokens * heads; }
   int64_t context() const { return start + tokens; }
   int64_t runs() const { return ceil_div(context(), kRunTokens); }
@@ -63,18 +64,26 @@ int64_t tokens_in_line(const StepRows& rows, int64_t row) {
   return tokens;
 }
 
-std::vector<Unit> make_units(const StepRows& rows, const PagedCache& cache, const Queries& queries, int64_t unit_rows) {
+// How units are cut; no bit depends on it.
+struct Cut {
+  int64_t rows;      // of a unit, at most
+  int64_t kv_heads;  // that a unit of one token reads, at most
+};
+
+std::vector<Unit> make_units(const StepRows& rows, const PagedCache& cache, const Queries& queries, const Cut& cut) {
   std::vector<Unit> units;
   const int64_t group = queries.heads / cache.kv_heads;  // query heads that read one KV head
-  const int64_t heads = min_of(group, unit_rows);
-  const int64_t tokens = max_of(1, unit_rows / heads);
+  const int64_t heads = min_of(group, cut.rows);
+  const int64_t tokens = max_of(1, cut.rows / heads);
   for (int64_t row = rows.first; row < rows.last;) {
     const int64_t first = rows.offsets[row] - rows.token_base, count = tokens_in_line(rows, row);
+    const int64_t together = count == 1 && heads == group ? cut.kv_heads : 1;
     for (int64_t t = 0; t < count; t += tokens) {
-      for (int64_t kv = 0; kv < cache.kv_heads; ++kv) {
+      for (int64_t kv = 0; kv < cache.kv_heads; kv += together) {
+        const int64_t kv_heads = min_of(together, cache.kv_heads - kv);
         for (int64_t h = 0; h < group; h += heads) {
-          units.push_back({row, first + t, min_of(tokens, count - t), kv * group + h, min_of(heads, group - h),
-                           rows.starts[row] + t});
+          units.push_back({row, first + t, min_of(tokens, count - t), kv * group + h,
+                           min_of(heads, group - h) * kv_heads, rows.starts[row] + t, kv_heads});
         }
       }
     }
@@ -83,12 +92,18 @@ std::vector<Unit> make_units(const StepRows& rows, const PagedCache& cache, cons
   return units;
 }
 
-// Rows that share a unit: what the inner loops like best, less where the threads would not all have work.
-int64_t rows_of_units(const StepRows& rows, const Queries& queries, int64_t wanted) {
-  int64_t tokens = 0;
-  for (int64_t row = rows.first; row < rows.last; ++row) tokens += rows.lengths[row];
-  while (wanted > kUnitRowsMin && tokens * queries.heads < wanted * 4 * threads()) wanted /= 2;
-  return wanted;
+// What the inner loops like best, less where the threads would not all have work.
+Cut cut_for(const StepRows& rows, const PagedCache& cache, const Queries& queries, const AttendNeeds& needs) {
+  const int64_t group = queries.heads / cache.kv_heads;
+  Cut cut{needs.rows, max_of(1, min_of(needs.held / group, cache.kv_heads))};
+  int64_t tokens = 0, runs = 0;
+  for (int64_t row = rows.first; row < rows.last; ++row) {
+    tokens += rows.lengths[row];
+    runs += ceil_div(rows.starts[row] + rows.lengths[row], kRunTokens);
+  }
+  while (cut.rows > kUnitRowsMin && tokens * queries.heads < cut.rows * 4 * threads()) cut.rows /= 2;
+  while (cut.kv_heads > 1 && runs * cache.kv_heads < cut.kv_heads * 8 * threads()) cut.kv_heads /= 2;
+  return cut;
 }
 
 // Copies the unit's queries, in the type that the dot products want: [rows, da + db].
@@ -132,7 +147,7 @@ class Attention {
 
   void run() {
     for (int64_t row = rows_.first; row < rows_.last; ++row) check_row(rows_, cache_, queries_, row);
-    std::vector<Unit> units = make_units(rows_, cache_, queries_, rows_of_units(rows_, queries_, needs_.rows));
+    std::vector<Unit> units = make_units(rows_, cache_, queries_, cut_for(rows_, cache_, queries_, needs_));
     int64_t total = 0, longest = 0;
     for (const Unit& unit : units) {
       total += unit.runs();
@@ -235,8 +250,9 @@ class Attention {
     int64_t* visible = static_cast<int64_t*>(scratch(kVisible, unit.rows() * 8));
     for (int64_t r = 0; r < unit.rows(); ++r) visible[r] = unit.start + r / unit.heads + 1;
     float* scores = static_cast<float*>(scratch(kScores, needs_.bytes));
-    table_.attend({cache_.dtype, unit.rows(), queries_.da + queries_.db, 0, out_.dv, q, k, nullptr, v, tokens, first,
-                   visible, scale_, to.m, to.l, to.o, scores});
+    table_.attend({cache_.dtype, unit.rows() / unit.kv_heads, queries_.da + queries_.db, 0, out_.dv, unit.kv_heads,
+                   cache_.head_stride * size_of(cache_.dtype), q, k, nullptr, v, tokens, first, visible, scale_, to.m,
+                   to.l, to.o, scores});
   }
 
   void finish(const Unit& unit, const Partial& state) const {
@@ -291,7 +307,7 @@ void dense_attention(const Table& table, const DenseStretch& s, const Queries& q
         k2[i] = at(s.k2, at_token * s.k2_token, s.dtype);
         v[i] = at(s.v, at_token * s.v_token + head * s.v_head, s.dtype);
       }
-      table.attend({s.dtype, rows, s.dk, s.dk2, s.dv, q, k, k2, v, tokens, begin, visible, scale, next.m, next.l,
+      table.attend({s.dtype, rows, s.dk, s.dk2, s.dv, 1, 0, q, k, k2, v, tokens, begin, visible, scale, next.m, next.l,
                     next.o, scores});
       const int64_t state = head * s.q_tokens + token;
       table.merge(rows, s.dv, m + state, l + state, o + state * s.dv, next.m, next.l, next.o);

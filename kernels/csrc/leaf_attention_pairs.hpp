@@ -16,6 +16,7 @@ namespace tokenrelay::TOKENRELAY_ISA {
 namespace {
 
 constexpr int64_t kPairGroup = 16;      // tokens or columns side by side
+constexpr int64_t kPairHeld = 16;       // rows whose scores are held at once
 constexpr int64_t kPairRows = 8;        // rows of one product
 constexpr int64_t kPairShared = 256;    // rows that best share packed keys and values: packing costs 2 % then
 constexpr int64_t kPairDepthMax = 256;  // a run of packed keys and values stays in the second cache
@@ -25,7 +26,7 @@ inline int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * un
 
 // The parts of an AttendJob's scratch.
 struct PairScratch {
-  float *scores, *sums;  // [kPairRows, kRunTokens], [kPairRows, columns]
+  float *scores, *sums;  // [kPairHeld, kRunTokens], [kPairHeld, columns]
   bf16 *weights, *queries;
   bf16 *keys, *values;  // of a run, or of a tile where few rows read them
 
@@ -34,16 +35,16 @@ struct PairScratch {
 
   static int64_t bytes(int64_t depth, int64_t dv) {
     const int64_t wide = round_up(steps(depth) * 2, 32);
-    return kPairRows * (kRunTokens * 6 + columns(dv) * 4 + wide * 2) + kRunTokens * (wide + columns(dv)) * 2;
+    return kPairHeld * (kRunTokens * 6 + columns(dv) * 4 + wide * 2) + kRunTokens * (wide + columns(dv)) * 2;
   }
 
   explicit PairScratch(const AttendJob& job) {
     const int64_t wide = round_up(steps(job.dk + job.dk2) * 2, 32);
     scores = job.scores;
-    sums = scores + kPairRows * kRunTokens;
-    weights = reinterpret_cast<bf16*>(sums + kPairRows * columns(job.dv));
-    queries = weights + kPairRows * kRunTokens;
-    keys = queries + kPairRows * wide;
+    sums = scores + kPairHeld * kRunTokens;
+    weights = reinterpret_cast<bf16*>(sums + kPairHeld * columns(job.dv));
+    queries = weights + kPairHeld * kRunTokens;
+    keys = queries + kPairHeld * wide;
     values = keys + kRunTokens * wide;
   }
 };
@@ -53,31 +54,48 @@ struct PairScratch {
 // that only prefetches is pure to GCC, and its calls are dropped.
 class Ahead {
  public:
-  explicit Ahead(const AttendJob& job) : job_(job), row_(min_of(job.tokens, kTileTokens)) { aim(); }
+  explicit Ahead(const AttendJob& job) : job_(job), passed_(min_of(job.tokens, kTileTokens)), token_(passed_) { aim(); }
 
-  // Nothing beyond the row `limit`, counted through keys and values, is asked for yet.
-  void allow(int64_t limit) { limit_ = min_of(limit, 2 * job_.tokens); }
+  // Reading comes to a tile of a head: nothing beyond the next tile is asked for yet.
+  void allow(bool values, int64_t tile, int64_t head) {
+    const int64_t count = min_of(kTileTokens, job_.tokens - tile);
+    limit_ = (values ? job_.tokens + tile : tile) * job_.heads + head * count + 2 * kTileTokens;
+    limit_ = min_of(limit_, 2 * job_.tokens * job_.heads);
+  }
 
   [[gnu::always_inline]] void fetch(int64_t lines) {
-    for (int64_t i = 0; i < lines && row_ < limit_; ++i) {
+    for (int64_t i = 0; i < lines && passed_ < limit_; ++i) {
       __builtin_prefetch(at_, 0, 2);
       at_ += 64;
       if (at_ < end_) continue;
-      ++row_;
+      ++passed_;
+      ++token_;
       aim();
     }
   }
 
  private:
+  // The order of reading: all heads of a tile, tile by tile.
   void aim() {
-    if (row_ >= 2 * job_.tokens) return;
-    const bool keys = row_ < job_.tokens;
-    at_ = static_cast<const char*>(keys ? job_.k[row_] : job_.v[row_ - job_.tokens]);
-    end_ = at_ + (keys ? job_.dk : job_.dv) * 2;
+    if (token_ == min_of(job_.tokens, tile_ + kTileTokens)) {
+      if (++head_ == job_.heads) {
+        head_ = 0;
+        tile_ += kTileTokens;
+      }
+      if (tile_ >= job_.tokens) {
+        tile_ = 0;
+        values_ = true;
+      }
+      token_ = tile_;
+    }
+    at_ = static_cast<const char*>(values_ ? job_.v[token_] : job_.k[token_]) + head_ * job_.head_bytes;
+    end_ = at_ + (values_ ? job_.dv : job_.dk) * 2;
   }
 
   const AttendJob& job_;
-  int64_t row_, limit_ = 0;
+  int64_t passed_, limit_ = 0;  // keys and values of a token and head
+  int64_t tile_ = 0, head_ = 0, token_;
+  bool values_ = false;
   const char *at_ = nullptr, *end_ = nullptr;
 };
 
@@ -110,19 +128,19 @@ inline void transpose(__m512i (&row)[16]) {
   for (int i = 0; i < 16; ++i) row[i] = half[i];
 }
 
-// `depth` elements of up to 16 tokens' keys, behind one another in `out`.
-inline void pack_group(const void* const* k, int64_t count, int64_t depth, bf16* out, Ahead& ahead) {
+// `depth` elements of up to 16 tokens' keys, `offset` bytes behind their addresses, behind one another in `out`.
+inline void pack_group(const void* const* k, int64_t offset, int64_t count, int64_t depth, bf16* out, Ahead& ahead) {
+  const auto key = [&](int64_t i) { return static_cast<const char*>(k[i]) + offset; };
   for (int64_t d = 0; d < depth; d += 32) {
     const int64_t n = min_of(32, depth - d);
     const __mmask32 present = static_cast<__mmask32>((uint64_t{1} << n) - 1);
     __m512i row[16];
     if (count >= kPairGroup && n == 32) {
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) row[i] = _mm512_loadu_si512(static_cast<const bf16*>(k[i]) + d);
+      for (int i = 0; i < 16; ++i) row[i] = _mm512_loadu_si512(key(i) + d * 2);
     } else {
       for (int i = 0; i < 16; ++i) {
-        row[i] =
-            i < count ? _mm512_maskz_loadu_epi16(present, static_cast<const bf16*>(k[i]) + d) : _mm512_setzero_si512();
+        row[i] = i < count ? _mm512_maskz_loadu_epi16(present, key(i) + d * 2) : _mm512_setzero_si512();
       }
     }
     ahead.fetch(kPairGroup);  // as many as are read
@@ -137,20 +155,23 @@ inline void pack_group(const void* const* k, int64_t count, int64_t depth, bf16*
   }
 }
 
-// The keys of a tile from token `t` on, zero where the run has ended.
-inline void pack_keys(const AttendJob& job, int64_t t, bf16* out, Ahead& ahead) {
-  ahead.allow(t + 2 * kTileTokens);
+// A head's keys of a tile from token `t` on, zero where the run has ended.
+inline void pack_keys(const AttendJob& job, int64_t head, int64_t t, bf16* out, Ahead& ahead) {
+  ahead.allow(false, t, head);
   const int64_t steps = PairScratch::steps(job.dk + job.dk2);
   for (int64_t g = 0; g < kTileGroups; ++g, t += kPairGroup, out += steps * 2 * kPairGroup) {
     const int64_t count = max_of(0, min_of(kPairGroup, job.tokens - t));
-    pack_group(job.k + t, count, job.dk, out, ahead);
-    if (job.dk2 > 0) pack_group(job.k2 + t, count, job.dk2, out + job.dk * kPairGroup, ahead);
+    pack_group(job.k + t, head * job.head_bytes, count, job.dk, out, ahead);
+    if (job.dk2 > 0) pack_group(job.k2 + t, 0, count, job.dk2, out + job.dk * kPairGroup, ahead);
   }
 }
 
-// The values of a tile from token `t` on; groups of columns lie `stride` elements apart.
-inline void pack_values(const AttendJob& job, int64_t t, bf16* out, int64_t stride, Ahead& ahead) {
-  ahead.allow(job.tokens + t + 2 * kTileTokens);
+// A head's values of a tile from token `t` on; groups of columns lie `stride` elements apart.
+inline void pack_values(const AttendJob& job, int64_t head, int64_t t, bf16* out, int64_t stride, Ahead& ahead) {
+  ahead.allow(true, t, head);
+  const auto value = [&](int64_t i) {
+    return reinterpret_cast<const bf16*>(static_cast<const char*>(job.v[i]) + head * job.head_bytes);
+  };
   alignas(64) static constexpr uint16_t kOrder[64] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                       8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47,
                                                       16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
@@ -159,8 +180,8 @@ inline void pack_values(const AttendJob& job, int64_t t, bf16* out, int64_t stri
   const int64_t end = min_of(job.tokens, t + kTileTokens);
   for (; t < end; t += 2, out += 2 * kPairGroup) {
     ahead.fetch(2 * ceil_div(job.dv, 32));
-    const bf16* even = static_cast<const bf16*>(job.v[t]);
-    const bf16* odd = t + 1 < end ? static_cast<const bf16*>(job.v[t + 1]) : nullptr;
+    const bf16* even = value(t);
+    const bf16* odd = t + 1 < end ? value(t + 1) : nullptr;
     for (int64_t c = 0; c < job.dv; c += 32) {
       const int64_t n = min_of(32, job.dv - c);
       const __mmask32 present = static_cast<__mmask32>((uint64_t{1} << n) - 1);
@@ -280,18 +301,22 @@ inline int64_t seen(const AttendJob& job, int64_t r, int64_t rows) {
   return min_of(job.tokens, most);
 }
 
-// Up to kPairRows rows of a job.
+// Up to kPairRows rows of a head, from `row` on; their scores are kept as the scratch's rows from `held` on.
 class PairRows {
  public:
-  PairRows(const AttendJob& job, const PairScratch& scratch, int64_t row)
+  PairRows(const AttendJob& job, const PairScratch& scratch, int64_t head, int64_t row, int64_t held)
       : job_(job),
         scratch_(scratch),
         row_(row),
+        first_(head * job.rows + row),
         rows_(min_of(kPairRows, job.rows - row)),
+        scores_(scratch.scores + held * kRunTokens),
+        sums_(scratch.sums + held * PairScratch::columns(job.dv)),
+        weights_(scratch.weights + held * kRunTokens),
         seen_(seen(job, row, rows_)),
         depth_(job.dk + job.dk2),
         columns_(PairScratch::columns(job.dv)) {
-    queries_ = static_cast<const bf16*>(job.q) + row * depth_;
+    queries_ = static_cast<const bf16*>(job.q) + first_ * depth_;
     if (depth_ % 2 == 0) return;
     for (int64_t r = 0; r < rows_; ++r) {  // pairs are read whole
       __builtin_memcpy(scratch.queries + r * (depth_ + 1), queries_ + r * depth_, static_cast<size_t>(depth_) * 2);
@@ -305,30 +330,30 @@ class PairRows {
     const int64_t steps = PairScratch::steps(depth_);
     const int64_t groups = round_up(ceil_div(min_of(tokens, seen_ - t), kPairGroup), 2);
     if (groups <= 0) return;
-    pair_product<false>(
-        rows_, {queries_, steps * 2, keys, steps * 2 * kPairGroup, groups, steps, scratch_.scores + t, kRunTokens});
+    pair_product<false>(rows_,
+                        {queries_, steps * 2, keys, steps * 2 * kPairGroup, groups, steps, scores_ + t, kRunTokens});
   }
 
   void soften() const {
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t visible = max_of(0, min_of(seen_, job_.visible[row_ + r] - job_.first));
-      soften_run(scratch_.scores + r * kRunTokens, scratch_.weights + r * kRunTokens, visible, round_up(seen_, 32),
-                 job_.scale, job_.m[row_ + r], job_.l[row_ + r]);
+      soften_run(scores_ + r * kRunTokens, weights_ + r * kRunTokens, visible, round_up(seen_, 32), job_.scale,
+                 job_.m[first_ + r], job_.l[first_ + r]);
     }
-    __builtin_memset(scratch_.sums, 0, static_cast<size_t>(rows_ * columns_) * sizeof(float));
+    __builtin_memset(sums_, 0, static_cast<size_t>(rows_ * columns_) * sizeof(float));
   }
 
   // With the values of the tiles from token `t` on; groups of columns lie `stride` elements apart.
   void weigh(const bf16* values, int64_t stride, int64_t t, int64_t tokens) const {
     const int64_t steps = ceil_div(min_of(tokens, seen_ - t), 2);
     if (steps <= 0) return;
-    pair_product<true>(rows_, {scratch_.weights + t, kRunTokens, values, stride, columns_ / kPairGroup, steps,
-                               scratch_.sums, columns_});
+    pair_product<true>(rows_,
+                       {weights_ + t, kRunTokens, values, stride, columns_ / kPairGroup, steps, sums_, columns_});
   }
 
   void finish() const {
     for (int64_t r = 0; r < rows_; ++r) {
-      __builtin_memcpy(job_.o + (row_ + r) * job_.dv, scratch_.sums + r * columns_,
+      __builtin_memcpy(job_.o + (first_ + r) * job_.dv, sums_ + r * columns_,
                        static_cast<size_t>(job_.dv) * sizeof(float));
     }
   }
@@ -336,7 +361,10 @@ class PairRows {
  private:
   const AttendJob& job_;
   const PairScratch& scratch_;
-  const int64_t row_, rows_, seen_, depth_, columns_;
+  const int64_t row_, first_, rows_;
+  float *scores_, *sums_;
+  bf16* weights_;
+  const int64_t seen_, depth_, columns_;
   const bf16* queries_;
 };
 
@@ -345,38 +373,48 @@ inline bool takes_pairs(DType dtype, int64_t dk, int64_t dk2, int64_t dv) {
   return dtype == DType::bfloat16 && dk + dk2 <= kPairDepthMax && dv <= kPairDepthMax && (dk2 == 0 || dk % 32 == 0);
 }
 
-// Few rows (a decode): tile by tile, in the first cache. Many: a run is packed once, and all rows pass over it.
-void attend_pairs(const AttendJob& job) {
+// Few rows (a decode): tile by tile, in the first cache. Heads take turns, tile by tile: they lie side by side, and
+// long stretches are read faster.
+void attend_few(const AttendJob& job) {
+  const PairScratch scratch(job);
+  Ahead ahead(job);
+  const auto rows = [&](int64_t head) { return PairRows(job, scratch, head, 0, head * job.rows); };
+  for (int64_t t = 0; t < job.tokens; t += kTileTokens) {
+    for (int64_t head = 0; head < job.heads; ++head) {
+      pack_keys(job, head, t, scratch.keys, ahead);
+      rows(head).score(scratch.keys, t, kTileTokens);
+    }
+  }
+  for (int64_t head = 0; head < job.heads; ++head) rows(head).soften();
+  for (int64_t t = 0; t < job.tokens; t += kTileTokens) {
+    for (int64_t head = 0; head < job.heads; ++head) {
+      pack_values(job, head, t, scratch.values, kTileTokens * kPairGroup, ahead);
+      rows(head).weigh(scratch.values, kTileTokens * kPairGroup, t, kTileTokens);
+    }
+  }
+  for (int64_t head = 0; head < job.heads; ++head) rows(head).finish();
+}
+
+// Many rows of one head: a run is packed once, and all rows pass over it.
+void attend_many(const AttendJob& job) {
   const PairScratch scratch(job);
   Ahead ahead(job);
   const int64_t steps = PairScratch::steps(job.dk + job.dk2);
-  if (job.rows <= kPairRows) {
-    const PairRows rows(job, scratch, 0);
-    for (int64_t t = 0; t < job.tokens; t += kTileTokens) {
-      pack_keys(job, t, scratch.keys, ahead);
-      rows.score(scratch.keys, t, kTileTokens);
-    }
-    rows.soften();
-    for (int64_t t = 0; t < job.tokens; t += kTileTokens) {
-      pack_values(job, t, scratch.values, kTileTokens * kPairGroup, ahead);
-      rows.weigh(scratch.values, kTileTokens * kPairGroup, t, kTileTokens);
-    }
-    rows.finish();
-    return;
-  }
-  for (int64_t t = 0; t < job.tokens; t += kTileTokens) pack_keys(job, t, scratch.keys + t * steps * 2, ahead);
+  for (int64_t t = 0; t < job.tokens; t += kTileTokens) pack_keys(job, 0, t, scratch.keys + t * steps * 2, ahead);
   const int64_t stride = round_up(job.tokens, kTileTokens) * kPairGroup;
   for (int64_t t = 0; t < job.tokens; t += kTileTokens) {
-    pack_values(job, t, scratch.values + t * kPairGroup, stride, ahead);
+    pack_values(job, 0, t, scratch.values + t * kPairGroup, stride, ahead);
   }
   for (int64_t row = 0; row < job.rows; row += kPairRows) {
-    const PairRows rows(job, scratch, row);
+    const PairRows rows(job, scratch, 0, row, 0);
     rows.score(scratch.keys, 0, job.tokens);
     rows.soften();
     rows.weigh(scratch.values, stride, 0, job.tokens);
     rows.finish();
   }
 }
+
+void attend_pairs(const AttendJob& job) { job.rows <= kPairRows ? attend_few(job) : attend_many(job); }
 
 }  // namespace
 }  // namespace tokenrelay::TOKENRELAY_ISA

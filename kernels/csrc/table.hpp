@@ -14,10 +14,12 @@ constexpr int64_t kTileTokens = 64;  // keys that one pass of the online softmax
 constexpr int64_t kRunTokens = 512;  // of a context that are attended to at once, then merged with the next
 
 // Attention of some query rows over one run of cached tokens. Rows share keys and values; their visible length differs.
+// Several KV heads at once, where AttendNeeds allows it: each has as many rows of its own, that see as much.
 struct AttendJob {
   DType dtype;                // of keys and values
   int64_t rows, dk, dk2, dv;  // dk2: 0, or the length of a second part of each key that is stored elsewhere
-  const void* q;              // [rows, dk + dk2] of q_type(dtype), packed, the second part behind the first
+  int64_t heads, head_bytes;  // KV heads, and from one's keys and values to the next's
+  const void* q;              // [heads, rows, dk + dk2] of q_type(dtype), packed, the second part behind the first
   const void* const* k;       // [tokens] address of each token's key
   const void* const* k2;      // [tokens], where dk2 > 0
   const void* const* v;       // [tokens] address of each token's value
@@ -25,13 +27,15 @@ struct AttendJob {
   int64_t first;              // absolute position of token 0
   const int64_t* visible;     // [rows] tokens of the sequence that the row sees, from position 0
   float scale;
-  float *m, *l, *o;  // out: [rows] maximum, [rows] sum, [rows, dv] weighted values, not yet divided by the sum
-  float* scores;     // scratch, of AttendNeeds::bytes
+  float *m, *l,
+      *o;  // out, heads times: [rows] maximum, [rows] sum, [rows, dv] weighted values, not yet divided by the sum
+  float* scores;  // scratch, of AttendNeeds::bytes
 };
 
 // How attention over keys of one shape likes to be called; its bits do not depend on it.
 struct AttendNeeds {
   int64_t rows;   // that best share a job
+  int64_t held;   // a job of several heads has at most so many rows in all; 0: one head a job
   int64_t bytes;  // of scratch for a job of `rows` rows or fewer
 };
 

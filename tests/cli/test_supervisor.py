@@ -336,6 +336,9 @@ def test_environment_sizes_thread_pools_and_leaves_the_users_choice() -> None:
     assert child_environment({"PATH": "/bin"}, 2, light=False)["OMP_NUM_THREADS"] == "2"
     assert child_environment({}, 16, light=False)["OMP_NUM_THREADS"] == "15"
     assert child_environment({}, 2, light=False)["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"
+    assert child_environment({"THP_MEM_ALLOC_ENABLE": "0"}, 2, light=False)["THP_MEM_ALLOC_ENABLE"] == "0"
+    assert child_environment({}, 2, light=False)["THP_MEM_ALLOC_ENABLE"] == "1"
+    assert "THP_MEM_ALLOC_ENABLE" not in child_environment({}, 2, light=True)
     assert child_environment({}, 16, light=True)["OMP_NUM_THREADS"] == "1"
     kept = child_environment({"OMP_NUM_THREADS": "7", "PATH": "/bin"}, 2, light=False)
     assert kept["OMP_NUM_THREADS"] == "7"

@@ -154,6 +154,26 @@ def test_long_chunks_of_grouped_heads(path: str, dtype: torch.dtype, start: int,
     assert torch.equal(alone, together)
 
 
+@each_path("gqa_decode", reference=False)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(12, 6, 64), (18, 6, 33), (4, 4, 128), (40, 2, 32)])
+def test_decodes_of_many_heads(path: str, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> None:
+    """With enough work for the threads, KV heads share a unit, the last ones fewer; the bits are the same."""
+    layout = GqaLayout(kv_heads, head_dim, 16)
+    case = gqa_case([(c - 1, 1) for c in (1, 64, 511, 513, 640, 1100, 33, 90)], layout, dtype)
+    q = torch.randn(8, heads, head_dim).to(dtype)
+    before = cpu.threads()
+    try:
+        with registry.force("gqa_decode", path):
+            cpu.set_threads(1)
+            together = ops.gqa_decode(q, case.cache, case.batch, SCALE)
+            cpu.set_threads(16)
+            apart = ops.gqa_decode(q, case.cache, case.batch, SCALE)
+    finally:
+        cpu.set_threads(before)
+    close(together, gqa_oracle(case, q, range(8), 0))
+    assert torch.equal(together, apart)
+
+
 @each_path("gqa_prefill", reference=False)
 def test_extreme_scores_of_grouped_heads(path: str, dtype: torch.dtype) -> None:
     """Scores in the thousands, both ways, neither overflow nor give NaN; a NaN stays in its row."""
