@@ -44,7 +44,7 @@ class Product {
  private:
   void panel(int64_t block, int64_t first, int64_t last) const {
     const int64_t blocks = min_of(panel_, job_.weights.blocks() - block), column = block * kBlockColumns;
-    const int64_t columns = min_of(kPanelColumns, job_.weights.columns - column);
+    const int64_t columns = min_of(blocks * kBlockColumns, job_.weights.columns - column);
     alignas(64) float product[kPackedRows * kPanelColumns], bias[kPanelColumns];
     if (job_.bias != nullptr) {
       table_.convert(job_.dtype, at(job_.bias, column, job_.dtype), DType::float32, bias, columns);

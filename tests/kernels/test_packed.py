@@ -85,6 +85,18 @@ def test_any_shape_is_exact_in_whole_numbers(rows: int, columns: int, width: int
     assert torch.equal(ops.packed_linear(x, pack(weight), wide=True), x.float() @ weight.float().T)
 
 
+@pytest.mark.skipif(not packs(16), reason="needs AVX-512 with BF16")
+def test_threads_write_their_own_columns_alone() -> None:
+    x = torch.randint(-4, 5, (32, 64)).bfloat16()
+    weight = torch.randint(-4, 5, (4096, 64)).bfloat16()
+    packed, truth, threads = pack(weight), x.float() @ weight.float().T, cpu.threads()
+    cpu.set_threads(3)  # take panels in any order
+    try:
+        assert all(torch.equal(ops.packed_linear(x, packed, wide=True), truth) for _ in range(50))
+    finally:
+        cpu.set_threads(threads)
+
+
 @each_case
 @pytest.mark.parametrize(("tokens", "top_k", "count"), [(1, 2, 4), (9, 3, 5), (70, 2, 3)])
 def test_packed_moe(path: str, bits: int, group: int, tokens: int, top_k: int, count: int) -> None:
