@@ -48,23 +48,26 @@ void add_linear(Program& program, int dtype, int out_dtype, const Matrix& matrix
   const auto& [isa, plain, packed, weight] = matrix;
   const DType type = dtype_of(dtype), out_type = dtype_of(out_dtype);
   const int64_t columns = std::get<2>(weight), depth = std::get<3>(weight);
+  // Logits that nobody wants to see are not written.
+  const auto winners = [=](const Step& step) { return out == kLogits ? step.in.winners : nullptr; };
   if (packed) {
     const PackedWeights kept = packed_of(weight);
     packed_kernels(kept.bits);  // throws where there are none
     program.add([=, &table = table_of(isa)](Step& step) {
-      packed_linear(table, {type, out_type, step.rows, step.at(x), depth, kept, pointer(bias), step.at(out)});
+      packed_linear(table,
+                    {type, out_type, step.rows, step.at(x), depth, kept, pointer(bias), step.at(out), winners(step)});
     });
   } else if (std::get<0>(weight) != 0) {
     const IntegerWeights kept = integers_of(weight);
     program.add([=, &integers = integer_table(isa), &table = table_of(plain)](Step& step) {
       integer_linear(integers, table,
-                     {type, out_type, step.rows, step.at(x), depth, kept, pointer(bias), step.at(out)});
+                     {type, out_type, step.rows, step.at(x), depth, kept, pointer(bias), step.at(out), winners(step)});
     });
   } else {
     const Address data = std::get<4>(weight);
     program.add([=, &table = table_of(isa)](Step& step) {
       linear(table, {type, out_type, step.rows, columns, depth, step.at(x), depth, pointer(data), pointer(bias),
-                     step.at(out)});
+                     step.at(out), winners(step)});
     });
   }
 }

@@ -104,7 +104,12 @@ void HostSteps::run(Program& program, const Table& sampler, int64_t vocab, HostS
   const float *temperature = step.floats(), *top_p = temperature + s, *min_p = top_p + s;
   for (int64_t i = 0; i < step.fed; ++i) token_ids[fed_at[i]] = place_.last_token[fed_slots[i]];
   const auto room = static_cast<size_t>(s);
-  if (logits_.size() < room * static_cast<size_t>(vocab)) logits_.resize(room * static_cast<size_t>(vocab));
+  const bool greedy = std::none_of(temperature, temperature + s, [](float t) { return t > 0; });
+  if (greedy) {
+    winners_ = std::vector<Winner>(room);
+  } else if (logits_.size() < room * static_cast<size_t>(vocab)) {
+    logits_.resize(room * static_cast<size_t>(vocab));
+  }
   program.run({t,
                n,
                step.decodes,
@@ -117,18 +122,26 @@ void HostSteps::run(Program& program, const Table& sampler, int64_t vocab, HostS
                place_.caches.data(),
                place_.blocks,
                table_.block_tokens,
-               logits_.data()});
+               logits_.data(),
+               greedy ? winners_.data() : nullptr});
   if (s == 0) return;
-  finite_.resize(room);
   chosen_.resize(room);
-  finite_rows(s, vocab, logits_.data(), vocab, finite_.data());
-  for (int64_t i = 0; i < s; ++i) {
-    if (finite_[static_cast<size_t>(i)] != 0) continue;
-    broken.push_back(i);
-    std::fill_n(logits_.begin() + i * vocab, vocab, 0.0f);
+  if (greedy) {
+    for (size_t i = 0; i < room; ++i) {
+      if (winners_[i].broken.load() != 0) broken.push_back(static_cast<int64_t>(i));
+      chosen_[i] = winners_[i].token();
+    }
+  } else {
+    finite_.resize(room);
+    finite_rows(s, vocab, logits_.data(), vocab, finite_.data());
+    for (int64_t i = 0; i < s; ++i) {
+      if (finite_[static_cast<size_t>(i)] != 0) continue;
+      broken.push_back(i);
+      std::fill_n(logits_.begin() + i * vocab, vocab, 0.0f);
+    }
+    sample(sampler,
+           {s, vocab, logits_.data(), vocab, temperature, top_p, min_p, top_k, seeds, choices, places, chosen_.data()});
   }
-  sample(sampler,
-         {s, vocab, logits_.data(), vocab, temperature, top_p, min_p, top_k, seeds, choices, places, chosen_.data()});
   for (int64_t i = 0; i < s; ++i) {
     place_.last_token[sample_slots[i]] = chosen_[static_cast<size_t>(i)];
     tokens[i] = static_cast<uint32_t>(chosen_[static_cast<size_t>(i)]);

@@ -11,6 +11,7 @@
 
 #include "program.hpp"
 #include "sampling.hpp"
+#include "winners.hpp"
 
 namespace tokenrelay {
 
@@ -81,7 +82,8 @@ class HostSteps {
   const BlockTable table_;
   const SlotSettings settings_;
   const StepPlace place_;
-  std::vector<float> logits_;
+  std::vector<Winner> winners_;  // where all rows are greedy
+  std::vector<float> logits_;    // else
   std::vector<int64_t> chosen_;
   std::vector<uint8_t> finite_;
 };

@@ -7,6 +7,7 @@
 
 #include "expert_groups.hpp"
 #include "pool.hpp"
+#include "winners.hpp"
 
 namespace tokenrelay {
 namespace {
@@ -169,6 +170,10 @@ void integer_linear(const IntegerTable& integers, const Table& table, const Inte
       for (int64_t i = 0; i < some; ++i) {
         float* from = product + i * kColumns;
         if (job.bias != nullptr) table.axpy(1.0f, bias, from, count);
+        if (job.winners != nullptr) {
+          contend(table, job.winners[r + i], from, count, first);
+          continue;
+        }
         void* to = static_cast<char*>(job.out) + ((r + i) * columns + first) * size_of(job.out_dtype);
         table.convert(DType::float32, from, job.out_dtype, to, count);
       }

@@ -9,6 +9,8 @@
 
 namespace tokenrelay {
 
+struct Winner;
+
 constexpr int64_t kChunk = 128;  // elements; rows are filled up to whole chunks
 constexpr int64_t kLanes = 16;   // of 4 elements each, in half a chunk: what one instruction multiplies and sums
 
@@ -75,6 +77,7 @@ struct IntegerLinear {
   IntegerWeights weights;
   const void* bias;  // [columns] of dtype, or null
   void* out;
+  Winner* winners = nullptr;  // [rows]: contended for by the columns (see winners.hpp), nothing is written to out
 };
 // As moe.hpp's Experts: gate_up of [experts * 2f, d], down of [experts * d, f].
 struct IntegerExperts {

@@ -23,6 +23,22 @@ float max_logit(const float* x, int64_t n) {
   return highest;
 }
 
+float peak(const float* x, int64_t n) {
+  F top = set1(-__builtin_inff()), odd = zero();
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const F value = load(x + i);
+    top = max(value, top);
+    odd = odd + (value - value);  // 0, or no number
+  }
+  float highest = largest(top), rest = sum(odd);
+  for (; i < n; ++i) {
+    highest = x[i] > highest ? x[i] : highest;
+    rest += x[i] - x[i];
+  }
+  return rest == 0.0f ? highest : rest;
+}
+
 // 1/k!, highest power first, as Python computes 1.0 / math.factorial(k).
 constexpr double kSeries[12] = {
     1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0,

@@ -9,8 +9,8 @@ namespace tokenrelay::TOKENRELAY_ISA {
 namespace {
 
 constexpr Table kTable = {
-    q_type, convert,  attend_needs, attend,    weigh_rows,    merge,   divide,    dot,           silu_mul,
-    axpy,   rms_norm, rotary,       max_logit, token_weights, sum_exp, exp_array, sigmoid_array,
+    q_type, convert,  attend_needs, attend,    weigh_rows, merge,         divide,  dot,       silu_mul,
+    axpy,   rms_norm, rotary,       max_logit, peak,       token_weights, sum_exp, exp_array, sigmoid_array,
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "pool.hpp"
+#include "winners.hpp"
 
 namespace tokenrelay {
 namespace {
@@ -57,6 +58,10 @@ class Product {
       for (int64_t i = 0; i < rows; ++i) {
         float* from = product + i * kColumns;
         if (job_.bias != nullptr) table_.axpy(1.0f, bias, from, count);
+        if (job_.winners != nullptr) {
+          contend(table_, job_.winners[r + i], from, count, first);
+          continue;
+        }
         void* to = static_cast<char*>(job_.out) + ((r + i) * job_.columns + first) * size_of(job_.out_dtype);
         table_.convert(DType::float32, from, job_.out_dtype, to, count);
       }

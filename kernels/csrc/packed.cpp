@@ -8,6 +8,7 @@
 
 #include "packed_rows.hpp"
 #include "pool.hpp"
+#include "winners.hpp"
 
 namespace tokenrelay {
 namespace {
@@ -65,6 +66,10 @@ class Product {
       for (int64_t i = 0; i < count; ++i) {
         float* from = product + i * kPanelColumns;
         if (job_.bias != nullptr) table_.axpy(1.0f, bias, from, columns);
+        if (job_.winners != nullptr) {
+          contend(table_, job_.winners[r + i], from, columns, column);
+          continue;
+        }
         void* to = at(job_.out, (r + i) * job_.weights.columns + column, job_.out_dtype);
         table_.convert(DType::float32, from, job_.out_dtype, to, columns);
       }

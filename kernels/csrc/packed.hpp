@@ -77,8 +77,9 @@ struct PackedLinear {
   const void* x;
   int64_t x_stride;
   PackedWeights weights;
-  const void* bias;  // [columns] of dtype, or null
-  void* out;         // [rows, columns] of out_dtype
+  const void* bias;           // [columns] of dtype, or null
+  void* out;                  // [rows, columns] of out_dtype
+  Winner* winners = nullptr;  // [rows]: contended for by the columns (see winners.hpp), nothing is written to out
 };
 // out = x weights^T + bias, accumulated in float32. bfloat16 weights take bfloat16 activations.
 void packed_linear(const Table& table, const PackedLinear& job);

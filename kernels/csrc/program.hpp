@@ -28,7 +28,8 @@ struct StepInputs {
   StepRows batch;              // its range is set by the operations
   const void* const* caches;   // [layers]
   int64_t blocks, block_tokens;
-  float* logits;  // [s, vocab]
+  float* logits;              // [s, vocab]
+  Winner* winners = nullptr;  // [s]: who has the largest logit, in their place
 };
 
 class Step {

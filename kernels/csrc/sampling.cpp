@@ -210,11 +210,26 @@ int64_t draw_filtered(const Table& table, const Sampling& s, int64_t row, const 
   return walk(left, s.vocab, [&](int64_t i) { return weights[i]; });
 }
 
+// The likeliest token, in one pass: the runs' maxima, then the first run that has it.
+int64_t likeliest(const Table& table, const float* logits, int64_t vocab) {
+  float max = -std::numeric_limits<float>::infinity();
+  int64_t run = 0;
+  for (int64_t i = 0; i < vocab; i += kRun) {
+    const float top = table.max_logit(logits + i, min_of(kRun, vocab - i));
+    if (top > max) {
+      max = top;
+      run = i;
+    }
+  }
+  if (max == -std::numeric_limits<float>::infinity()) return 0;
+  return run + first_at(logits + run, min_of(kRun, vocab - run), max);
+}
+
 int64_t sample_row(const Table& table, const Sampling& s, int64_t row) {
   const float* logits = s.logits + row * s.stride;
+  if (!(s.temperature[row] > 0)) return likeliest(table, logits, s.vocab);
   const float max = table.max_logit(logits, s.vocab);
   if (max == -std::numeric_limits<float>::infinity()) return 0;
-  if (!(s.temperature[row] > 0)) return first_at(logits, s.vocab, max);
   const double inverse = 1.0 / static_cast<double>(s.temperature[row]);
   const uint64_t random = philox(static_cast<uint64_t>(s.seed[row]), static_cast<uint32_t>(s.choice[row]),
                                  static_cast<uint64_t>(s.position[row]));

@@ -76,6 +76,8 @@ struct Table {
 
   // The largest of x [n], NaN left out, +inf taken as the largest finite value; -inf where there is none.
   float (*max_logit)(const float* x, int64_t n);
+  // The largest of x [n], n > 0; a NaN where one of them is not finite.
+  float (*peak)(const float* x, int64_t n);
   // Weights as ref/sampling.py defines them, and their sum; weights may be null.
   int64_t (*token_weights)(const float* x, int64_t n, float max, double inverse_temperature, int64_t* weights);
   double (*sum_exp)(const float* x, int64_t n, float max);                   // sum of exp(x - max)

@@ -214,6 +214,32 @@ def test_deterministic_steps_are_run_natively(deepseek: Any, monkeypatch: pytest
         registry.deterministic(False)
 
 
+@pytest.mark.parametrize(("dtype", "form"), [("float32", ""), ("float32", "int8"), ("bfloat16", "")])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_lowest_token_wins_among_equals(
+    tmp_path: Path, dtype: str, form: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy steps write no logits: whoever has the largest is found while they are made, by several threads."""
+    folder = make_checkpoint(tmp_path / "m", "qwen3", vocab_size=1200)
+    model = load_model(folder, dtype=getattr(torch, dtype), block_tokens=BLOCK_TOKENS)
+    table = model.head.table
+    for first in (400, 800):  # every logit three times, far apart
+        table[first : first + 400] = table[:400]
+    if form:
+        quantize_model(model, form)
+    prompts = [[(7 * i + j) % 400 for j in range(5)] for i in range(6)]
+
+    def answers() -> list[list[int]]:
+        with Harness(model, threads=threads) as harness:
+            return harness.run(*prompts, tokens_max=24)
+
+    found = answers()
+    assert all(token < 400 for tokens in found for token in tokens)
+    assert len({token for tokens in found for token in tokens}) > 10
+    module_by_module(monkeypatch)
+    assert answers() == found
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_logits_that_are_no_numbers_end_their_request_alone(
     tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch
