@@ -119,11 +119,12 @@ def serve(
         _option("--dtype", panel=MODEL, help="Default: auto, bfloat16 where the machine computes in it, else float32."),
     ] = None,
     weight_dtype: Annotated[
-        Literal["auto", "int8", "int4", "int4-32", "int4-128"] | None,
+        Literal["auto", "fp8", "int8", "int4", "int4-32", "int4-128"] | None,
         _option(
             "--weight-dtype",
             panel=MODEL,
-            help="int8 or int4: matrices are quantized at load (CPU): smaller, faster. Default: auto, as they are.",
+            help="int8 or int4: matrices are quantized at load (CPU): smaller, faster; fp8: a float8 checkpoint's stay "
+            "so (GPU). Default: auto, as --dtype.",
         ),
     ] = None,
     kv_dtype: Annotated[

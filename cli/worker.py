@@ -389,8 +389,9 @@ def load(
         # On a CPU a layer and a head more mostly cost more than they bring (docs/scheduler.md): by name only.
         prediction="off" if config.prediction == "auto" and device == "cpu" else config.prediction,
         kv_dtype=config.kv_dtype,
+        keep_fp8=config.weight_dtype == "fp8",
     )
-    if config.weight_dtype != "auto":
+    if config.weight_dtype not in ("auto", "fp8"):
         told_s = 0.0
         exact = perplexity(model, folder) if folder == BUNDLED_MODEL else None
         quantize_model(model, config.weight_dtype, lambda done, total: progress(done, total, "matrices"))

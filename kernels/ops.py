@@ -45,6 +45,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "sample",
+    "scaled_linear",
     "scaled_moe",
     "silu_mul",
     "token_logprobs",
@@ -243,6 +244,17 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     """
     columns, bits, group = weight.scales.shape[0], weight.bits, weight.group
     result: Tensor = pick("quantized_linear", x.device.type, x.dtype, weight.width, columns, bits, group)(
+        x, weight, bias, wide=wide
+    )
+    return result
+
+
+def scaled_linear(x: Tensor, weight: BlockScaledWeight, bias: Tensor | None = None, *, wide: bool = False) -> Tensor:
+    """As `linear`, with float8 weights [n, d] and a factor for each 128 x 128: x [t, d], bias [n] of x's type.
+
+    Kernels round activations to float8 too, scaled by the largest of each 128; the reference does not.
+    """
+    result: Tensor = pick("scaled_linear", x.device.type, x.dtype, weight.width, weight.data.shape[0])(
         x, weight, bias, wide=wide
     )
     return result

@@ -54,6 +54,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "linear": ("width", "columns"),
     "quantized_linear": ("width", "columns", "bits", "group"),
     "packed_linear": ("width", "columns", "bits", "group"),
+    "scaled_linear": ("width", "columns"),
     "moe": ("experts", "width", "hidden"),
     "quantized_moe": ("experts", "width", "hidden", "bits", "group"),
     "packed_moe": ("experts", "width", "hidden", "bits", "group"),

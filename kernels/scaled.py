@@ -32,6 +32,16 @@ class BlockScaledWeight:
         if self.factors.shape != expected:
             raise ValueError(f"factors has shape {tuple(self.factors.shape)}, expected {expected}")
 
+    @property
+    def width(self) -> int:
+        """Inputs, k."""
+        return int(self.data.shape[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Of both."""
+        return self.data.nbytes + self.factors.nbytes
+
     @classmethod
     def of(cls, weight: Tensor) -> BlockScaledWeight:
         """Round `weight` [..., n, k]; the largest of a block becomes 448."""

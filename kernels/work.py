@@ -19,6 +19,7 @@ from torch import Tensor
 from tokenrelay.kernels.batch import AttentionBatch
 from tokenrelay.kernels.packed import PackedWeight
 from tokenrelay.kernels.quantized import QuantizedWeight
+from tokenrelay.kernels.scaled import BlockScaledWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def work_of(op: str, arguments: tuple[Any, ...], result: Any) -> Work:
 def _bytes(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
-    if isinstance(value, QuantizedWeight | PackedWeight):
+    if isinstance(value, QuantizedWeight | PackedWeight | BlockScaledWeight):
         return value.nbytes
     if isinstance(value, tuple | list):
         return sum(_bytes(part) for part in value)
@@ -120,9 +121,11 @@ _WORK: dict[str, Callable[[tuple[Any, ...], Any], Work]] = {
     "linear": _linear,
     "quantized_linear": _linear,
     "packed_linear": _linear,
+    "scaled_linear": _linear,
     "moe": _moe,
     "quantized_moe": _moe,
     "packed_moe": _moe,
+    "scaled_moe": _moe,
     "gqa_decode": _gqa(False),
     "gqa_prefill": _gqa(True),
     "mla_decode": _mla_decode,

@@ -88,6 +88,14 @@ def register_all() -> None:
     route = _later("moe", "moe_route")
     _add("moe_route", "triton/rows", route, dtypes=("float32",), limits={"experts": Limit(1, 1024)})
     _register_attention()
+    for fixed, name in ((False, "tiles"), (True, "fixed")):
+        call, priority, needs = (
+            _later("scaled", "scaled_linear", fixed),
+            PRIORITY - 5 * fixed,
+            ("dot_fp8", "shared_227k"),
+        )
+        options: dict[str, Any] = {"dtypes": ("bfloat16",), "invariant": fixed}
+        _add("scaled_linear", f"triton/{name}", call, priority=priority, needs=needs, **options)
     for fixed, name in ((False, "grouped"), (True, "fixed")):
         for op, needs, dtypes in (("moe", _TILES, _BF16), ("scaled_moe", ("dot_fp8", "shared_227k"), ("bfloat16",))):
             call, priority = _later("moe", op, fixed), PRIORITY - 5 * fixed

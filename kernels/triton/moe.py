@@ -13,11 +13,12 @@ import torch
 import triton
 from torch import Tensor
 
-from tokenrelay.kernels.scaled import BLOCK, BlockScaledWeight
+from tokenrelay.kernels.scaled import BlockScaledWeight
 from tokenrelay.kernels.triton import moe_kernels as kernels
 from tokenrelay.kernels.triton import route_kernels
 from tokenrelay.kernels.triton.checks import check, check_axes, check_dense
 from tokenrelay.kernels.triton.language import INTERPRET
+from tokenrelay.kernels.triton.scaled import quantize
 
 GROUPED_CHOICES_MAX = 1024  # that one program sorts in a few microseconds; more are sorted by torch
 
@@ -194,9 +195,9 @@ def _experts(fixed: bool, x: Tensor, experts: Tensor, weights: Tensor, gate_up: 
     groups = _group(experts, count, tile[0])
     scaled = down[1] is not None
     inner = torch.empty((tokens * top_k, hidden), dtype=x.dtype, device=x.device)
-    _product(_quantize(x) if scaled else (x, None), gate_up, weights, inner, groups, tile, top_k, gated=True)
+    _product(quantize(x) if scaled else (x, None), gate_up, weights, inner, groups, tile, top_k, gated=True)
     parts = torch.empty((tokens * top_k, width), dtype=torch.float32, device=x.device)
-    _product(_quantize(inner) if scaled else (inner, None), down, weights, parts, groups, tile, top_k, gated=False)
+    _product(quantize(inner) if scaled else (inner, None), down, weights, parts, groups, tile, top_k, gated=False)
     return _sum(parts, experts, out, count)
 
 
@@ -242,18 +243,6 @@ def _product(
         num_warps=warps,
         num_stages=stages,
     )
-
-
-def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations in float8, and float32 [rows, width / 128] factors."""
-    rows, width = x.shape
-    groups = triton.cdiv(width, BLOCK)
-    out = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x.device)
-    factors = torch.empty((rows, groups), dtype=torch.float32, device=x.device)
-    block_g = min(8, triton.next_power_of_2(groups))
-    grid = (rows, triton.cdiv(groups, block_g))
-    kernels.quantize[grid](x, out, factors, width, x.stride(0), groups, BLOCK_G=block_g, num_warps=4)
-    return out, factors
 
 
 def _sum(parts: Tensor, experts: Tensor, out: Tensor, count: int) -> Tensor:

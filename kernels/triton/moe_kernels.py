@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from tokenrelay.kernels.triton.language import dot, jit, narrow, widen
+from tokenrelay.kernels.triton.language import dot, jit, narrow
 
 
 @jit
@@ -104,24 +104,3 @@ def gather(
         here = (expert >= 0) & (expert < EXPERTS)
         total += tl.load(parts + (token * TOP_K + i) * width + column, mask=(column < width) & here, other=0.0)
     tl.store(out + token * width + column, narrow(total, out.dtype.element_ty), mask=column < width)
-
-
-@jit
-def quantize(
-    x: tl.tensor,
-    out: tl.tensor,
-    factors: tl.tensor,
-    width: tl.tensor,
-    x_row: tl.tensor,
-    groups: tl.tensor,
-    BLOCK_G: tl.constexpr,
-) -> None:
-    """Grid (rows, groups / BLOCK_G). x [rows, width] -> E4M3, f32 [rows, groups]: the largest of 128 becomes 448."""
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
-    at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    v = widen(tl.load(x + row * x_row + at, mask=at < width, other=0.0))
-    top = tl.max(tl.abs(v), 1)
-    factor = tl.where(top > 0.0, top / 448.0, 1.0)
-    tl.store(out + row * width + at, narrow(v / factor[:, None], tl.float8e4nv), mask=at < width)
-    tl.store(factors + row * groups + group, factor, mask=group < groups)

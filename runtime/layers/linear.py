@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenrelay.kernels import ops
 from tokenrelay.kernels.packed import PackedWeight, pack, packs_well
 from tokenrelay.kernels.quantized import QuantizedWeight, WeightForm, quantize
+from tokenrelay.kernels.scaled import BlockScaledWeight
 from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, parameter
 from tokenrelay.runtime.placement import Boundary, Layout, Partial, Placement, Port, Replicate, Shard
@@ -49,6 +50,7 @@ class Linear(Module):
         self.bias = parameter(out, dtype=dtype) if bias else None
         self.quantized: QuantizedWeight | None = None  # in the place of `weight`, once `quantize` was called
         self.packed: PackedWeight | None = None  # in the place of either, once `pack` was called
+        self.scaled: BlockScaledWeight | None = None  # in the place of `weight`, once `keep` was called
         self.boundary = _boundary(width, out, split, axes, bias, len(self.outputs))
 
     def sources(self, prefix: str) -> Iterator[WeightSource]:
@@ -67,6 +69,8 @@ class Linear(Module):
             return ops.packed_linear(x, self.packed, self.bias)
         if self.quantized is not None:
             return ops.quantized_linear(x, self.quantized, self.bias)
+        if self.scaled is not None:
+            return ops.scaled_linear(x, self.scaled, self.bias)
         return ops.linear(x, self.weight, self.bias)
 
     def quantize(self, form: WeightForm) -> None:
@@ -74,8 +78,14 @@ class Linear(Module):
         self.quantized = quantize(self.weight, bits=form.bits, group=form.group)
         del self.weight
 
+    def keep(self, weight: BlockScaledWeight) -> None:
+        """Compute with a checkpoint's float8 from now on; the caller has taken `weight` away."""
+        self.scaled = weight
+
     def pack(self) -> None:
         """Keep the weights in the order in which the widest kernels read them, where this machine has those."""
+        if self.scaled is not None:
+            return
         weight = self.weight if self.quantized is None else self.quantized
         if packs_well(weight):
             self.packed = pack(weight)

@@ -28,6 +28,10 @@ class Module(nn.Module):
         if self._frozen and (name in self._parameters or name in self._modules):
             self.__dict__[name] = value
 
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self.__dict__.pop(name, None)  # where a frozen module has it too: else its memory would stay
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
         """What `.to(...)` is built on: it may replace parameters, so a frozen module is thawed around it."""
         frozen = self._frozen

@@ -13,6 +13,7 @@ from tokenrelay.base.errors import PlacementError
 from tokenrelay.kernels import ops
 from tokenrelay.kernels.packed import COLUMNS, PackedWeight, pack, packs_well
 from tokenrelay.kernels.quantized import QuantizedWeight, WeightForm, quantize
+from tokenrelay.kernels.scaled import BlockScaledWeight
 from tokenrelay.runtime.layers.mlp import SwiGlu
 from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.sources import WeightPart, WeightSource, parameter
@@ -156,6 +157,7 @@ class Experts(Module):
         self.w_down = parameter(moe.experts, hidden, moe.width, dtype=dtype)
         self.quantized: tuple[QuantizedWeight, QuantizedWeight] | None = None  # in their place
         self.packed: tuple[PackedWeight, PackedWeight] | None = None  # in the place of either
+        self.scaled: tuple[BlockScaledWeight, BlockScaledWeight] | None = None  # in the place of the first
         chosen = Port((None, moe.top_k), split.tokens)
         self.boundary = Boundary(
             {"x": Port((None, hidden), split.tokens), "experts": chosen, "weights": chosen},
@@ -181,6 +183,8 @@ class Experts(Module):
             return ops.packed_moe(x, experts, weights, *self.packed)
         if self.quantized is not None:
             return ops.quantized_moe(x, experts, weights, *self.quantized)
+        if self.scaled is not None:
+            return ops.scaled_moe(x, experts, weights, *self.scaled)
         return ops.moe(x, experts, weights, self.w_gate_up, self.w_down)
 
     def quantize(self, form: WeightForm) -> None:
@@ -190,8 +194,14 @@ class Experts(Module):
         self.quantized = gate_up, quantize(self.w_down, bits=form.bits, group=form.group)
         del self.w_down
 
+    def keep(self, gate_up: BlockScaledWeight, down: BlockScaledWeight) -> None:
+        """Compute with a checkpoint's float8 from now on; the caller has taken the parameters away."""
+        self.scaled = gate_up, down
+
     def pack(self) -> None:
         """Keep the weights in the order in which the widest kernels read them, where this machine has those."""
+        if self.scaled is not None:
+            return
         gate_up, down = (self.w_gate_up, self.w_down) if self.quantized is None else self.quantized
         if packs_well(gate_up) and packs_well(down) and self.moe.width % COLUMNS == 0 and self.hidden % COLUMNS == 0:
             quantized, self.quantized = self.quantized is not None, None

@@ -165,7 +165,8 @@ class Model(Module):
 
     def capture(self) -> None:
         """From now on, run as one native program where there is one. The weights are final."""
-        if self.config.kv_dtype is self.config.dtype:  # the native kernels read no other caches
+        scaled = any(getattr(module, "scaled", None) is not None for module in self.modules())
+        if self.config.kv_dtype is self.config.dtype and not scaled:  # native kernels read nothing in float8
             self._capture = Capture(self)
 
     def captured(self) -> Program | None:

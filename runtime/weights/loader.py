@@ -14,6 +14,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from tokenrelay.runtime.spmd.shard import expert_sources, shard_model
 from tokenrelay.runtime.weights.checkpoint import Checkpoint
 from tokenrelay.runtime.weights.fp8 import FP8, SUFFIX, Block, check_factors, dequantize, fp8_block
 from tokenrelay.runtime.weights.identity import model_identity
+from tokenrelay.runtime.weights.keep import Kept, identity_of, keep_float8
 from tokenrelay.runtime.weights.prediction import SHARED, Wanted, find_prediction
 from tokenrelay.runtime.weights.safetensors import SafetensorsFile
 
@@ -42,6 +44,8 @@ FLOATS = ("F32", "BF16", "F16", "F64")
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")  # old exports carry what the configuration says already
+
+NOTHING_KEPT = Kept()
 
 log = get_logger("weights")
 
@@ -59,6 +63,7 @@ def load_model(
     experts: ExpertSplit | None = None,
     prediction: Wanted = "off",
     kv_dtype: KvDtype = "auto",
+    keep_fp8: bool = False,
 ) -> Model:
     """Load the checkpoint in `folder`.
 
@@ -67,7 +72,9 @@ def load_model(
     of its cache, `config.layers` counts the layers of its pipeline stage, and `runtime.spmd.rank_model` runs it;
     `experts` says how these are dealt out. `prediction`: whether to load the multi-token prediction layer, for drafts;
     not with `mesh`. `kv_dtype`: of the caches, "auto" for the model's, "fp8" for latents in float8; ConfigError where
-    it has none. Raises CheckpointError with one sentence for whatever is wrong with the checkpoint.
+    it has none. `keep_fp8`: matrices in float8 blocks stay so (keep.py), not with `mesh`; ConfigError where there are
+    none, KernelUnavailable where nothing multiplies them. Raises CheckpointError with one sentence for whatever is
+    wrong with the checkpoint.
     """
     device = torch.device(device)
     with Checkpoint(Path(folder)) as checkpoint:
@@ -99,13 +106,19 @@ def load_model(
         )
         if kv_dtype == "fp8":
             config = in_float8(config)
+        kept = NOTHING_KEPT
+        if keep_fp8:
+            assert mesh.ranks == 1, "float8 weights are for one rank"
+            kept = keep_float8(model, checkpoint, sources, block, device)
+            config = replace(config, identity=identity_of(config.identity))
         zeros: list[tuple[torch.nn.Module, str]] = []
         if mesh.ranks > 1:
             sources, zeros = shard_model(model, sources, mesh, rank, experts.spare if experts else 0)
         _allocate(model, device, checkpoint)
         for module, parameter in zeros:
             module.get_parameter(parameter).zero_()
-        _fill(checkpoint, sources, block, progress)
+        _fill(checkpoint, sources, block, progress, kept)
+        kept.settle()
         model.finish(config, device)
     return model
 
@@ -191,7 +204,11 @@ def _allocate(model: Model, device: torch.device, checkpoint: Checkpoint) -> Non
 
 
 def _fill(
-    checkpoint: Checkpoint, sources: dict[str, WeightSource], block: Block | None, progress: Progress | None
+    checkpoint: Checkpoint,
+    sources: dict[str, WeightSource],
+    block: Block | None,
+    progress: Progress | None,
+    kept: Kept = NOTHING_KEPT,
 ) -> None:
     """Copy every tensor into its place, in the order of their data, by some threads: most of the time goes into memory
     that is touched for the first time.
@@ -204,8 +221,13 @@ def _fill(
         nonlocal done
         entry, tensor = file.entries[name], file.tensor(name)
         if entry.dtype == FP8 and block is not None:
-            tensor = dequantize(tensor, checkpoint.where[name + SUFFIX].tensor(name + SUFFIX), block)
-        _copy(sources[name], tensor)
+            factors = checkpoint.where[name + SUFFIX].tensor(name + SUFFIX)
+            if name in kept.names:
+                kept.fill(sources[name], tensor, factors)
+            else:
+                _copy(sources[name], dequantize(tensor, factors, block))
+        else:
+            _copy(sources[name], tensor)
         del tensor  # nothing may look into pages that are given back
         file.release(name)
         with lock:

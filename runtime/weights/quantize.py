@@ -14,8 +14,7 @@ from collections.abc import Callable
 
 from tokenrelay.base.errors import ConfigError
 from tokenrelay.base.logging import get_logger
-from tokenrelay.kernels.packed import PackedWeight
-from tokenrelay.kernels.quantized import FORMS, QuantizedWeight
+from tokenrelay.kernels.quantized import FORMS
 from tokenrelay.runtime.layers.embedding import Head
 from tokenrelay.runtime.layers.linear import Linear
 from tokenrelay.runtime.layers.moe import Experts
@@ -49,7 +48,7 @@ def weight_bytes(model: Model) -> int:
     """Memory of all weights."""
     total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     for module in model.modules():
-        for kept in (getattr(module, "quantized", None), getattr(module, "packed", None)):
-            for weight in (kept,) if isinstance(kept, QuantizedWeight | PackedWeight) else kept or ():
-                total += weight.nbytes
+        for kept in (getattr(module, name, None) for name in ("quantized", "packed", "scaled")):
+            found = kept if isinstance(kept, tuple) else () if kept is None else (kept,)
+            total += sum(weight.nbytes for weight in found)
     return total

@@ -29,8 +29,10 @@ class WorkerConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "of weights and KV; auto: bfloat16 where the machine computes in it, else float32"
     )
-    weight_dtype: Literal["auto", "int8", "int4", "int4-32", "int4-128"] = setting(
-        "auto", "int8, or int4 in groups of 64 (32, 128): matrices are quantized at load; auto: they stay as dtype says"
+    weight_dtype: Literal["auto", "fp8", "int8", "int4", "int4-32", "int4-128"] = setting(
+        "auto",
+        "int8, or int4 in groups of 64 (32, 128): matrices are quantized at load; fp8: those of a float8 checkpoint "
+        "stay as they are; auto: they are as dtype says",
     )
     kv_dtype: Literal["auto", "fp8"] = setting(
         "auto", "of the KV caches; fp8: latents in float8 (models with latent attention); auto: as dtype says"

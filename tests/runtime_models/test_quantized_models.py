@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from checkpoints import make_checkpoint
 from paged import Paged
 
 from tokenrelay.base.errors import ConfigError
+from tokenrelay.runtime.layers.linear import Linear
+from tokenrelay.runtime.layers.moe import Experts
 from tokenrelay.runtime.weights.loader import load_model
 from tokenrelay.runtime.weights.quantize import quantize_model, weight_bytes
 
@@ -44,6 +47,19 @@ def test_logits_are_near(tmp_path: Path, family: str, form: str, error: float) -
     chunked.step({a: 50})
     b = chunked.add(PROMPT[5:40])
     assert torch.allclose(chunked.step({a: 40, b: 35})[a], found[-1], atol=2e-2 * float(found.abs().max()))
+
+
+def test_the_memory_of_what_was_quantized_is_given_back(tmp_path: Path) -> None:
+    """Modules look their parameters up in a faster place too, from where they go as well."""
+    model = load_model(make_checkpoint(tmp_path / "m", "deepseek_v3"), dtype=torch.float32)
+    held = [
+        weakref.ref(parameter)
+        for module in model.modules()
+        if isinstance(module, Linear | Experts)
+        for parameter in module.parameters(recurse=False)
+    ]
+    quantize_model(model, "int8")
+    assert held and not any(one() is not None for one in held)
 
 
 def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:

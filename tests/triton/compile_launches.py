@@ -11,7 +11,18 @@ from kernel_cases import make_batch
 from tokenrelay.kernels.batch import PenaltyBatch, SamplingBatch
 from tokenrelay.kernels.layout import GqaLayout, MlaFp8Layout, MlaLayout
 from tokenrelay.kernels.scaled import BlockScaledWeight
-from tokenrelay.kernels.triton import arch, elementwise, gqa, matmul, mla, mla_prefill, moe, rotary_write, sampling
+from tokenrelay.kernels.triton import (
+    arch,
+    elementwise,
+    gqa,
+    matmul,
+    mla,
+    mla_prefill,
+    moe,
+    rotary_write,
+    sampling,
+    scaled,
+)
 
 BF16 = torch.bfloat16
 Launch = tuple[str, Callable[[], object]]
@@ -86,6 +97,12 @@ def _prefill() -> Iterator[Launch]:
 def _products() -> Iterator[Launch]:
     x, w = torch.zeros(4, 7168, dtype=BF16), torch.zeros(512, 7168, dtype=BF16)
     yield "linear", functools.partial(matmul.linear, x, w, None, wide=True)
+    for rows in (4, 100):
+        small = BlockScaledWeight.of(w)
+        call = functools.partial(
+            scaled.scaled_linear, False, torch.zeros(rows, 7168, dtype=BF16), small, None, wide=False
+        )
+        yield "linear scaled", call
     q, w_uk = torch.zeros(4, 16, 128, dtype=BF16), torch.zeros(16, 128, 512, dtype=BF16)
     yield "linear absorb", functools.partial(matmul.mla_absorb, q, w_uk)
 

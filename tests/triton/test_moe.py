@@ -13,7 +13,7 @@ from triton_cases import DEVICE, pick
 
 from tokenrelay.kernels import ops, registry
 from tokenrelay.kernels.scaled import BlockScaledWeight
-from tokenrelay.kernels.triton import moe
+from tokenrelay.kernels.triton import moe, scaled
 
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 MODES = pytest.mark.parametrize("fixed", [False, True], ids=["grouped", "fixed"])
@@ -113,7 +113,7 @@ def test_float8_weights_and_activations(fixed: bool) -> None:
 def test_quantized_activations_are_the_nearest() -> None:
     x = torch.randn(3, 300, device=DEVICE) * 50
     x[1, :128] = 0
-    small, factors = moe._quantize(x)
+    small, factors = scaled.quantize(x)
     spread = factors.repeat_interleave(128, 1)[:, :300]
     wide = small.float() * spread
     assert float((wide - x).abs().max() / x.abs().max()) <= 2**-4
@@ -123,13 +123,13 @@ def test_quantized_activations_are_the_nearest() -> None:
 
 def test_block_scaled_weights() -> None:
     weight = torch.randn(2, 200, 300)
-    scaled = BlockScaledWeight.of(weight)
-    assert scaled.factors.shape == (2, 2, 3)
-    assert float((scaled.dequantize() - weight).abs().max() / weight.abs().max()) <= 2**-4
+    small = BlockScaledWeight.of(weight)
+    assert small.factors.shape == (2, 2, 3)
+    assert float((small.dequantize() - weight).abs().max() / weight.abs().max()) <= 2**-4
     with pytest.raises(ValueError, match="factors has shape"):
-        BlockScaledWeight(scaled.data, scaled.factors[:, :1])
+        BlockScaledWeight(small.data, small.factors[:, :1])
     with pytest.raises(ValueError, match=r"data is torch\.float32"):
-        BlockScaledWeight(weight, scaled.factors)
+        BlockScaledWeight(weight, small.factors)
 
 
 def test_bad_tensors_are_refused() -> None:
