@@ -51,6 +51,9 @@ def count(
     )
 
 
+_NO_HOST = HostStats()
+
+
 def _floor(counts: FloorCounts, configured: float) -> FloorStats:
     return FloorStats(
         configured=configured,
@@ -64,6 +67,8 @@ def _floor(counts: FloorCounts, configured: float) -> FloorStats:
 
 
 def _host(counts: HostCounts, block_bytes: int) -> HostStats:
+    if not counts.blocks and not block_bytes:
+        return _NO_HOST
     return HostStats(
         block_bytes=block_bytes,
         blocks=counts.blocks,

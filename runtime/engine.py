@@ -28,6 +28,7 @@ from tokenrelay.base.deadlines import Deadline
 from tokenrelay.base.errors import DeadlineExceeded, InvalidRequest, Overloaded, TokenRelayError, Unavailable
 from tokenrelay.base.logging import get_logger
 from tokenrelay.libscheduler import Outcome, Plan, Scheduler
+from tokenrelay.runtime.bell import Bell
 from tokenrelay.runtime.counting import count
 from tokenrelay.runtime.drafts import Drafter
 from tokenrelay.runtime.executor.executor import Step, StepResult
@@ -120,7 +121,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         # Shared, under the condition.
         self._lock = threading.Lock()
-        self._wake = threading.Condition(self._lock)  # the loop sleeps here, and nobody else
+        self._bell = Bell()  # the loop sleeps here, and nobody else
         self._quiet = threading.Condition(self._lock)  # drain sleeps here until nothing is owed
         self._submitted: deque[EngineRequest] = deque()
         self._aborts: dict[int, TokenRelayError | None] = {}  # of accepted sequences only, so bounded by them
@@ -165,14 +166,14 @@ class Engine:
                 raise InvalidRequest(f"sequence {request.sequence_id} is open")
             self._accepted.add(request.sequence_id)
             self._submitted.append(request)
-            self._wake.notify()
+            self._bell.ring()
 
     def abort(self, sequence_id: int, error: TokenRelayError | None = None) -> None:
         """End a sequence: its terminal output comes at once, unless it has ended already. `error`: not as asked."""
         with self._lock:
             if sequence_id in self._accepted:
                 self._aborts.setdefault(sequence_id, error)
-                self._wake.notify()
+                self._bell.ring()
 
     def explain(self, request_id: str = "") -> Future[Answer]:
         """Why the sequences of a request, or all open ones, are where they are. Raises Overloaded, Unavailable."""
@@ -180,14 +181,14 @@ class Engine:
             if self._dead is not None or self._closing:
                 raise self._dead or Unavailable("the engine is closed")
             future = self._questions.ask(request_id)
-            self._wake.notify()
+            self._bell.ring()
             return future
 
     def _post(self, work: Callable[[], None]) -> None:
         with self._lock:  # run between two turns of the loop, behind submits and aborts that came before
             if self._dead is None and not self._closing:
                 self._posted.append(work)
-                self._wake.notify()
+                self._bell.ring()
 
     @property
     def stats(self) -> EngineStats:
@@ -205,7 +206,7 @@ class Engine:
         """Stop after the steps in flight; whatever is open gets an error. Idempotent."""
         with self._lock:
             self._closing = True
-            self._wake.notify()
+            self._bell.ring()
         if self._thread.is_alive():
             self._thread.join()
         self._executor.close()
@@ -231,6 +232,7 @@ class Engine:
         """Sleep until a command came, a step ended or a deadline passed; None when closing."""
         while True:
             with self._lock:
+                self._bell.quiet()
                 if self._closing:
                     return None
                 timeout_s = self._sleep_max_s()
@@ -245,10 +247,11 @@ class Engine:
                     return commands
                 idle = not self._open and not self._launched
                 check_s = self._books.due_s() if idle else None
-                if check_s != 0.0 and not self._questions:
-                    waits = [wait_s for wait_s in (timeout_s, check_s) if wait_s is not None]
-                    self._wake.wait(min(waits, default=None))
-                    continue
+                sleeps = check_s != 0.0 and not self._questions
+            if sleeps:
+                waits = [wait_s for wait_s in (timeout_s, check_s) if wait_s is not None]
+                self._bell.wait(min(waits, default=None))
+                continue
             if self._questions:
                 self._questions.answer(self._scheduler, self._open)
             else:
@@ -281,7 +284,7 @@ class Engine:
         """From the executor's thread: a step has ended."""
         with self._lock:
             self._step_ended = True
-            self._wake.notify()
+            self._bell.ring()
 
     def _take(
         self,
@@ -364,7 +367,7 @@ class Engine:
     def _collect(self, outcome: Outcome, result: StepResult, outputs: list[EngineOutput]) -> None:
         """What a step brought, as one output for each sequence: tokens of a draft follow each other."""
         last: EngineOutput | None = None
-        logprobs = result.logprobs
+        logprobs, failures = result.logprobs, result.failures
         for sequence_id, token_id, finish, row, first, cached_tokens in zip(
             outcome.sequence_ids.tolist(),
             outcome.token_ids.tolist(),
@@ -374,15 +377,17 @@ class Engine:
             outcome.cached_tokens.tolist(),
             strict=True,
         ):
-            if row in result.failures:
-                outputs.append(self._failed_row(sequence_id, result.failures[row], ended=bool(finish)))
+            if failures and row in failures:
+                outputs.append(self._failed_row(sequence_id, failures[row], ended=bool(finish)))
                 continue
             output = last
             if output is None or output.sequence_id != sequence_id:
-                output = last = EngineOutput(sequence_id, (), Finish.NONE, bool(first), cached_tokens)
-                output.waited_us = self._waits.take(sequence_id) if first else 0
+                output = last = EngineOutput(sequence_id, (token_id,), _NO_FINISH, bool(first), cached_tokens)
+                if first:
+                    output.waited_us = self._waits.take(sequence_id)
                 outputs.append(output)
-            output.token_ids = (*output.token_ids, token_id)
+            else:
+                output.token_ids = (*output.token_ids, token_id)
             if logprobs is not None and row in logprobs:
                 output.logprobs = (*(output.logprobs or ()), logprobs[row])
             if finish:
@@ -503,6 +508,7 @@ class Engine:
         )
 
 
+_NO_FINISH = Finish.NONE
 _FINISHES = tuple(Finish)  # by number: calling the enumeration costs more than all else of an output
 
 

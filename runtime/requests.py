@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -162,8 +163,7 @@ class EngineOutput:
     error: TokenRelayError | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class FloorStats:
+class FloorStats(NamedTuple):
     """How the TPS floor fares, in tokens per second of one user. A late token is missing by more than its own time."""
 
     configured: float = 0.0  # 0: no floor
@@ -191,8 +191,7 @@ class HostStats:
     copies_expired: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class DraftStats:
+class DraftStats(NamedTuple):
     """Drafts that steps computed. All 0: nobody drafts."""
 
     drafts: int = 0
@@ -201,9 +200,11 @@ class DraftStats:
     proposer: str = ""  # where they come from: ngram (the text) or mtp (a prediction layer)
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Counters as of the last step. blocks_free + blocks_cached + blocks_active is the pool."""
+class EngineStats(NamedTuple):
+    """Counters as of the last step. blocks_free + blocks_cached + blocks_active is the pool.
+
+    Made at each turn of the engine's loop: a tuple costs a third of a frozen dataclass.
+    """
 
     blocks_free: int = 0
     blocks_cached: int = 0
@@ -224,6 +225,6 @@ class EngineStats:
     integrity_checks: int = 0  # of the scheduler's books, while idle
     integrity_failures: int = 0  # then the engine ends
     integrity_check_us: int = 0  # time they took, in all
-    floor: FloorStats = field(default_factory=FloorStats)
-    host: HostStats = field(default_factory=HostStats)
-    drafts: DraftStats = field(default_factory=DraftStats)
+    floor: FloorStats = FloorStats()
+    host: HostStats = HostStats()
+    drafts: DraftStats = DraftStats()
