@@ -15,6 +15,7 @@ Peers: `pip install flashinfer-python` compiles when it is first used; FlashMLA 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -360,7 +361,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
-    parser.add_argument("--only", help="one operation: mla_decode, mla_prefill or moe")
+    parser.add_argument("--only", help="one: mla_decode, mla_prefill, moe, scaled_linear, rotary_write")
     parser.add_argument("--json", type=Path, help="write the result there")
     options = parser.parse_args()
     result = blank_result()
@@ -370,7 +371,10 @@ def main() -> None:
         result |= {"figures": limits, "numerics": registry.numerics("cuda")}
         print(f"{result['gpu']}: " + ", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
         with torch.inference_mode():
-            for make in cases(device, quick=options.quick):
+            import gpu_layers
+
+            layers = gpu_layers.cases(device, quick=options.quick)
+            for make in itertools.chain(cases(device, quick=options.quick), layers):
                 case = make()
                 if options.only in (None, case.op):
                     found = measure(case, limits)

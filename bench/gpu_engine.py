@@ -31,6 +31,7 @@ from tokenrelay.runtime.executor.graphs import Backend
 from tokenrelay.runtime.models.config import ModelConfig
 from tokenrelay.runtime.models.decoder import Model
 from tokenrelay.runtime.models.fields import Fields
+from tokenrelay.runtime.models.kv import in_float8
 from tokenrelay.runtime.models.registry import architecture_of
 from tokenrelay.runtime.requests import EngineOutput, EngineRequest, EngineStats
 
@@ -110,7 +111,7 @@ def step_bytes(model: Model, batch: int, context: int) -> int:
             size = round(size * (1 - (1 - moe.top_k / moe.experts) ** batch))
         total += size
     config = model.config
-    return total + batch * context * config.layers * config.kv_layout.bytes_per_block(config.dtype) // 64
+    return total + batch * context * config.layers * config.kv_layout.bytes_per_block(config.kv_dtype) // 64
 
 
 def decode(model: Model, batch: int, prompt: int, tokens: int, graphs: Backend | None = None) -> dict[str, float]:
@@ -159,6 +160,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer tokens")
+    parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="fp8: latents in float8")
     parser.add_argument("--json", type=Path, help="write the result there")
     options = parser.parse_args()
     result = blank_result()
@@ -168,6 +170,9 @@ def main() -> None:
         torch.cuda.empty_cache()
         result["figures"] = limits
         model = random_model(LITE, device, context_tokens=8192, dtype=torch.bfloat16)
+        if options.kv_dtype == "fp8":
+            model.config = in_float8(model.config)
+        result["kv_dtype"] = options.kv_dtype
         for batch in (1, 64):
             found: dict[str, Any] = {"batch": batch, "prompt": prompt, **decode(model, batch, prompt, tokens)}
             found["floor_ms"] = step_bytes(model, batch, prompt + tokens // 2) / limits["read_gb_s"] / 1e6

@@ -68,6 +68,26 @@ def test_the_cases_compute_what_they_say(bench: ModuleType) -> None:
         assert bench.moe_case(3, 4, 128, 32, CPU, small=True).check() < bench.ERROR_MAX
 
 
+def test_the_layers_cases_compute_what_they_say(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float8 products and the fused writes, each beside its peer, which does the same work."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    layers = importlib.import_module("gpu_layers")
+    monkeypatch.setattr(layers, "copies_of", lambda _: 2)
+    for name, value in (("HEADS", 4), ("KV_HEADS", 2), ("HEAD_DIM", 32), ("CONTEXT", 50), ("RANK", 64), ("ROPE", 16)):
+        monkeypatch.setattr(layers, name, value)
+    with on_triton(scaled_linear="triton/tiles", gqa_rotary_write="triton/rows", mla_rotary_write="triton/rows"):
+        linear = layers.linear_case(3, 256, 160, CPU)
+        made = [linear, layers.gqa_write_case(5, CPU), layers.mla_write_case(5, CPU, small=False)]
+        assert [case.check() < bench.ERROR_MAX for case in made] == [True] * 3
+        with on_triton(mla_rotary_write="triton/fp8"):
+            assert layers.mla_write_case(5, CPU, small=True).check() < bench.ERROR_MAX
+        assert len(linear.calls) == len(linear.peers["bf16"]) == 2
+        truth = linear.peers["bf16"][1]()
+        assert layers.error_of(linear.calls[1](), truth.double()) < 0.06
+        turned = made[1].calls[0]()
+        assert torch.equal(made[1].peers["apart"][0](), turned)
+
+
 def test_a_wrong_result_is_not_timed(bench: ModuleType) -> None:
     case = bench.Case("mla_decode", "x", 1000, 1000, [lambda: pytest.fail("timed")], lambda: float("nan"))
     assert "wrong" in bench.measure(case, {"read_gb_s": 1.0, "bf16_tflop_s": 1.0})
