@@ -298,13 +298,25 @@ class Program:
         self.native.take(width * self._dtype.itemsize, moves)
 
     def run(self, token_ids: Tensor, batch: AttentionBatch, caches: list[Tensor], sample_rows: Tensor) -> Tensor:
-        """token_ids int64 [t], a GQA cache per layer, sample_rows int64 [s] -> float32 logits [s, vocab]."""
+        """token_ids int64 [t], a cache per layer, sample_rows int64 [s] -> float32 logits [s, vocab]."""
+        logits = torch.empty(sample_rows.shape[0], self.vocab)
+        self._run(token_ids, batch, caches, sample_rows, logits)
+        return logits
+
+    def hidden(self, token_ids: Tensor, batch: AttentionBatch, caches: list[Tensor], width: int) -> Tensor:
+        """As `run`, of a program that ends with a norm into LOGITS: what stands behind every token [t, width]."""
+        out = torch.empty(token_ids.shape[0], width, dtype=self._dtype)
+        self._run(token_ids, batch, caches, token_ids.new_empty(0), out)
+        return out
+
+    def _run(
+        self, token_ids: Tensor, batch: AttentionBatch, caches: list[Tensor], sample_rows: Tensor, out: Tensor
+    ) -> None:
         from tokenrelay.kernels.cpu.attention import native_batch
 
         if len(caches) != self._layers:
             raise ValueError(f"caches has {len(caches)} layers, the model {self._layers}")
         blocks, block_tokens = caches[0].shape[0], caches[0].shape[-2]
-        logits = torch.empty(sample_rows.shape[0], self.vocab)
         self.native.run(
             native_batch(batch),
             token_ids.shape[0],
@@ -318,9 +330,8 @@ class Program:
             [cache.data_ptr() for cache in caches],
             blocks,
             block_tokens,
-            logits.data_ptr(),
+            out.data_ptr(),
         )
-        return logits
 
     def _once(self, name: str, width: int, dtype: torch.dtype) -> int:
         """A buffer that all layers share."""

@@ -36,19 +36,21 @@ class Capture:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._generation = -1
-        self._program: Program | None = None
+        self._programs: dict[bool, Program | None] = {}  # made when they are first asked for
 
-    def program(self) -> Program | None:
-        """None: there is none, run the modules."""
+    def program(self, *, hidden: bool = False) -> Program | None:
+        """None: there is none, run the modules. `hidden`: of `Model.hidden`, else of `Model.forward`."""
         if self._generation != registry.generation():
             registry.load()  # registers kernels, which counts
             self._generation = registry.generation()
+            self._programs.clear()
+        if hidden not in self._programs:
             try:
-                self._program = _Emitter(self._model).emit()
+                self._programs[hidden] = _Emitter(self._model, every=hidden).emit()
             except NotNative as reason:
                 log.info("the model runs operation by operation", reason=str(reason))
-                self._program = None
-        return self._program
+                self._programs[hidden] = None
+        return self._programs[hidden]
 
     def run(self, token_ids: Tensor, batch: AttentionBatch, caches: list[Tensor], sample_rows: Tensor) -> Tensor | None:
         """The logits, or None where there is no program, or none for this step."""
@@ -57,12 +59,21 @@ class Capture:
             return None
         return program.run(token_ids, batch, caches, sample_rows)
 
+    def hidden(self, token_ids: Tensor, batch: AttentionBatch, caches: list[Tensor]) -> Tensor | None:
+        """What stands behind every token, or None, as in `run`."""
+        program = self.program(hidden=True)
+        if program is None or not program.takes(batch):
+            return None
+        return program.hidden(token_ids, batch, caches, self._model.architecture.hidden)
+
 
 class _Emitter:
     """Walks a model's modules in the order in which they run."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, *, every: bool) -> None:
+        """`every`: up to what the head multiplies, for every token; else logits of the sampled ones."""
         self._model = model
+        self._every = every
         self._dtype = model.config.dtype
         self._program = Program(dtype=self._dtype, cos_sin=model.cos_sin)
         self._block_tokens = model.config.kv_layout.block_tokens
@@ -77,8 +88,10 @@ class _Emitter:
         program.embed(model.embed.weight, self._residual)
         for i, layer in enumerate(model.layers):
             self._layer(i, layer)  # type: ignore[arg-type]
-        program.norm(self._x, model.norm.weight, model.norm.eps, self._normed, self._residual)
-        program.linear(self._normed, _weight_of(model.head), None, Program.LOGITS)
+        last = Program.LOGITS if self._every else self._normed
+        program.norm(self._x, model.norm.weight, model.norm.eps, last, self._residual)
+        if not self._every:
+            program.linear(self._normed, _weight_of(model.head), None, Program.LOGITS)
         return program
 
     def _layer(self, index: int, layer: DecoderLayer) -> None:
@@ -93,7 +106,7 @@ class _Emitter:
             self._gqa(layer.attention)
         else:
             raise NotNative(f"no program for {type(layer.attention).__name__}")
-        if layer.rows is not None:
+        if layer.rows is not None and not self._every:
             x, residual = self._buffer("x", self._hidden), self._buffer("residual", self._hidden)
             program.take(self._hidden, [(self._x, x), (self._residual, residual)])
             self._x, self._residual = x, residual

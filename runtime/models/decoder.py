@@ -201,6 +201,10 @@ class Model(Module):
 
     def hidden(self, token_ids: Tensor, batch: ops.AttentionBatch, caches: list[Tensor]) -> Tensor:
         """As `forward`, up to what `head` multiplies, for every token: [t, d]."""
+        if self._capture is not None:
+            captured = self._capture.hidden(token_ids, batch, caches[: len(self.layers)])
+            if captured is not None:
+                return captured
         x: Tensor = self.embed(token_ids)
         residual: Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=False):  # behind them is the prediction layer's

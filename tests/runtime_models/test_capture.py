@@ -119,6 +119,46 @@ def test_a_step_with_drafted_rows_is_captured(tmp_path: Path, monkeypatch: pytes
     assert runs == [3]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("form", ["plain", "packed", "int4 packed"])
+def test_what_a_prediction_layer_reads_has_the_same_bits(
+    tmp_path: Path, family: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind every token of a step, up to what the head multiplies; a cache behind the model's is not touched."""
+    model = load_model(make_checkpoint(tmp_path / family, family), dtype=torch.bfloat16, block_tokens=16)
+    if form.startswith("int"):
+        quantize_model(model, form.split()[0])
+    if form.endswith("packed"):
+        pack_model(model)
+
+    def steps() -> list[torch.Tensor]:
+        paged, found = Paged(model), []
+        paged.add(PROMPT)
+        paged.add(PROMPT[5:40])
+        other = torch.full_like(paged.caches[0], float("nan"))
+        for lengths in ({0: 20, 1: 9}, *STEPS[1:]):
+            token_ids, batch, order = paged.batch(lengths)
+            found.append(model.hidden(token_ids, batch, [*paged.caches, other]))
+            for i in order:
+                paged.rows[i].done += lengths[i]
+        assert other.isnan().all()
+        return found
+
+    expected = steps()
+    model.capture()
+    runs: list[int] = []
+    hidden = Program.hidden
+
+    def counting(program: Program, token_ids: torch.Tensor, *others: Any) -> torch.Tensor:
+        runs.append(len(token_ids))
+        return hidden(program, token_ids, *others)
+
+    monkeypatch.setattr(Program, "hidden", counting)
+    for found, truth in zip(steps(), expected, strict=True):
+        assert found.dtype == truth.dtype and torch.equal(found, truth)
+    assert runs == [29, 13, 2, 1]
+
+
 def captured(tmp_path: Path, family: str = "llama") -> Model:
     model = load_model(make_checkpoint(tmp_path / family, family), dtype=torch.float32, block_tokens=16)
     model.capture()
