@@ -49,25 +49,26 @@ struct PairScratch {
   }
 };
 
-// The cache lines of a run's keys and then of its values, asked for some at a time, a tile before they are read, so
-// that memory is never idle: blocks lie anywhere, which the hardware does not guess. Not a function of its own: one
-// that only prefetches is pure to GCC, and its calls are dropped.
+// A run's keys and then its values, asked for some at a time, a tile before they are read, so that memory is never
+// idle: blocks lie anywhere, which the hardware does not guess. Half are asked for while a tile is packed, half by its
+// product: all at once they hold up what is computed. Not a function of its own: one that only prefetches is pure to
+// GCC, and its calls are dropped.
 class Ahead {
  public:
   explicit Ahead(const AttendJob& job) : job_(job), passed_(min_of(job.tokens, kTileTokens)), token_(passed_) { aim(); }
 
   // Reading comes to a tile of a head: nothing beyond the next tile is asked for yet.
   void allow(bool values, int64_t tile, int64_t head) {
+    fetch(kRunTokens);  // what is left of this tile
     const int64_t count = min_of(kTileTokens, job_.tokens - tile);
     limit_ = (values ? job_.tokens + tile : tile) * job_.heads + head * count + 2 * kTileTokens;
     limit_ = min_of(limit_, 2 * job_.tokens * job_.heads);
   }
 
-  [[gnu::always_inline]] void fetch(int64_t lines) {
-    for (int64_t i = 0; i < lines && passed_ < limit_; ++i) {
-      __builtin_prefetch(at_, 0, 2);
-      at_ += 64;
-      if (at_ < end_) continue;
+  // Of keys or values of as many tokens.
+  [[gnu::always_inline]] void fetch(int64_t count) {
+    for (int64_t i = 0; i < count && passed_ < limit_; ++i) {
+      for (int64_t b = 0; b < bytes_; b += 64) __builtin_prefetch(at_ + b, 0, 2);
       ++passed_;
       ++token_;
       aim();
@@ -89,14 +90,15 @@ class Ahead {
       token_ = tile_;
     }
     at_ = static_cast<const char*>(values_ ? job_.v[token_] : job_.k[token_]) + head_ * job_.head_bytes;
-    end_ = at_ + (values_ ? job_.dv : job_.dk) * 2;
+    bytes_ = (values_ ? job_.dv : job_.dk) * 2;
   }
 
   const AttendJob& job_;
   int64_t passed_, limit_ = 0;  // keys and values of a token and head
   int64_t tile_ = 0, head_ = 0, token_;
   bool values_ = false;
-  const char *at_ = nullptr, *end_ = nullptr;
+  const char* at_ = nullptr;
+  int64_t bytes_ = 0;
 };
 
 inline void transpose(__m512i (&row)[16]) {
@@ -128,29 +130,36 @@ inline void transpose(__m512i (&row)[16]) {
   for (int i = 0; i < 16; ++i) row[i] = half[i];
 }
 
-// `depth` elements of up to 16 tokens' keys, `offset` bytes behind their addresses, behind one another in `out`.
+// 32 elements of up to 16 tokens' keys, `offset` bytes behind their addresses; of the last ones fewer where kPart.
+template <bool kPart>
+[[gnu::noinline]] void pack_square(const void* const* k, int64_t offset, int64_t count, int64_t n, bf16* out) {
+  const __mmask32 present = static_cast<__mmask32>((uint64_t{1} << n) - 1);
+  __m512i row[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    if constexpr (kPart) {
+      row[i] = _mm512_setzero_si512();
+      if (i < count) row[i] = _mm512_maskz_loadu_epi16(present, static_cast<const char*>(k[i]) + offset);
+    } else {
+      row[i] = _mm512_loadu_si512(static_cast<const char*>(k[i]) + offset);
+    }
+  }
+  transpose(row);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    if (!kPart || 2 * i < n) _mm512_storeu_si512(out + i * 32, row[i]);
+  }
+}
+
+// `depth` elements of up to 16 tokens' keys, behind one another in `out`.
 inline void pack_group(const void* const* k, int64_t offset, int64_t count, int64_t depth, bf16* out, Ahead& ahead) {
-  const auto key = [&](int64_t i) { return static_cast<const char*>(k[i]) + offset; };
   for (int64_t d = 0; d < depth; d += 32) {
     const int64_t n = min_of(32, depth - d);
-    const __mmask32 present = static_cast<__mmask32>((uint64_t{1} << n) - 1);
-    __m512i row[16];
+    if (d % 64 == 0) ahead.fetch(kPairGroup / 4);
     if (count >= kPairGroup && n == 32) {
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) row[i] = _mm512_loadu_si512(key(i) + d * 2);
+      pack_square<false>(k, offset + d * 2, count, n, out + d * kPairGroup);
     } else {
-      for (int i = 0; i < 16; ++i) {
-        row[i] = i < count ? _mm512_maskz_loadu_epi16(present, key(i) + d * 2) : _mm512_setzero_si512();
-      }
-    }
-    ahead.fetch(kPairGroup);  // as many as are read
-    transpose(row);
-    bf16* to = out + d * kPairGroup;
-    if (n == 32) {
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * 32, row[i]);
-    } else {
-      for (int i = 0; i < ceil_div(n, 2); ++i) _mm512_storeu_si512(to + i * 32, row[i]);
+      pack_square<true>(k, offset + d * 2, count, n, out + d * kPairGroup);
     }
   }
 }
@@ -166,30 +175,43 @@ inline void pack_keys(const AttendJob& job, int64_t head, int64_t t, bf16* out, 
   }
 }
 
+// Two tokens' values side by side, `stride` elements from one group of columns to the next; odd: null where the run
+// ends.
+template <bool kPart>
+inline void pack_pair(const bf16* even, const bf16* odd, int64_t dv, bf16* out, int64_t stride) {
+  alignas(64) static constexpr uint16_t kOrder[64] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                      8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47,
+                                                      16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                                      24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+  const __m512i first = _mm512_load_si512(kOrder), second = _mm512_load_si512(kOrder + 32);
+  for (int64_t c = 0; c < dv; c += 32, out += 2 * stride) {
+    __m512i a, b;
+    if constexpr (kPart) {
+      const __mmask32 present = static_cast<__mmask32>((uint64_t{1} << min_of(32, dv - c)) - 1);
+      a = _mm512_maskz_loadu_epi16(present, even + c);
+      b = odd == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(present, odd + c);
+    } else {
+      a = _mm512_loadu_si512(even + c);
+      b = _mm512_loadu_si512(odd + c);
+    }
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, first, b));
+    if (!kPart || dv - c > kPairGroup) _mm512_storeu_si512(out + stride, _mm512_permutex2var_epi16(a, second, b));
+  }
+}
+
 // A head's values of a tile from token `t` on; groups of columns lie `stride` elements apart.
 inline void pack_values(const AttendJob& job, int64_t head, int64_t t, bf16* out, int64_t stride, Ahead& ahead) {
   ahead.allow(true, t, head);
   const auto value = [&](int64_t i) {
     return reinterpret_cast<const bf16*>(static_cast<const char*>(job.v[i]) + head * job.head_bytes);
   };
-  alignas(64) static constexpr uint16_t kOrder[64] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                      8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47,
-                                                      16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
-                                                      24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
-  const __m512i first = _mm512_load_si512(kOrder), second = _mm512_load_si512(kOrder + 32);
   const int64_t end = min_of(job.tokens, t + kTileTokens);
   for (; t < end; t += 2, out += 2 * kPairGroup) {
-    ahead.fetch(2 * ceil_div(job.dv, 32));
-    const bf16* even = value(t);
-    const bf16* odd = t + 1 < end ? value(t + 1) : nullptr;
-    for (int64_t c = 0; c < job.dv; c += 32) {
-      const int64_t n = min_of(32, job.dv - c);
-      const __mmask32 present = static_cast<__mmask32>((uint64_t{1} << n) - 1);
-      const __m512i a = _mm512_maskz_loadu_epi16(present, even + c);
-      const __m512i b = odd == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(present, odd + c);
-      bf16* to = out + c / kPairGroup * stride;
-      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, first, b));
-      if (n > kPairGroup) _mm512_storeu_si512(to + stride, _mm512_permutex2var_epi16(a, second, b));
+    ahead.fetch(1);
+    if (t + 1 < end && job.dv % 32 == 0) {
+      pack_pair<false>(value(t), value(t + 1), job.dv, out, stride);
+    } else {
+      pack_pair<true>(value(t), t + 1 < end ? value(t + 1) : nullptr, job.dv, out, stride);
     }
   }
 }
@@ -202,9 +224,10 @@ struct PairProduct {
   int64_t b_stride, groups, steps;
   float* out;
   int64_t out_stride;
+  Ahead* ahead;  // null: all is at hand
 };
 
-template <int MR, int NR, bool kAdd>
+template <int MR, int NR, bool kAdd, bool kFetch>
 inline void pair_block(const PairProduct& job, int64_t group) {
   __m512 acc[MR][NR];
   const char *a[MR], *b[NR];
@@ -219,7 +242,9 @@ inline void pair_block(const PairProduct& job, int64_t group) {
   }
 #pragma GCC unroll 4
   for (int c = 0; c < NR; ++c) b[c] = reinterpret_cast<const char*>(job.b + (group + c) * job.b_stride);
+  constexpr int64_t kEvery = 8 / NR;
   for (int64_t k = 0; k < job.steps; ++k) {
+    if (kFetch && k % kEvery == 0) job.ahead->fetch(1);
     __m512bh column[NR];
 #pragma GCC unroll 4
     for (int c = 0; c < NR; ++c) column[c] = (__m512bh)_mm512_loadu_si512(b[c] + k * 64);
@@ -239,12 +264,12 @@ inline void pair_block(const PairProduct& job, int64_t group) {
   }
 }
 
-template <int MR, bool kAdd>
+template <int MR, bool kAdd, bool kFetch>
 void pair_rows(const PairProduct& job) {
   constexpr int NR = MR <= 4 ? 4 : 2;
   int64_t group = 0;
-  for (; group + NR <= job.groups; group += NR) pair_block<MR, NR, kAdd>(job, group);
-  for (; group < job.groups; ++group) pair_block<MR, 1, kAdd>(job, group);
+  for (; group + NR <= job.groups; group += NR) pair_block<MR, NR, kAdd, kFetch>(job, group);
+  for (; group < job.groups; ++group) pair_block<MR, 1, kAdd, kFetch>(job, group);
 }
 
 template <bool kAdd, int MR = kPairRows>
@@ -252,7 +277,8 @@ void pair_product(int64_t rows, const PairProduct& job) {
   if constexpr (MR > 1) {
     if (rows < MR) return pair_product<kAdd, MR - 1>(rows, job);
   }
-  pair_rows<MR, kAdd>(job);
+  if (job.ahead != nullptr) return pair_rows<MR, kAdd, true>(job);
+  pair_rows<MR, kAdd, false>(job);
 }
 
 // e^x for x up to about 0, to 2e-7: powers of two, and a polynomial of degree 5 (least largest error) on
@@ -326,12 +352,12 @@ class PairRows {
   }
 
   // With the keys of the tiles from token `t` on.
-  void score(const bf16* keys, int64_t t, int64_t tokens) const {
+  void score(const bf16* keys, int64_t t, int64_t tokens, Ahead* ahead) const {
     const int64_t steps = PairScratch::steps(depth_);
     const int64_t groups = round_up(ceil_div(min_of(tokens, seen_ - t), kPairGroup), 2);
     if (groups <= 0) return;
-    pair_product<false>(rows_,
-                        {queries_, steps * 2, keys, steps * 2 * kPairGroup, groups, steps, scores_ + t, kRunTokens});
+    pair_product<false>(
+        rows_, {queries_, steps * 2, keys, steps * 2 * kPairGroup, groups, steps, scores_ + t, kRunTokens, ahead});
   }
 
   void soften() const {
@@ -344,11 +370,11 @@ class PairRows {
   }
 
   // With the values of the tiles from token `t` on; groups of columns lie `stride` elements apart.
-  void weigh(const bf16* values, int64_t stride, int64_t t, int64_t tokens) const {
+  void weigh(const bf16* values, int64_t stride, int64_t t, int64_t tokens, Ahead* ahead) const {
     const int64_t steps = ceil_div(min_of(tokens, seen_ - t), 2);
     if (steps <= 0) return;
-    pair_product<true>(rows_,
-                       {weights_ + t, kRunTokens, values, stride, columns_ / kPairGroup, steps, sums_, columns_});
+    pair_product<true>(
+        rows_, {weights_ + t, kRunTokens, values, stride, columns_ / kPairGroup, steps, sums_, columns_, ahead});
   }
 
   void finish() const {
@@ -382,14 +408,14 @@ void attend_few(const AttendJob& job) {
   for (int64_t t = 0; t < job.tokens; t += kTileTokens) {
     for (int64_t head = 0; head < job.heads; ++head) {
       pack_keys(job, head, t, scratch.keys, ahead);
-      rows(head).score(scratch.keys, t, kTileTokens);
+      rows(head).score(scratch.keys, t, kTileTokens, &ahead);
     }
   }
   for (int64_t head = 0; head < job.heads; ++head) rows(head).soften();
   for (int64_t t = 0; t < job.tokens; t += kTileTokens) {
     for (int64_t head = 0; head < job.heads; ++head) {
       pack_values(job, head, t, scratch.values, kTileTokens * kPairGroup, ahead);
-      rows(head).weigh(scratch.values, kTileTokens * kPairGroup, t, kTileTokens);
+      rows(head).weigh(scratch.values, kTileTokens * kPairGroup, t, kTileTokens, &ahead);
     }
   }
   for (int64_t head = 0; head < job.heads; ++head) rows(head).finish();
@@ -407,9 +433,9 @@ void attend_many(const AttendJob& job) {
   }
   for (int64_t row = 0; row < job.rows; row += kPairRows) {
     const PairRows rows(job, scratch, 0, row, 0);
-    rows.score(scratch.keys, 0, job.tokens);
+    rows.score(scratch.keys, 0, job.tokens, nullptr);
     rows.soften();
-    rows.weigh(scratch.values, stride, 0, job.tokens);
+    rows.weigh(scratch.values, stride, 0, job.tokens, nullptr);
     rows.finish();
   }
 }
