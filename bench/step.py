@@ -9,6 +9,9 @@ event loop's. `tensors`, `sampling_state`, `sample` and `to_host` are what a ste
 than a token, or whose model is not captured. `gap_us` is wall time: with a model that only sleeps, the time per step
 beyond the time that steps ran, with one step in flight and with two. One step ahead is there to make it vanish.
 
+`telling_us` is the processor time of both threads for each step that the engine's thread tells the event loop (one
+hop, and the message to the router's stream), less that of the same pause without a step.
+
 `whole` is the processor time of all threads of the process for each step of a whole engine on a model of 12 tiny
 layers, mean over the last three quarters of the steps; `kernels` is the part of it that the executor's thread spends
 inside the native call that runs a step, from the tokens fed back to those chosen (processor time around the call,
@@ -19,6 +22,7 @@ both threads' waking, commit, outputs and counters. 150 are asked for. `modules`
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import statistics
 import sys
@@ -43,6 +47,7 @@ from tokenrelay.runtime.executor.executor import Executor
 from tokenrelay.runtime.executor.sampler import Sampler
 from tokenrelay.runtime.requests import EngineOutput, EngineRequest, EngineStats, Finish, SamplingParams
 from tokenrelay.runtime.weights.loader import load_model
+from tokenrelay.services.chassis.mailbox import LoopMailbox
 from tokenrelay.services.chassis.wire import sequence_output
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests/support"))
@@ -141,6 +146,36 @@ def outputs_of(outcome: Any) -> list[EngineOutput]:
 def message_of(outputs: list[EngineOutput]) -> bytes:
     """One StepOutput, as bytes."""
     return worker_pb2.StepOutput(step=1, outputs=map(sequence_output, outputs)).SerializeToString()
+
+
+def telling_us(rows: int, steps: int) -> float:
+    """From the engine's thread to bytes for the stream, paced so that each step is told alone."""
+    outputs = [EngineOutput(n, (n,)) for n in range(rows)]
+
+    async def told(tells: bool) -> int:
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+        def take(posts: list[tuple[list[EngineOutput], EngineStats]]) -> None:
+            for batch, _ in posts:
+                message_of(batch)
+
+        mailbox = LoopMailbox[list[EngineOutput], EngineStats](loop, take)
+
+        def engine() -> None:
+            for _ in range(steps):
+                time.sleep(0.001)
+                if tells:
+                    mailbox.post(outputs, EngineStats())
+            loop.call_soon_threadsafe(done.set)
+
+        thread = threading.Thread(target=engine)
+        began = time.process_time_ns()
+        thread.start()
+        await done.wait()
+        thread.join()
+        return time.process_time_ns() - began
+
+    return round((asyncio.run(told(True)) - asyncio.run(told(False))) / 1000 / steps, 1)
 
 
 def gap_us(rows: int, steps_in_flight: int, step_ms: float, steps: int) -> float:
@@ -264,6 +299,8 @@ def main() -> None:
             for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
                 for stage, value in stages(rows, temperature, steps).items():
                     figures[f"{rows} rows, {name}, {stage}_us"] = value
+    for rows in (1, 8, 32):
+        figures[f"{rows} rows, telling_us"] = telling_us(rows, steps)
     for rows in (1, 64):
         for in_flight in (1, 2):
             figures[f"{rows} rows, {in_flight} in flight, gap_us"] = gap_us(rows, in_flight, 2.0, steps)
