@@ -132,7 +132,7 @@ def serve(
         _option(
             "--kv-dtype",
             panel=MODEL,
-            help="fp8: the KV of models with latent attention in float8, for more context. Default: auto, as --dtype.",
+            help="fp8: KV in float8 with factors, for more context in the same memory. Default: auto, as --dtype.",
         ),
     ] = None,
     deterministic: Annotated[

@@ -115,7 +115,38 @@ class MlaFp8Layout:
         return self.block_tokens * self.width * dtype.itemsize
 
 
-KvLayout = MlaLayout | GqaLayout | MlaFp8Layout
+FACTOR_BYTES = 4  # a float32
+
+
+@dataclass(frozen=True, slots=True)
+class GqaFp8Layout:
+    """A cache of keys and values in float8: `[blocks, 2, kv_heads, block_tokens, head_dim + 4]` bytes, as
+    torch.float8_e4m3fn. A token's key of one head, and its value, are `head_dim` E4M3 numbers and a float32 factor."""
+
+    kv_heads: int
+    head_dim: int
+    block_tokens: int
+
+    def __post_init__(self) -> None:
+        _positive(self, "kv_heads", "head_dim", "block_tokens")
+        if self.head_dim % FACTOR_BYTES:
+            raise ValueError(f"head_dim is {self.head_dim}, a float8 cache takes a multiple of {FACTOR_BYTES}")
+
+    @property
+    def width(self) -> int:
+        """Bytes of one token, keys and values of all heads."""
+        return 2 * self.kv_heads * (self.head_dim + FACTOR_BYTES)
+
+    def shape(self, blocks: int) -> tuple[int, ...]:
+        """The shape of one layer's region of `blocks` blocks."""
+        return (blocks, 2, self.kv_heads, self.block_tokens, self.head_dim + FACTOR_BYTES)
+
+    def bytes_per_block(self, dtype: torch.dtype) -> int:
+        """Bytes of one block of one layer; `dtype` is torch.float8_e4m3fn."""
+        return self.block_tokens * self.width * dtype.itemsize
+
+
+KvLayout = MlaLayout | GqaLayout | MlaFp8Layout | GqaFp8Layout
 
 
 def absorbed_tokens_max(rank: int, nope: int, value: int) -> int:

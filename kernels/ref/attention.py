@@ -120,4 +120,6 @@ def _gather_mla(cache: Tensor, batch: AttentionBatch, row: int, context: int, ra
 def _gather_gqa(cache: Tensor, batch: AttentionBatch, row: int, context: int) -> tuple[Tensor, Tensor]:
     pages = cache[_blocks(batch, row, context, cache.shape[3])]  # [blocks, 2, kv_heads, block_tokens, hd]
     both = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :context]
+    if cache.dtype is torch.float8_e4m3fn:
+        both = fp8.decode_heads(both)
     return both[0], both[1]

@@ -72,6 +72,10 @@ def gqa_cache_write(k: Tensor, v: Tensor, cache: Tensor, cache_slots: Tensor) ->
     keep = cache_slots >= 0
     block_tokens = cache.shape[3]
     block, offset = cache_slots[keep] // block_tokens, cache_slots[keep] % block_tokens
+    if cache.dtype is torch.float8_e4m3fn:
+        both = torch.stack((fp8.encode_heads(k[keep]), fp8.encode_heads(v[keep])), dim=1)  # [kept, 2, kv_heads, hd + 4]
+        cache.view(torch.uint8)[block, :, :, offset] = both.view(torch.uint8)
+        return
     cache[block, 0, :, offset] = k[keep].to(cache.dtype)  # [kept, kv_heads, head_dim]
     cache[block, 1, :, offset] = v[keep].to(cache.dtype)
 

@@ -1,11 +1,11 @@
-"""Latents in float8, as `layout.MlaFp8Layout` lays them out: to and from it in plain PyTorch."""
+"""KV in float8, as `layout.MlaFp8Layout` and `GqaFp8Layout` lay it out: to and from it in plain PyTorch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from tokenrelay.kernels.layout import fp8_group
+from tokenrelay.kernels.layout import FACTOR_BYTES, fp8_group
 
 E4M3_MAX = 448.0
 
@@ -29,3 +29,19 @@ def decode(entries: Tensor, rank: int) -> Tensor:
     wide = small.contiguous().view(torch.float8_e4m3fn).float().view(-1, rank // group, group)
     latent = (wide * factors.contiguous().view(torch.float32).unsqueeze(-1)).view(-1, rank)
     return torch.cat((latent, rope.contiguous().view(torch.bfloat16).float()), dim=-1)
+
+
+def encode_heads(x: Tensor) -> Tensor:
+    """x [..., hd] -> float8_e4m3fn [..., hd + 4]: its largest becomes 448, and its factor stands behind it."""
+    wide = x.float()
+    largest = wide.abs().amax(-1, keepdim=True)
+    factors = torch.where(largest > 0, largest / E4M3_MAX, 1.0)
+    small = (wide / factors).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return torch.cat((small.view(torch.uint8), factors.view(torch.uint8)), dim=-1).view(torch.float8_e4m3fn)
+
+
+def decode_heads(entries: Tensor) -> Tensor:
+    """float8_e4m3fn [..., hd + 4] -> float32 [..., hd]."""
+    raw = entries.view(torch.uint8)
+    small = raw[..., :-FACTOR_BYTES].contiguous().view(torch.float8_e4m3fn).float()
+    return small * raw[..., -FACTOR_BYTES:].contiguous().view(torch.float32)

@@ -115,6 +115,8 @@ def _register_rotary_writes(mla: Mapping[str, Limit], gqa: Mapping[str, Limit]) 
     limits = {**gqa, "heads": Limit(1, 1024), "head_dim": Limit(2, 512, 2)}
     call = _later("rotary_write", "gqa_rotary_write")
     _add("gqa_rotary_write", "triton/rows", call, limits=limits, layout="gqa")
+    scaled = {**limits, "head_dim": Limit(4, 512, 4)}
+    _add("gqa_rotary_write", "triton/fp8", call, dtypes=("float8_e4m3fn",), limits=scaled, layout="gqa-fp8")
 
 
 def _register_attention() -> None:
@@ -128,8 +130,7 @@ def _register_attention() -> None:
     ):
         latent = op.startswith("mla")
         kinds: list[tuple[str, tuple[str, ...], str]] = [("", _BF16, module.partition("_")[0])]
-        if latent:
-            kinds.append(("-fp8", ("float8_e4m3fn",), "mla-fp8"))
+        kinds.append(("-fp8", ("float8_e4m3fn",), f"{kinds[0][2]}-fp8"))
         for fixed, name in ((False, "balanced"), (True, "fixed")):
             for suffix, dtypes, layout in kinds:
                 _add(

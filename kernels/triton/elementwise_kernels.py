@@ -76,6 +76,23 @@ def angles(
 
 
 @jit
+def turned(
+    source: tl.tensor,
+    inside: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    dtype: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Rotated pairs of vectors: source pointers [BLOCK_H, 1], elements `first`, `second`, inside [BLOCK_H, BLOCK_R]."""
+    a = widen(tl.load(source + first[None, :], mask=inside, other=0.0))
+    b = widen(tl.load(source + second[None, :], mask=inside, other=0.0))
+    c, s = cos[None, :], sin[None, :]
+    return narrow(a * c - b * s, dtype), narrow(b * c + a * s, dtype)
+
+
+@jit
 def turn(
     source: tl.tensor,
     target: tl.tensor,
@@ -92,11 +109,9 @@ def turn(
         first, second = 2 * i, 2 * i + 1
     else:
         first, second = i, i + HALF
-    a = widen(tl.load(source + first[None, :], mask=inside, other=0.0))
-    b = widen(tl.load(source + second[None, :], mask=inside, other=0.0))
-    c, s = cos[None, :], sin[None, :]
-    tl.store(target + first[None, :], narrow(a * c - b * s, target.dtype.element_ty), mask=inside)
-    tl.store(target + second[None, :], narrow(b * c + a * s, target.dtype.element_ty), mask=inside)
+    x, y = turned(source, inside, cos, sin, first, second, target.dtype.element_ty)
+    tl.store(target + first[None, :], x, mask=inside)
+    tl.store(target + second[None, :], y, mask=inside)
 
 
 @jit

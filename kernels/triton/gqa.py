@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from tokenrelay.kernels.batch import AttentionBatch
+from tokenrelay.kernels.layout import FACTOR_BYTES
 from tokenrelay.kernels.triton import gqa_kernels
 from tokenrelay.kernels.triton.checks import check, check_axes, check_dense
 from tokenrelay.kernels.triton.language import INTERPRET, LOG2_E
@@ -25,7 +26,19 @@ def tiling_of(rows: int, kv_heads: int, queries: int, dtype: torch.dtype, *, fix
     if dtype is torch.float32:
         return Tiling(rows, kv_heads, 16, 32, fixed)
     block_m = 64 if fixed else min(128, max(16, triton.next_power_of_2(rows * queries)))
-    return Tiling(rows, kv_heads, block_m, _SHAPES[block_m][0], fixed, *_SHAPES[block_m][1:])
+    block_n, warps, stages, programs = _SHAPES[block_m]
+    if dtype is torch.float8_e4m3fn:
+        programs = min(2, programs)  # converting to bfloat16 takes registers
+    return Tiling(rows, kv_heads, block_m, block_n, fixed, warps, stages, programs)
+
+
+def vector_of(cache: Tensor, head_dim: int) -> tuple[int, torch.dtype]:
+    """Elements from one key or value of a head to the next in the cache, and the type of tokens and queries."""
+    if cache.dtype is not torch.float8_e4m3fn:
+        return head_dim, cache.dtype
+    if head_dim % FACTOR_BYTES:
+        raise ValueError(f"head_dim is {head_dim}, a float8 cache takes a multiple of {FACTOR_BYTES}")
+    return head_dim + FACTOR_BYTES, torch.bfloat16
 
 
 def gqa_decode(fixed: bool, q: Tensor, cache: Tensor, batch: AttentionBatch, scale: float) -> Tensor:
@@ -51,8 +64,9 @@ def _attend(
     check_axes("cache", cache, 5)
     tokens, heads, head_dim = q.shape
     blocks, _, kv_heads, page, _ = cache.shape
-    check_dense("cache", cache, cache, (blocks, 2, kv_heads, page, head_dim))
-    check("q", q, cache, (tokens, heads, head_dim))
+    width, dtype = vector_of(cache, head_dim)
+    check_dense("cache", cache, cache, (blocks, 2, kv_heads, page, width))
+    check("q", q, cache, (tokens, heads, head_dim), dtype)
     if heads % kv_heads:
         raise ValueError(f"q has {heads} heads, expected a multiple of KV heads, {kv_heads}")
     out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
@@ -65,6 +79,7 @@ def _attend(
     gqa_kernels.attend[(work.parts,)](
         q,
         cache,
+        cache.view(torch.float32) if width > head_dim else cache,
         batch.block_table,
         out,
         scratch,
@@ -77,6 +92,8 @@ def _attend(
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
         HEAD_P=head_p,
+        WIDTH=width,
+        SCALED=width > head_dim,
         PAGE=page,
         BLOCK_M=tiling.block_m,
         BLOCK_N=tiling.block_n,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from tokenrelay.kernels.triton.language import dot, jit, last_at_most, narrow
+from tokenrelay.kernels.triton.language import dot, jit, last_at_most, narrow, widen
 from tokenrelay.kernels.triton.walk import SEARCH_BLOCK, piece, soften
 
 
@@ -12,6 +12,7 @@ from tokenrelay.kernels.triton.walk import SEARCH_BLOCK, piece, soften
 def attend(
     q: tl.tensor,
     cache: tl.tensor,
+    factors: tl.tensor,
     table: tl.tensor,
     out: tl.tensor,
     scratch: tl.tensor,
@@ -34,15 +35,18 @@ def attend(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_P: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SCALED: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FIXED: tl.constexpr,
     SPLIT: tl.constexpr,
 ) -> None:
-    """Grid (parts). q [t, h, hd], cache [blocks, 2, hk, PAGE, hd] -> out [t, h, hd], contiguous; ROWS = h / hk.
+    """Grid (parts). q [t, h, hd], cache [blocks, 2, hk, PAGE, WIDTH] -> out [t, h, hd], contiguous; ROWS = h / hk.
 
-    `scale` includes log2(e).
+    `scale` includes log2(e). SCALED: E4M3 with a float32 factor behind each vector (`GqaFp8Layout`); `factors` is the
+    cache as float32. A key's factor is its column's of the scores, a value's its column's of the weights.
     """
     part = tl.program_id(0)
     step = tl.load(share)
@@ -72,13 +76,21 @@ def attend(
             key = n * BLOCK_N + tl.arange(0, BLOCK_N)
             there = key < context
             page = tl.load(pages + key // PAGE, mask=there, other=0).to(tl.int64)
-            entry = ((page * (2 * KV_HEADS) + group) * PAGE + key % PAGE) * HEAD_DIM
+            entry = ((page * (2 * KV_HEADS) + group) * PAGE + key % PAGE) * WIDTH
             loaded = there[:, None] & (d < HEAD_DIM)[None, :]
             k = tl.load(cache + entry[:, None] + d[None, :], mask=loaded, other=0.0)
+            if SCALED:
+                k = narrow(widen(k), q.dtype.element_ty)
             scores = dot(query, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * scale
+            if SCALED:
+                scores *= tl.load(factors + (entry + HEAD_DIM) // 4, mask=there, other=0.0)[None, :]
             scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
             p, alpha, m, total = soften(scores, m, total)
-            v = tl.load(cache + (entry + KV_HEADS * PAGE * HEAD_DIM)[:, None] + d[None, :], mask=loaded, other=0.0)
+            values = entry + KV_HEADS * PAGE * WIDTH
+            v = tl.load(cache + values[:, None] + d[None, :], mask=loaded, other=0.0)
+            if SCALED:
+                v = narrow(widen(v), q.dtype.element_ty)
+                p *= tl.load(factors + (values + HEAD_DIM) // 4, mask=there, other=0.0)[None, :]
             acc = dot(narrow(p, v.dtype), v, acc * alpha[:, None])
         if whole:
             value = acc / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tokenrelay.kernels.triton import rotary_write_kernels as kernels
 from tokenrelay.kernels.triton.checks import check, check_axes, check_dense
+from tokenrelay.kernels.triton.gqa import vector_of
 from tokenrelay.kernels.triton.mla import entry_of
 
 _TILE = 1024  # pairs of one program's tile of heads
@@ -31,15 +32,17 @@ def _check_common(q: Tensor, positions: Tensor, cos_sin: Tensor, cache_slots: Te
 def gqa_rotary_write(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, cache: Tensor, cache_slots: Tensor
 ) -> Tensor:
-    """See `ops.gqa_rotary_write`. A token whose position is outside the table becomes NaN, as in `rotary`."""
+    """See `ops.gqa_rotary_write`; into a float8 cache (`GqaFp8Layout`) go bfloat16 tokens. A token whose position is
+    outside the table becomes NaN, as in `rotary`."""
     for name, x, axes in (("q", q, 3), ("k", k, 3), ("cache", cache, 5)):
         check_axes(name, x, axes)
     (tokens, heads, width), kv_heads = q.shape, k.shape[1]
     blocks, _, _, page, _ = cache.shape
-    check_dense("cache", cache, cache, (blocks, 2, kv_heads, page, width))
-    check("q", q, cache, (tokens, heads, width))
-    check("k", k, cache, (tokens, kv_heads, width))
-    check("v", v, cache, (tokens, kv_heads, width))
+    entry, dtype = vector_of(cache, width)
+    check_dense("cache", cache, cache, (blocks, 2, kv_heads, page, entry))
+    check("q", q, cache, (tokens, heads, width), dtype)
+    check("k", k, cache, (tokens, kv_heads, width), dtype)
+    check("v", v, cache, (tokens, kv_heads, width), dtype)
     _check_common(q, positions, cos_sin, cache_slots)
     out = torch.empty((tokens, heads, width), dtype=q.dtype, device=q.device)
     if tokens == 0:
@@ -55,6 +58,7 @@ def gqa_rotary_write(
         positions,
         cos_sin,
         cache,
+        cache.view(torch.float32) if entry > width else cache,
         cache_slots,
         *q.stride()[:2],
         *k.stride()[:2],
@@ -68,6 +72,8 @@ def gqa_rotary_write(
         BLOCK_R=block,
         Q_PARTS=parts,
         PAGE=page,
+        WIDTH=entry,
+        SCALED=entry > width,
         num_warps=4,
     )
     return out

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from tokenrelay.kernels.triton.elementwise_kernels import angles, store_fp8, turn
-from tokenrelay.kernels.triton.language import jit
+from tokenrelay.kernels.triton.elementwise_kernels import angles, store_fp8, turn, turned
+from tokenrelay.kernels.triton.language import jit, narrow, widen
 
 
 @jit
@@ -17,6 +17,7 @@ def rotate_write_gqa(
     positions: tl.tensor,
     cos_sin: tl.tensor,
     cache: tl.tensor,
+    factors: tl.tensor,
     cache_slots: tl.tensor,
     q_token: tl.tensor,
     q_head: tl.tensor,
@@ -33,11 +34,14 @@ def rotate_write_gqa(
     BLOCK_R: tl.constexpr,
     Q_PARTS: tl.constexpr,
     PAGE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SCALED: tl.constexpr,
 ) -> None:
     """Grid (tokens, Q_PARTS + KV_HEADS / BLOCK_H): query heads first, then KV heads, BLOCK_H of them a program.
 
-    q [t, HEADS, 2 HALF] -> out, contiguous; k and v -> cache [blocks, 2, KV_HEADS, PAGE, 2 HALF]. A token whose slot is
-    not in the cache is written nowhere, its queries are rotated.
+    q [t, HEADS, 2 HALF] -> out, contiguous; k and v -> cache [blocks, 2, KV_HEADS, PAGE, WIDTH]. A token whose slot is
+    not in the cache is written nowhere, its queries are rotated. SCALED: as `GqaFp8Layout` says; `factors` is the cache
+    as float32.
     """
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = tl.arange(0, BLOCK_R)
@@ -52,12 +56,46 @@ def rotate_write_gqa(
         if (slot >= 0) & (slot < slots):
             head = (part - Q_PARTS) * BLOCK_H + tl.arange(0, BLOCK_H)
             inside = (head < KV_HEADS)[:, None] & (i < HALF)[None, :]
-            keys = cache + ((slot // PAGE * 2 * KV_HEADS + head) * PAGE + slot % PAGE)[:, None] * (2 * HALF)
-            turn(k + token * k_token + (head * k_head)[:, None], keys, inside, cos, sin, HALF, BLOCK_R, False)
-            values = keys + KV_HEADS * PAGE * (2 * HALF) + i[None, :]
-            source = v + token * v_token + (head * v_head)[:, None] + i[None, :]
-            tl.store(values, tl.load(source, mask=inside), mask=inside)
-            tl.store(values + HALF, tl.load(source + HALF, mask=inside), mask=inside)
+            row = ((slot // PAGE * 2 * KV_HEADS + head) * PAGE + slot % PAGE) * WIDTH
+            values = row + KV_HEADS * PAGE * WIDTH
+            from_k, from_v = (
+                k + token * k_token + (head * k_head)[:, None],
+                v + token * v_token + (head * v_head)[:, None],
+            )
+            if SCALED:
+                x, y = turned(from_k, inside, cos, sin, i, i + HALF, k.dtype.element_ty)
+                store_scaled(x, y, cache, factors, row, inside, head < KV_HEADS, HALF, BLOCK_R)
+                x = tl.load(from_v + i[None, :], mask=inside, other=0.0)
+                y = tl.load(from_v + HALF + i[None, :], mask=inside, other=0.0)
+                store_scaled(x, y, cache, factors, values, inside, head < KV_HEADS, HALF, BLOCK_R)
+            else:
+                turn(from_k, cache + row[:, None], inside, cos, sin, HALF, BLOCK_R, False)
+                at = cache + values[:, None] + i[None, :]
+                tl.store(at, tl.load(from_v + i[None, :], mask=inside), mask=inside)
+                tl.store(at + HALF, tl.load(from_v + HALF + i[None, :], mask=inside), mask=inside)
+
+
+@jit
+def store_scaled(
+    x: tl.tensor,
+    y: tl.tensor,
+    cache: tl.tensor,
+    factors: tl.tensor,
+    row: tl.tensor,
+    inside: tl.tensor,
+    real: tl.tensor,
+    HALF: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+) -> None:
+    """Vectors of halves x and y [BLOCK_H, BLOCK_R], in E4M3 at elements `row` of the cache, factors behind them."""
+    i = tl.arange(0, BLOCK_R)
+    a, b = tl.where(inside, widen(x), 0.0), tl.where(inside, widen(y), 0.0)
+    largest = tl.maximum(tl.max(tl.abs(a), 1), tl.max(tl.abs(b), 1))
+    factor = tl.where(largest > 0.0, largest / 448.0, 1.0)
+    at = cache + row[:, None] + i[None, :]
+    tl.store(at, narrow(a / factor[:, None], tl.float8e4nv), mask=inside)
+    tl.store(at + HALF, narrow(b / factor[:, None], tl.float8e4nv), mask=inside)
+    tl.store(factors + (row + 2 * HALF) // 4, factor, mask=real)
 
 
 @jit

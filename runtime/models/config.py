@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tokenrelay.base.errors import CheckpointError
-from tokenrelay.kernels.layout import GqaLayout, KvLayout, MlaFp8Layout, MlaLayout
+from tokenrelay.kernels.layout import GqaFp8Layout, GqaLayout, KvLayout, MlaFp8Layout, MlaLayout
 from tokenrelay.runtime.layers.attention import Gqa
 from tokenrelay.runtime.layers.mla import Mla
 from tokenrelay.runtime.layers.moe import Moe
@@ -62,7 +62,7 @@ class ModelConfig:
     @property
     def kv_dtype(self) -> torch.dtype:
         """Of the caches: the model's, unless their layout has one of its own."""
-        return torch.float8_e4m3fn if isinstance(self.kv_layout, MlaFp8Layout) else self.dtype
+        return torch.float8_e4m3fn if isinstance(self.kv_layout, MlaFp8Layout | GqaFp8Layout) else self.dtype
 
     @property
     def kv_layers(self) -> int:

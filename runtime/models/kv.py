@@ -15,7 +15,8 @@ import torch
 from tokenrelay.base.errors import ConfigError
 from tokenrelay.base.logging import get_logger
 from tokenrelay.kernels import registry
-from tokenrelay.kernels.layout import MlaFp8Layout, MlaLayout
+from tokenrelay.kernels.layout import GqaFp8Layout, GqaLayout, KvLayout, MlaFp8Layout, MlaLayout
+from tokenrelay.runtime.layers.attention import Gqa
 from tokenrelay.runtime.layers.mla import Mla
 from tokenrelay.runtime.models.config import Architecture, ModelConfig
 
@@ -26,15 +27,14 @@ SETTING = "worker.kv_dtype"
 
 
 def in_float8(config: ModelConfig) -> ModelConfig:
-    """The model with its KV in float8 (`MlaFp8Layout`). Raises ConfigError where there is no such layout."""
+    """The model with its KV in float8 (`…Fp8Layout`). Raises ConfigError for sizes that do not fit."""
     layout = config.kv_layout
-    if not isinstance(layout, MlaLayout):
-        raise ConfigError(
-            f"{SETTING} fp8: {config.architecture} keeps keys and values of heads, and only the latents of multi-head "
-            "latent attention have a layout in float8; expected auto"
-        )
+    small: KvLayout = layout
     try:
-        small = MlaFp8Layout(rank=layout.rank, rope=layout.rope, block_tokens=layout.block_tokens)
+        if isinstance(layout, MlaLayout):
+            small = MlaFp8Layout(rank=layout.rank, rope=layout.rope, block_tokens=layout.block_tokens)
+        elif isinstance(layout, GqaLayout):
+            small = GqaFp8Layout(layout.kv_heads, layout.head_dim, layout.block_tokens)
     except ValueError as error:
         raise ConfigError(f"{SETTING} fp8: {error}") from error
     # Its KV holds other values than the model's in full precision: blocks must not be shared between the two.
@@ -44,21 +44,13 @@ def in_float8(config: ModelConfig) -> ModelConfig:
 
 def check_kernels(config: ModelConfig, architecture: Architecture, device: torch.device) -> None:
     """Raise ConfigError where no kernel here attends over caches of this dtype, with required beside supported."""
-    layout, attention = config.kv_layout, architecture.attention
-    if not isinstance(layout, MlaFp8Layout):
+    if config.kv_dtype is config.dtype:
         return
-    assert isinstance(attention, Mla)
     if device.type != "cpu" and config.dtype is not torch.bfloat16:
         name = str(config.dtype).removeprefix("torch.")
         raise ConfigError(f"{SETTING} fp8: kernels on {device.type} take models in bfloat16, this one is in {name}")
-    common = {"heads": attention.heads, "rank": layout.rank, "rope": layout.rope}
-    paged = {**common, "block_tokens": layout.block_tokens}
     slow = []
-    for op, sizes in (
-        ("mla_rotary_write", common),
-        ("mla_decode", paged),
-        ("mla_prefill", {**paged, "nope": attention.nope, "value": attention.v}),
-    ):
+    for op, sizes in _operations(architecture.attention, config.kv_layout.block_tokens):
         found = registry.explain(op, device=device.type, dtype="float8_e4m3fn", **sizes)
         if found.chosen is None:
             raise ConfigError(f"{SETTING} fp8: no kernel can run this here:\n{found}")
@@ -66,3 +58,15 @@ def check_kernels(config: ModelConfig, architecture: Architecture, device: torch
             slow.append(op)
     if slow:
         log.warning("float8 KV is read by references here: it saves memory and costs time", operations=slow)
+
+
+def _operations(attention: Mla | Gqa, block_tokens: int) -> list[tuple[str, dict[str, int]]]:
+    """What writes and reads the caches, and for which sizes."""
+    paged = {"block_tokens": block_tokens}
+    if isinstance(attention, Mla):
+        sizes = {"heads": attention.heads, "rank": attention.kv_rank, "rope": attention.rope}
+        prefill = {**sizes, **paged, "nope": attention.nope, "value": attention.v}
+        return [("mla_rotary_write", sizes), ("mla_decode", {**sizes, **paged}), ("mla_prefill", prefill)]
+    sizes = {"heads": attention.heads, "kv_heads": attention.kv_heads, "head_dim": attention.head_dim}
+    reads = [(op, {**sizes, **paged}) for op in ("gqa_decode", "gqa_prefill")]
+    return [("gqa_rotary_write", sizes), *reads]

@@ -35,7 +35,7 @@ class WorkerConfig:
         "stay as they are; auto: they are as dtype says",
     )
     kv_dtype: Literal["auto", "fp8"] = setting(
-        "auto", "of the KV caches; fp8: latents in float8 (models with latent attention); auto: as dtype says"
+        "auto", "of the KV caches; fp8: float8 with factors, for more context in the same memory; auto: as dtype says"
     )
     deterministic: bool = setting(
         False,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tokenrelay.base.errors import ConfigError, HandshakeRefused
 from tokenrelay.kernels import ops, registry
-from tokenrelay.kernels.layout import MlaFp8Layout, MlaLayout
+from tokenrelay.kernels.layout import GqaFp8Layout, GqaLayout, MlaFp8Layout, MlaLayout
 from tokenrelay.kernels.ref import fp8
 from tokenrelay.runtime.build import EngineSizes, build_engine
 from tokenrelay.runtime.executor.memory import plan_pool
@@ -28,9 +28,15 @@ PROMPT = [(7 * i * i + 3) % 300 + 3 for i in range(5 * BLOCK_TOKENS + 5)]
 ERROR_MAX = 0.08  # of the logits' norm: latents keep three bits of mantissa, half a step of which is 1/16
 
 
+@pytest.fixture(scope="module", params=["deepseek_v3", "qwen3"])
+def family(request: pytest.FixtureRequest) -> str:
+    """Latents, and keys and values of heads."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("fp8") / "deepseek", "deepseek_v3")
+def folder(tmp_path_factory: pytest.TempPathFactory, family: str) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("fp8") / family, family)
 
 
 def load(folder: Path, **options: Any) -> Any:
@@ -46,10 +52,11 @@ def error(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm())
 
 
-def test_logits_are_near_the_model_in_float64(folder: Path, small: Any) -> None:
+def test_logits_are_near_the_model_in_float64(folder: Path, family: str, small: Any) -> None:
     """Transformers' model in float64 is the truth: the cache's rounding is seen, and it is small."""
-    oracle = make_model("deepseek_v3").double()
-    oracle.set_experts_implementation("eager")  # the others multiply no doubles
+    oracle = make_model(family).double()
+    if family == "deepseek_v3":
+        oracle.set_experts_implementation("eager")  # the others multiply no doubles
     with torch.inference_mode():
         truth = oracle(torch.tensor([PROMPT])).logits[0, -1]
     assert error(plain_logits(load(folder, kv_dtype="auto"), PROMPT), truth) < 1e-4
@@ -57,9 +64,9 @@ def test_logits_are_near_the_model_in_float64(folder: Path, small: Any) -> None:
 
 
 @contextmanager
-def rounded_latents() -> Iterator[None]:
+def rounded_on_the_way() -> Iterator[None]:
     """A full-precision cache gets what a float8 one would give back."""
-    written = ops.mla_rotary_write
+    latents, heads = ops.mla_rotary_write, ops.gqa_rotary_write
 
     def write(q: Tensor, latent: Tensor, k: Tensor, at: Tensor, turns: Tensor, pairs: bool, *where: Tensor) -> Tensor:
         turned, keys = ops.rotary(q, k.unsqueeze(1), at, turns, pairs)
@@ -67,15 +74,20 @@ def rounded_latents() -> Iterator[None]:
         ops.mla_cache_write(*entries.split_with_sizes((latent.shape[1], k.shape[1]), dim=1), *where)
         return turned
 
-    ops.mla_rotary_write = write
+    def write_heads(q: Tensor, k: Tensor, v: Tensor, at: Tensor, turns: Tensor, *where: Tensor) -> Tensor:
+        turned, keys = ops.rotary(q, k, at, turns, False)
+        ops.gqa_cache_write(*(fp8.decode_heads(fp8.encode_heads(x)) for x in (keys, v)), *where)
+        return turned
+
+    ops.mla_rotary_write, ops.gqa_rotary_write = write, write_heads
     try:
         yield
     finally:
-        ops.mla_rotary_write = written
+        ops.mla_rotary_write, ops.gqa_rotary_write = latents, heads
 
 
 def test_nothing_but_the_cache_is_rounded(folder: Path, small: Any) -> None:
-    with rounded_latents():
+    with rounded_on_the_way():
         expected = plain_logits(load(folder, kv_dtype="auto"), PROMPT).double()
     assert error(plain_logits(small, PROMPT), expected) < 1e-5
 
@@ -112,16 +124,19 @@ def test_a_token_takes_a_byte_a_latent_its_factors_and_the_rotated_part() -> Non
     wide, small = MlaLayout(512, 64, 64), MlaFp8Layout(512, 64, 64)
     assert (wide.bytes_per_block(torch.bfloat16), small.bytes_per_block(torch.float8_e4m3fn)) == (64 * 1152, 64 * 656)
     sizes: dict[str, Any] = {"slots": 64, "context_tokens": 4096, "context_asked": True, "kv_memory_bytes": 1 << 30}
+    heads = GqaLayout(8, 128, 64).bytes_per_block(torch.bfloat16), GqaFp8Layout(8, 128, 64).bytes_per_block(torch.int8)
+    assert heads == (64 * 4096, 64 * 2112)
     before = plan_pool(wide, 61, torch.bfloat16, **sizes).blocks
     assert plan_pool(small, 61, torch.float8_e4m3fn, **sizes).blocks == pytest.approx(before * 1152 / 656, abs=2)
 
 
-def test_its_pool_is_allocated_and_counted_in_bytes(small: Any) -> None:
+def test_its_pool_is_allocated_and_counted_in_bytes(family: str, small: Any) -> None:
     built = build_engine(small, EngineSizes(slots=2, blocks=8), on_step=lambda *_: None)
     caches = built.engine._executor._caches
     built.engine.close()
-    assert {(c.dtype, c.shape[2]) for c in caches} == {(torch.float8_e4m3fn, 32 + 4 + 2 * 8)}
-    assert built.pool.bytes == sum(c.nbytes for c in caches) == 2 * 8 * BLOCK_TOKENS * 52
+    token = 32 + 4 + 2 * 8 if family == "deepseek_v3" else 2 * 2 * (16 + 4)
+    assert {c.dtype for c in caches} == {torch.float8_e4m3fn}
+    assert built.pool.bytes == sum(c.nbytes for c in caches) == 2 * 8 * BLOCK_TOKENS * token
 
 
 def test_its_blocks_are_another_models(folder: Path, small: Any) -> None:
@@ -138,15 +153,13 @@ def test_its_blocks_are_another_models(folder: Path, small: Any) -> None:
         )
         for config in (small.config, wide)
     )
-    with pytest.raises(HandshakeRefused, match=r"layout: a has 'MlaFp8Layout.*, b has 'MlaLayout.*bytes of a block"):
+    with pytest.raises(HandshakeRefused, match=r"layout: a has '\w*Fp8Layout.*, b has '\w+Layout.*bytes of a block"):
         ours.check("a", theirs, "b")
 
 
-def test_what_has_no_float8_layout_or_kernel_is_refused(folder: Path, small: Any, tmp_path: Path) -> None:
-    qwen = make_checkpoint(tmp_path / "qwen", "qwen3")
-    with pytest.raises(
-        ConfigError, match=r"worker\.kv_dtype fp8: Qwen3ForCausalLM keeps keys and values.*expected auto"
-    ):
+def test_what_has_no_float8_layout_or_kernel_is_refused(family: str, small: Any, tmp_path: Path) -> None:
+    qwen = make_checkpoint(tmp_path / "qwen", "qwen3", head_dim=18)
+    with pytest.raises(ConfigError, match=r"worker\.kv_dtype fp8: head_dim is 18"):
         load(qwen)
     odd = make_checkpoint(tmp_path / "odd", "deepseek_v3", kv_lora_rank=40)
     with pytest.raises(ConfigError, match=r"worker\.kv_dtype fp8: rank is 40"):
@@ -155,7 +168,8 @@ def test_what_has_no_float8_layout_or_kernel_is_refused(folder: Path, small: Any
         WorkerConfig(tp=2, kv_dtype="fp8").check()
     registry.deterministic()
     try:
-        with registry.force("mla_decode", "ref/torch"), pytest.raises(ConfigError) as refused:
+        op = "mla_decode" if family == "deepseek_v3" else "gqa_decode"
+        with registry.force(op, "ref/torch"), pytest.raises(ConfigError) as refused:
             build_engine(small, EngineSizes(slots=2, blocks=8), on_step=lambda *_: None)
     finally:
         registry.deterministic(False)

@@ -9,7 +9,7 @@ import torch
 from kernel_cases import make_batch
 
 from tokenrelay.kernels.batch import PenaltyBatch, SamplingBatch
-from tokenrelay.kernels.layout import GqaLayout, MlaFp8Layout, MlaLayout
+from tokenrelay.kernels.layout import GqaFp8Layout, GqaLayout, MlaFp8Layout, MlaLayout
 from tokenrelay.kernels.scaled import BlockScaledWeight
 from tokenrelay.kernels.triton import (
     arch,
@@ -63,7 +63,10 @@ def _elementwise() -> Iterator[Launch]:
         call = functools.partial(rotary_write.mla_rotary_write, q, latent, rope, slots, table, True, entries, slots)
         yield "rotary write", call
     wide, table = torch.zeros(4, 64, 128, dtype=BF16), torch.zeros(64, 128)
-    yield "rotary write", functools.partial(rotary_write.gqa_rotary_write, wide, kv, kv, slots, table, gqa, slots)
+    heads = torch.zeros(GqaFp8Layout(8, 128, 64).shape(2)).to(torch.float8_e4m3fn)
+    for entries in (gqa, heads):
+        call = functools.partial(rotary_write.gqa_rotary_write, wide, kv, kv, slots, table, entries, slots)
+        yield "rotary write", call
 
 
 def _mla_decode() -> Iterator[Launch]:
@@ -88,8 +91,11 @@ def _prefill() -> Iterator[Launch]:
         )
         yield f"mla prefill {tokens}", call
     kv = torch.zeros(GqaLayout(8, 128, 64).shape(blocks), dtype=BF16)
+    small = torch.zeros(GqaFp8Layout(8, 128, 64).shape(blocks)).to(torch.float8_e4m3fn)
     for fixed in (False, True):
         q = torch.zeros(200, 64, 128, dtype=BF16)
+        yield f"gqa fp8 decode {fixed}", functools.partial(gqa.gqa_decode, fixed, q[:1], small, batch, 0.1)
+        yield f"gqa fp8 prefill {fixed}", functools.partial(gqa.gqa_prefill, fixed, q, small, batch, 0.1)
         yield f"gqa decode {fixed}", functools.partial(gqa.gqa_decode, fixed, q[:1], kv, batch, 0.1)
         yield f"gqa prefill {fixed}", functools.partial(gqa.gqa_prefill, fixed, q, kv, batch, 0.1)
 

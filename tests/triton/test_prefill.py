@@ -6,11 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from kernel_cases import close, gqa_case, mla_case
+from kernel_cases import Case, close, gqa_case, mla_case
 from test_attention import SCALE, gqa_oracle, mla_prefill_oracle, prefill_inputs
 from triton_cases import DEVICE, FULL, moved, pick
 
 from tokenrelay.kernels.layout import GqaLayout, MlaLayout
+from tokenrelay.kernels.ref import attention, fp8
 from tokenrelay.kernels.triton import gqa, mla, mla_prefill, schedule
 
 MODES = pytest.mark.parametrize("fixed", [False, True], ids=["balanced", "fixed"])
@@ -39,6 +40,35 @@ def test_gqa(fixed: bool, dtype: torch.dtype, heads: int, kv_heads: int, head_di
     filled = gqa.gqa_prefill(fixed, there[decodes:], case.cache, case.batch, SCALE)
     close(decoded.cpu(), gqa_oracle(case, q[:decodes], range(decodes), 0))
     close(filled.cpu(), gqa_oracle(case, q[decodes:], range(decodes, case.rows), decodes))
+
+
+@MODES
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 20), (14, 2, pick(64, 128))])
+def test_gqa_over_a_float8_cache(fixed: bool, heads: int, kv_heads: int, head_dim: int) -> None:
+    """Exact on what the cache holds: only the arithmetic is rounded, as in bfloat16. So are the references."""
+    case = gqa_case(MIXED, GqaLayout(kv_heads, head_dim, 16), torch.float32)
+    cache = fp8.encode_heads(case.cache * 3)  # slots that nobody wrote stay NaN
+    places = fp8.decode_heads(cache).double()
+    contexts = []
+    for row, context in enumerate(case.contexts):
+        at = torch.arange(context.shape[2])
+        block = case.batch.block_table[int(case.batch.slots[row])].long()[at // 16]
+        contexts.append(places[block, :, :, at % 16].permute(1, 2, 0, 3))
+    small = Case(case.batch, cache, contexts)
+    q, there = torch.randn(case.tokens, heads, head_dim).bfloat16(), moved(small)
+    decodes = small.batch.decodes
+    on_device = q.to(DEVICE)
+    decoded = gqa.gqa_decode(fixed, on_device[:decodes], there.cache, there.batch, SCALE)
+    filled = gqa.gqa_prefill(fixed, on_device[decodes:], there.cache, there.batch, SCALE)
+    expected = (
+        gqa_oracle(small, q[:decodes], range(decodes), 0),
+        gqa_oracle(small, q[decodes:], range(decodes, small.rows), decodes),
+    )
+    assert decoded.dtype is filled.dtype is torch.bfloat16
+    close(decoded.cpu(), expected[0], 1.5)
+    close(filled.cpu(), expected[1], 1.5)
+    close(attention.gqa_decode(q[:decodes], cache, small.batch, SCALE), expected[0])
+    close(attention.gqa_prefill(q[decodes:], cache, small.batch, SCALE), expected[1])
 
 
 def test_gqa_decode_of_drafts() -> None:

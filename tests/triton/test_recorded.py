@@ -125,19 +125,22 @@ def test_a_kernel_that_asks_the_host_cannot_be_recorded(model: Any) -> None:
         assert executor.captures.stats.recorded == []
 
 
-def test_float8_kv_is_replayed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Latents in float8, written and read by Triton's kernels alone; the references say the same of the same cache."""
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3"])
+def test_float8_kv_is_replayed_too(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KV in float8, written and read by Triton's kernels alone; the references say the same of the same cache."""
     monkeypatch.setattr(build, "pack_model", lambda _: None)  # a processor's kernels cannot be recorded
-    folder = make_checkpoint(tmp_path / "model", "deepseek_v3")
+    folder = make_checkpoint(tmp_path / "model", family)
     load = {"dtype": torch.bfloat16, "block_tokens": BLOCK_TOKENS, "device": DEVICE}
     model = load_model(folder, kv_dtype="fp8", **load)
-    small = {"mla_rotary_write": "triton/fp8"} | dict.fromkeys(("mla_decode", "mla_prefill"), "triton/balanced-fp8")
+    kind = "mla" if family == "deepseek_v3" else "gqa"
+    small = {f"{kind}_rotary_write": "triton/fp8"}
+    small |= dict.fromkeys((f"{kind}_decode", f"{kind}_prefill"), "triton/balanced-fp8")
     backend = DeviceGraphs(DEVICE) if FULL else Recording()
     prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]
     with on_triton(**small):
-        logits, expected = plain_logits(model, prompt), plain_greedy(model, prompt, 5)
-        with Harness(model, graphs=backend, slots=2) as harness:
-            assert harness.run(prompt, tokens_max=5) == [expected]
+        logits, expected = plain_logits(model, prompt), plain_greedy(model, prompt, 3)
+        with Harness(model, graphs=backend, slots=1) as harness:
+            assert harness.run(prompt, tokens_max=3) == [expected]
             executor = harness.engine._executor
             assert isinstance(executor, DeviceExecutor)
             assert executor.captures.stats.refused == 0 < executor.captures.stats.replays

@@ -10,7 +10,7 @@ from triton_cases import DEVICE, FULL, pick
 
 from tokenrelay.base.errors import KernelUnavailable
 from tokenrelay.kernels import ops, registry
-from tokenrelay.kernels.layout import GqaLayout, MlaFp8Layout, MlaLayout
+from tokenrelay.kernels.layout import GqaFp8Layout, GqaLayout, MlaFp8Layout, MlaLayout
 from tokenrelay.kernels.ref import elementwise as ref
 from tokenrelay.kernels.ref import fp8
 from tokenrelay.kernels.triton import elementwise, rotary_write
@@ -101,6 +101,30 @@ def test_float8_latents(rank: int) -> None:
     assert torch.equal(here.view(torch.uint8), apart.view(torch.uint8))
     entries = fp8.decode(here.cpu().view(-1, layout.width)[SLOTS[WRITTEN]], rank)
     close(entries[:, :rank], latent.double().cpu()[WRITTEN], 2000)  # three bits of mantissa
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 2, 20), (pick(6, 64), 3, pick(32, 128))])
+def test_float8_heads(heads: int, kv_heads: int, width: int) -> None:
+    """A vector has the bytes that rounding the separately rotated one gives it; decoded, it is near the truth."""
+    qkv = (torch.randn(TOKENS, heads + 2 * kv_heads, width) * 30).bfloat16()
+    qkv[3] = 0
+    q, k, v = qkv.to(DEVICE).split_with_sizes((heads, kv_heads, kv_heads), dim=1)
+    positions, table = torch.randint(50, (TOKENS,)).to(DEVICE), table_of(width).to(DEVICE)
+    layout = GqaFp8Layout(kv_heads, width, 16)
+    here = torch.zeros(layout.shape(4), dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
+    turned = rotary_write.gqa_rotary_write(q, k, v, positions, table, here, SLOTS.to(DEVICE))
+    parts = elementwise.rotary(q, k, positions, table, False)
+    same(turned, parts[0])
+    expected = torch.zeros(layout.shape(4), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    ref.gqa_cache_write(parts[1].cpu()[WRITTEN], v.cpu()[WRITTEN], expected, SLOTS[WRITTEN])
+    found, truth = (fp8.decode_heads(cache.cpu()) for cache in (here, expected))
+    # A device divides by a factor with its own last bit: a value on the edge between two steps may take either.
+    assert float((found - truth).abs().max()) <= float(truth.abs().max()) * 2**-4
+    assert float((found != truth).float().mean()) < (1e-3 if FULL else 1e-9)
+    written = found[SLOTS[WRITTEN] // 16, :, :, SLOTS[WRITTEN] % 16]
+    close(written[:, 1], v.double().cpu()[WRITTEN], 2000)  # three bits of mantissa
+    with pytest.raises(ValueError, match="head_dim is 18"):
+        rotary_write.gqa_rotary_write(q[..., :18], k[..., :18], v[..., :18], positions, table, here, SLOTS.to(DEVICE))
 
 
 def test_a_position_outside_the_table_is_not_a_number_and_no_tokens_are_nothing() -> None:
