@@ -273,7 +273,10 @@ void weigh_rows(DType dtype, const float* p, int64_t rows, const void* const* v,
 AttendNeeds attend_needs([[maybe_unused]] DType dtype, [[maybe_unused]] int64_t dk, [[maybe_unused]] int64_t dk2,
                          [[maybe_unused]] int64_t dv) {
 #ifdef TOKENRELAY_PAIRS
-  if (takes_pairs(dtype, dk, dk2, dv)) return {kPairShared, kPairHeld, PairScratch::bytes(dk + dk2, dv)};
+  if (takes_pairs(dtype, dk, dk2, dv)) {
+    const PairPlan plan = plan_of(dk + dk2, dv);
+    return {plan.shared, plan.held, PairScratch::bytes(dk + dk2, dv)};
+  }
 #endif
   constexpr int64_t kRows = 64;
   return {kRows, 0, kRows * kTileTokens * static_cast<int64_t>(sizeof(float))};

@@ -15,18 +15,30 @@
 namespace tokenrelay::TOKENRELAY_ISA {
 namespace {
 
-constexpr int64_t kPairGroup = 16;      // tokens or columns side by side
-constexpr int64_t kPairHeld = 16;       // rows whose scores are held at once
-constexpr int64_t kPairRows = 8;        // rows of one product
-constexpr int64_t kPairShared = 256;    // rows that best share packed keys and values: packing costs 2 % then
-constexpr int64_t kPairDepthMax = 256;  // a run of packed keys and values stays in the second cache
+constexpr int64_t kPairGroup = 16;  // tokens or columns side by side
+constexpr int64_t kPairRows = 8;    // rows of one product
+constexpr int64_t kPairDepthMax = 1024;
 constexpr int64_t kTileGroups = kTileTokens / kPairGroup;
 
 inline int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
 
+// What of a shape is kept at once. Of a run of latents packed keys and values would not stay in the second cache: they
+// are packed tile by tile, for all rows.
+struct PairPlan {
+  int64_t shared;  // rows that best share what is packed: it costs 2 % (latents: 5 %) of their time then
+  int64_t held;    // rows whose scores are kept
+  int64_t few;     // up to so many rows of a head go tile by tile; more share a whole run
+  int64_t packed;  // tokens
+};
+
+constexpr PairPlan plan_of(int64_t depth, int64_t dv) {
+  if (depth > 256 || dv > 256) return {64, 64, 64, kTileTokens};
+  return {256, 16, kPairRows, kRunTokens};
+}
+
 // The parts of an AttendJob's scratch.
 struct PairScratch {
-  float *scores, *sums;  // [kPairHeld, kRunTokens], [kPairHeld, columns]
+  float *scores, *sums;  // [held, kRunTokens], [held, columns]
   bf16 *weights, *queries;
   bf16 *keys, *values;  // of a run, or of a tile where few rows read them
 
@@ -35,24 +47,27 @@ struct PairScratch {
 
   static int64_t bytes(int64_t depth, int64_t dv) {
     const int64_t wide = round_up(steps(depth) * 2, 32);
-    return kPairHeld * (kRunTokens * 6 + columns(dv) * 4 + wide * 2) + kRunTokens * (wide + columns(dv)) * 2;
+    const PairPlan plan = plan_of(depth, dv);
+    return plan.held * (kRunTokens * 6 + columns(dv) * 4) + kPairRows * wide * 2 +
+           plan.packed * (wide + columns(dv)) * 2;
   }
 
   explicit PairScratch(const AttendJob& job) {
     const int64_t wide = round_up(steps(job.dk + job.dk2) * 2, 32);
+    const PairPlan plan = plan_of(job.dk + job.dk2, job.dv);
     scores = job.scores;
-    sums = scores + kPairHeld * kRunTokens;
-    weights = reinterpret_cast<bf16*>(sums + kPairHeld * columns(job.dv));
-    queries = weights + kPairHeld * kRunTokens;
-    keys = queries + kPairHeld * wide;
-    values = keys + kRunTokens * wide;
+    sums = scores + plan.held * kRunTokens;
+    weights = reinterpret_cast<bf16*>(sums + plan.held * columns(job.dv));
+    queries = weights + plan.held * kRunTokens;
+    keys = queries + kPairRows * wide;
+    values = keys + plan.packed * wide;
   }
 };
 
 // A run's keys and then its values, asked for some at a time, a tile before they are read, so that memory is never
-// idle: blocks lie anywhere, which the hardware does not guess. Half are asked for while a tile is packed, half by its
-// product: all at once they hold up what is computed. Not a function of its own: one that only prefetches is pure to
-// GCC, and its calls are dropped.
+// idle: blocks lie anywhere, which the hardware does not guess. Half (with many rows a quarter) are asked for while a
+// tile is packed, the rest by its product: all at once they hold up what is computed. Not a function of its own: one
+// that only prefetches is pure to GCC, and its calls are dropped.
 class Ahead {
  public:
   explicit Ahead(const AttendJob& job) : job_(job), passed_(min_of(job.tokens, kTileTokens)), token_(passed_) { aim(); }
@@ -74,6 +89,11 @@ class Ahead {
       aim();
     }
   }
+
+  // Of a tile's tokens so many are asked for while it is packed.
+  int64_t packing() const { return job_.rows <= kPairRows ? kTileTokens / 2 : kTileTokens / 4; }
+  // And the others by its product, which is so many steps long: one every so many.
+  int64_t every(int64_t steps) const { return max_of(1, steps / (kTileTokens - packing())); }
 
  private:
   // The order of reading: all heads of a tile, tile by tile.
@@ -154,8 +174,8 @@ template <bool kPart>
 // `depth` elements of up to 16 tokens' keys, behind one another in `out`.
 inline void pack_group(const void* const* k, int64_t offset, int64_t count, int64_t depth, bf16* out, Ahead& ahead) {
   for (int64_t d = 0; d < depth; d += 32) {
-    const int64_t n = min_of(32, depth - d);
-    if (d % 64 == 0) ahead.fetch(kPairGroup / 4);
+    const int64_t n = min_of(32, depth - d), due = d * (ahead.packing() / kTileGroups) / depth;
+    ahead.fetch(min_of(d + 32, depth) * (ahead.packing() / kTileGroups) / depth - due);
     if (count >= kPairGroup && n == 32) {
       pack_square<false>(k, offset + d * 2, count, n, out + d * kPairGroup);
     } else {
@@ -207,7 +227,7 @@ inline void pack_values(const AttendJob& job, int64_t head, int64_t t, bf16* out
   };
   const int64_t end = min_of(job.tokens, t + kTileTokens);
   for (; t < end; t += 2, out += 2 * kPairGroup) {
-    ahead.fetch(1);
+    if (t % (kTileTokens / ahead.packing()) == 0) ahead.fetch(1);
     if (t + 1 < end && job.dv % 32 == 0) {
       pack_pair<false>(value(t), value(t + 1), job.dv, out, stride);
     } else {
@@ -224,7 +244,8 @@ struct PairProduct {
   int64_t b_stride, groups, steps;
   float* out;
   int64_t out_stride;
-  Ahead* ahead;  // null: all is at hand
+  Ahead* ahead;   // null: all is at hand
+  int64_t every;  // steps from one call of it to the next
 };
 
 template <int MR, int NR, bool kAdd, bool kFetch>
@@ -242,9 +263,12 @@ inline void pair_block(const PairProduct& job, int64_t group) {
   }
 #pragma GCC unroll 4
   for (int c = 0; c < NR; ++c) b[c] = reinterpret_cast<const char*>(job.b + (group + c) * job.b_stride);
-  constexpr int64_t kEvery = 8 / NR;
+  int64_t next = 0;
   for (int64_t k = 0; k < job.steps; ++k) {
-    if (kFetch && k % kEvery == 0) job.ahead->fetch(1);
+    if (kFetch && k == next) {
+      job.ahead->fetch(1);
+      next += job.every;
+    }
     __m512bh column[NR];
 #pragma GCC unroll 4
     for (int c = 0; c < NR; ++c) column[c] = (__m512bh)_mm512_loadu_si512(b[c] + k * 64);
@@ -356,8 +380,8 @@ class PairRows {
     const int64_t steps = PairScratch::steps(depth_);
     const int64_t groups = round_up(ceil_div(min_of(tokens, seen_ - t), kPairGroup), 2);
     if (groups <= 0) return;
-    pair_product<false>(
-        rows_, {queries_, steps * 2, keys, steps * 2 * kPairGroup, groups, steps, scores_ + t, kRunTokens, ahead});
+    pair_product<false>(rows_, {queries_, steps * 2, keys, steps * 2 * kPairGroup, groups, steps, scores_ + t,
+                                kRunTokens, ahead, every(ahead, kTileGroups, steps)});
   }
 
   void soften() const {
@@ -373,8 +397,9 @@ class PairRows {
   void weigh(const bf16* values, int64_t stride, int64_t t, int64_t tokens, Ahead* ahead) const {
     const int64_t steps = ceil_div(min_of(tokens, seen_ - t), 2);
     if (steps <= 0) return;
-    pair_product<true>(
-        rows_, {weights_ + t, kRunTokens, values, stride, columns_ / kPairGroup, steps, sums_, columns_, ahead});
+    const int64_t groups = columns_ / kPairGroup;
+    pair_product<true>(rows_, {weights_ + t, kRunTokens, values, stride, groups, steps, sums_, columns_, ahead,
+                               every(ahead, groups, kTileTokens / 2)});
   }
 
   void finish() const {
@@ -385,6 +410,11 @@ class PairRows {
   }
 
  private:
+  int64_t every(const Ahead* ahead, int64_t groups, int64_t steps) const {
+    if (ahead == nullptr) return 0;
+    return ahead->every(ceil_div(job_.rows, kPairRows) * ceil_div(groups, rows_ <= 4 ? 4 : 2) * steps);
+  }
+
   const AttendJob& job_;
   const PairScratch& scratch_;
   const int64_t row_, first_, rows_;
@@ -404,21 +434,30 @@ inline bool takes_pairs(DType dtype, int64_t dk, int64_t dk2, int64_t dv) {
 void attend_few(const AttendJob& job) {
   const PairScratch scratch(job);
   Ahead ahead(job);
-  const auto rows = [&](int64_t head) { return PairRows(job, scratch, head, 0, head * job.rows); };
+  const auto each = [&](int64_t head, auto&& body) {
+    for (int64_t row = 0; row < job.rows; row += kPairRows) {
+      body(PairRows(job, scratch, head, row, head * job.rows + row));
+    }
+  };
   for (int64_t t = 0; t < job.tokens; t += kTileTokens) {
     for (int64_t head = 0; head < job.heads; ++head) {
       pack_keys(job, head, t, scratch.keys, ahead);
-      rows(head).score(scratch.keys, t, kTileTokens, &ahead);
+      each(head, [&](const PairRows& rows) { rows.score(scratch.keys, t, kTileTokens, &ahead); });
     }
   }
-  for (int64_t head = 0; head < job.heads; ++head) rows(head).soften();
+  for (int64_t head = 0; head < job.heads; ++head) {
+    each(head, [](const PairRows& rows) { rows.soften(); });
+  }
   for (int64_t t = 0; t < job.tokens; t += kTileTokens) {
     for (int64_t head = 0; head < job.heads; ++head) {
-      pack_values(job, head, t, scratch.values, kTileTokens * kPairGroup, ahead);
-      rows(head).weigh(scratch.values, kTileTokens * kPairGroup, t, kTileTokens, &ahead);
+      constexpr int64_t kStride = kTileTokens * kPairGroup;
+      pack_values(job, head, t, scratch.values, kStride, ahead);
+      each(head, [&](const PairRows& rows) { rows.weigh(scratch.values, kStride, t, kTileTokens, &ahead); });
     }
   }
-  for (int64_t head = 0; head < job.heads; ++head) rows(head).finish();
+  for (int64_t head = 0; head < job.heads; ++head) {
+    each(head, [](const PairRows& rows) { rows.finish(); });
+  }
 }
 
 // Many rows of one head: a run is packed once, and all rows pass over it.
@@ -440,7 +479,9 @@ void attend_many(const AttendJob& job) {
   }
 }
 
-void attend_pairs(const AttendJob& job) { job.rows <= kPairRows ? attend_few(job) : attend_many(job); }
+void attend_pairs(const AttendJob& job) {
+  job.rows <= plan_of(job.dk + job.dk2, job.dv).few ? attend_few(job) : attend_many(job);
+}
 
 }  // namespace
 }  // namespace tokenrelay::TOKENRELAY_ISA

@@ -279,10 +279,14 @@ def drafted(case: Case, width: int) -> AttentionBatch:
 
 
 @each_path("mla_decode", reference=False)
-@pytest.mark.parametrize(("heads", "start"), [(3, 40), (16, 509), (64, 1020), (100, 90)])
-def test_a_draft_has_the_bits_of_its_tokens_alone(path: str, dtype: torch.dtype, heads: int, start: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "start", "rank"), [(3, 40, 64), (16, 509, 64), (64, 1020, 64), (100, 90, 64), (20, 509, 320)]
+)
+def test_a_draft_has_the_bits_of_its_tokens_alone(
+    path: str, dtype: torch.dtype, heads: int, start: int, rank: int
+) -> None:
     """Rows of one sequence that follow each other share a pass over its cache; others do not."""
-    layout = MlaLayout(64, 16, 16)
+    layout = MlaLayout(rank, 16, 16)
     case = mla_case([(start, 6)], layout, dtype)
     batch = drafted(case, 6)
     q = torch.randn(6, heads, layout.width).to(dtype)
@@ -296,7 +300,7 @@ def test_a_draft_has_the_bits_of_its_tokens_alone(path: str, dtype: torch.dtype,
             offsets=batch.offsets[: len(rows) + 1].clone(),
             decodes=len(rows),
         )
-        return ops.mla_decode(q[rows][..., :64], q[rows][..., 64:], case.cache, part, SCALE)
+        return ops.mla_decode(q[rows][..., :rank], q[rows][..., rank:], case.cache, part, SCALE)
 
     with registry.force("mla_decode", path):
         together = run(list(range(6)))
