@@ -7,6 +7,7 @@ transfer receives it as bytes per block.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -149,11 +150,20 @@ class GqaFp8Layout:
 KvLayout = MlaLayout | GqaLayout | MlaFp8Layout | GqaFp8Layout
 
 
-def absorbed_tokens_max(rank: int, nope: int, value: int) -> int:
-    """Up to this many tokens of a row, attending over latents costs less than projecting them up first.
+ABSORBED_TOKENS = 32  # of a row: attending over latents is one product fewer to begin, whatever it costs then
 
-    Per pair of token and head, latents cost 2 * rank + rope multiplications, keys and values nope + rope + value; but
-    those must first be made, for each head and cached token, by rank * (nope + value).
+
+def absorbed_tokens_max(rank: int, nope: int, value: int, start: int) -> int:
+    """Up to this many tokens of a row that begins at position `start`, attending over latents costs less than
+    projecting them up first.
+
+    Per pair of token and head, latents cost 2 * rank + rope multiplications, keys and values nope + rope + value. Each
+    token costs rank * (nope + value) a head for its query and its result, or for its key and value; the cached ones
+    before it cost that once more only where they are projected up.
     """
     saved = 2 * rank - nope - value
-    return 1 << 62 if saved <= 0 else rank * (nope + value) // saved
+    if saved <= 0:
+        return 1 << 62
+    # (n * start + n * n / 2) * saved <= start * rank * (nope + value)
+    most = math.isqrt(start * start + 2 * start * rank * (nope + value) // saved) - start
+    return max(ABSORBED_TOKENS, most)

@@ -11,6 +11,8 @@ and the model runs op by op. The same functions are called, so results are equal
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,7 +91,8 @@ class Program:
         self.vocab = 0  # columns of the logits
         self.sampler: int | None = None  # variant that chooses tokens from them; None: no native one
         self._layers = 0
-        self._absorbs: int | None = None  # tokens of a prompt's chunk that latent attention absorbs; None: it has none
+        # Tokens of a prompt's chunk that latent attention absorbs, by where it begins; None: there is none.
+        self._absorbs: Callable[[int], int] | None = None
 
     @property
     def layers(self) -> int:
@@ -206,9 +209,9 @@ class Program:
         if self._cos_sin.shape[1] != rope:
             raise NotNative("another width is rotated than the keys' part has")
         if prefill.endswith("/absorbed"):
-            self._absorbs = _MLA_PROMPT_TOKENS_MAX
+            self._absorbs = lambda _: _MLA_PROMPT_TOKENS_MAX
         else:
-            self._absorbs = absorbed_tokens_max(rank, shape.nope, shape.value)
+            self._absorbs = functools.partial(absorbed_tokens_max, rank, shape.nope, shape.value)
         room = tuple(
             self._once(name, heads * width, self._dtype)
             for name, width in (("q_rope", rope), ("q_latent", rank), ("attended latents", rank))
@@ -284,14 +287,16 @@ class Program:
         """Whether this step's rows are computed by it as by the operations one by one; see `takes_chunks`."""
         if self._absorbs is None or batch.decodes == batch.slots.shape[0]:
             return True
-        tokens, chunk_max = batch.positions.shape[0] - batch.decodes, int(batch.lengths[batch.decodes :].max())
-        return self.takes_chunks(tokens, chunk_max)
+        lengths, starts = batch.lengths[batch.decodes :], batch.starts[batch.decodes :]
+        return self.takes_chunks(batch.positions.shape[0] - batch.decodes, int(lengths.max()), int(starts.min()))
 
-    def takes_chunks(self, tokens: int, chunk_max: int) -> bool:
-        """For so many prompt tokens, and so many in one row. Long chunks of latent attention are projected up, which
-        torch does, and many tokens need much room.
+    def takes_chunks(self, tokens: int, chunk_max: int, start_min: int) -> bool:
+        """For so many prompt tokens, so many in one row, and rows that begin at `start_min` or later. Long chunks of
+        latent attention are projected up, which torch does, and many tokens need much room.
         """
-        return self._absorbs is None or (tokens <= _MLA_PROMPT_TOKENS_MAX and chunk_max <= self._absorbs)
+        if self._absorbs is None:
+            return True
+        return tokens <= _MLA_PROMPT_TOKENS_MAX and chunk_max <= self._absorbs(start_min)
 
     def take(self, width: int, moves: list[tuple[int, int]]) -> None:
         """From here on only the sampled tokens: each pair says from which buffer into which they go."""

@@ -190,17 +190,20 @@ def mla_prefill(
     check_axes("cache", cache, 3)
     rope = cache.shape[2] - rank
     check("q_rope", q_rope, cache.dtype, (tokens, heads, rope))
-    if absorbed_tokens is None:
-        absorbed_tokens = absorbed_tokens_max(rank, nope, value)
     out = q_nope.new_empty(tokens, heads, value)
-    offsets, lengths = batch.offsets.tolist(), batch.lengths.tolist()
+    offsets, lengths, starts = batch.offsets.tolist(), batch.lengths.tolist(), batch.starts.tolist()
     rows = len(lengths)
+
+    def absorbs(row: int) -> bool:
+        most = absorbed_tokens_max(rank, nope, value, starts[row]) if absorbed_tokens is None else absorbed_tokens
+        return bool(lengths[row] <= most)
+
     if offsets[rows] - batch.decodes != tokens:
         raise ValueError(f"q_nope has {tokens} tokens, the batch has {offsets[rows] - batch.decodes} prefill tokens")
     row = batch.decodes
     while row < rows:
         last = row
-        while last < rows and lengths[last] <= absorbed_tokens:
+        while last < rows and absorbs(last):
             last += 1
         if last > row:  # some short rows side by side
             first = offsets[row]

@@ -64,6 +64,7 @@ void bind_step(py::module_& m) {
       .def_readonly("sampled", &HostStep::sampled)
       .def_readonly("fed", &HostStep::fed)
       .def_readonly("chunk_max", &HostStep::chunk_max)
+      .def_readonly("start_min", &HostStep::start_min)
       .def_readonly("context_max", &HostStep::context_max)
       .def_readonly("special", &HostStep::special)
       .def("longs",

@@ -26,7 +26,10 @@ HostStep measured(const PlanRows& in, const BlockTable& table, const SlotSetting
     step.tokens += length;
     step.rows += cut;
     if (decodes) step.decodes += cut;
-    if (!decodes) step.chunk_max = max_of(step.chunk_max, length);
+    if (!decodes) {
+      step.start_min = step.chunk_max == 0 ? in.starts[row] : min_of(step.start_min, in.starts[row]);
+      step.chunk_max = max_of(step.chunk_max, length);
+    }
     step.context_max = max_of(step.context_max, end);
     if (in.samples[row] != 0) {
       step.sampled += cut;

@@ -41,6 +41,7 @@ struct SlotSettings {
 struct HostStep {
   int64_t tokens = 0, rows = 0, decodes = 0, sampled = 0, fed = 0;
   int64_t chunk_max = 0;    // tokens of the longest row that is no decode
+  int64_t start_min = 0;    // where such rows begin, the earliest of them
   int64_t context_max = 0;  // tokens of the longest context, this step's included
   bool special = false;     // a sampled row asks for more than a token
 

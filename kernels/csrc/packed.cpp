@@ -13,7 +13,7 @@
 namespace tokenrelay {
 namespace {
 
-constexpr int64_t kPanel = 4;  // blocks of a task, half as many where rows are computed in groups
+constexpr int64_t kPanel = 4;  // blocks of a task
 constexpr int64_t kPanelColumns = kPanel * kBlockColumns;
 constexpr int64_t kRowsBytes = int64_t{512}
                                << 10;  // of activations that pass over a panel: they stay in a core's cache
@@ -29,40 +29,31 @@ class Product {
       : table_(table),
         job_(job),
         kernels_(packed_kernels(job.weights.bits)),
-        rows_(kernels_, job.dtype, job.x, job.rows, job.x_stride, job.weights),
-        panel_(job.rows > kPackedRows ? kPanel / 2 : kPanel) {}
+        rows_(kernels_, job.dtype, job.x, job.rows, job.x_stride, job.weights) {}
 
   void run() const {
     const int64_t together = max_of(64, kRowsBytes / max_of(1, rows_.bytes()) / kPackedRows * kPackedRows);
-    const int64_t panels = ceil_div(job_.weights.blocks(), panel_);
+    const int64_t panels = ceil_div(job_.weights.blocks(), kPanel);
     // Panels run faster than row blocks: a thread's activations stay in its cache from panel to panel.
     parallel_for(panels * ceil_div(job_.rows, together), [&](int64_t task) {
       const int64_t first = task / panels * together;
-      panel(task % panels * panel_, first, min_of(job_.rows, first + together));
+      panel(task % panels * kPanel, first, min_of(job_.rows, first + together));
     });
   }
 
  private:
   void panel(int64_t block, int64_t first, int64_t last) const {
-    const int64_t blocks = min_of(panel_, job_.weights.blocks() - block), column = block * kBlockColumns;
+    const int64_t blocks = min_of(kPanel, job_.weights.blocks() - block), column = block * kBlockColumns;
     const int64_t columns = min_of(blocks * kBlockColumns, job_.weights.columns - column);
     alignas(64) float product[kPackedRows * kPanelColumns], bias[kPanelColumns];
     if (job_.bias != nullptr) {
       table_.convert(job_.dtype, at(job_.bias, column, job_.dtype), DType::float32, bias, columns);
     }
-    const int64_t groups = ceil_div(last - first, kPackedRows), ahead = block + panel_ * threads();
-    const bool fetches = groups > 1 && ahead + panel_ <= job_.weights.blocks();
     for (int64_t r = first; r < last; r += kPackedRows) {
-      const int64_t count = min_of(kPackedRows, last - r), group = (r - first) / kPackedRows;
+      const int64_t count = min_of(kPackedRows, last - r);
       const void* a[kPackedRows];
       for (int64_t i = 0; i < count; ++i) a[i] = rows_.row(r + i);
-      PackedDot dot{&job_.weights, block, blocks, a, count, product, kPanelColumns};
-      if (fetches) {  // each group of rows a part of the next panel
-        dot.fetch_step = ceil_div(64, groups);
-        dot.fetch = job_.weights.data + ahead * job_.weights.block_bytes() +
-                    group * (panel_ * job_.weights.block_bytes() / groups);
-      }
-      kernels_.dot(dot);
+      kernels_.dot({&job_.weights, block, blocks, a, count, product, kPanelColumns});
       for (int64_t i = 0; i < count; ++i) {
         float* from = product + i * kPanelColumns;
         if (job_.bias != nullptr) table_.axpy(1.0f, bias, from, columns);
@@ -80,7 +71,6 @@ class Product {
   const PackedLinear& job_;
   const PackedKernels& kernels_;
   const PackedRows rows_;
-  const int64_t panel_;  // blocks of a task
 };
 
 // Nibbles of one row's chunk, as integer.hpp lays them, in the order of packed.hpp.

@@ -51,10 +51,6 @@ struct PackedDot {
   int64_t count;
   float* out;
   int64_t out_stride;
-  // What the thread reads after these blocks: while they are computed, `fetch_step` bytes for each block and step of
-  // the depth are brought near from here on. Null: the kernel fetches its own blocks ahead.
-  const char* fetch = nullptr;
-  int64_t fetch_step = 0;
 };
 
 struct PackedKernels {

@@ -13,8 +13,8 @@ struct Bf16 {
 
 constexpr int64_t kAhead = 4096;  // bytes of each stream that are fetched ahead
 
-template <class Kind, int MR, int NR, bool FETCH>
-inline void dot_steps(const PackedDot& job, int64_t block) {
+template <class Kind, int MR, int NR>
+inline void dot_block(const PackedDot& job, int64_t block) {
   const PackedWeights& w = *job.weights;
   const int64_t steps = ceil_div(w.depth, 2);
   const char* from = w.data + (job.first + block) * w.block_bytes();
@@ -28,15 +28,12 @@ inline void dot_steps(const PackedDot& job, int64_t block) {
   const char* a[MR];
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) a[r] = static_cast<const char*>(job.a[r]);
-  const int64_t step = job.fetch_step * NR;
-  const char* next = job.fetch + block * steps * job.fetch_step;
   for (int64_t k = 0; k < steps; ++k) {
-    if constexpr (!FETCH) __builtin_prefetch(next + k * step, 0, 2);
     __m512bh column[NR];
 #pragma GCC unroll 4
     for (int c = 0; c < NR; ++c) {
       const char* p = from + c * stride + k * 64;
-      if constexpr (FETCH) __builtin_prefetch(p + kAhead, 0, 2);
+      __builtin_prefetch(p + kAhead, 0, 2);
       column[c] = (__m512bh)_mm512_loadu_si512(p);
     }
 #pragma GCC unroll 8
@@ -54,14 +51,6 @@ inline void dot_steps(const PackedDot& job, int64_t block) {
     for (int c = 0; c < NR; ++c)
       _mm512_storeu_ps(job.out + r * job.out_stride + (block + c) * kBlockColumns, acc[r][c]);
   }
-}
-
-template <class Kind, int MR, int NR>
-inline void dot_block(const PackedDot& job, int64_t block) {
-  if constexpr (MR == kPackedRows) {
-    if (job.fetch != nullptr) return dot_steps<Kind, MR, NR, false>(job, block);
-  }
-  dot_steps<Kind, MR, NR, true>(job, block);
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ struct Integers {
   static constexpr int kNarrow = 2, kWide = 4;
 };
 
-constexpr int64_t kAhead = 1024;
+constexpr int64_t kAhead = 4096;
 
 inline __m512i word(const int8_t* a) {
   int32_t four;
@@ -34,7 +34,7 @@ inline void multiply(const char* const* from, const int8_t* const* a, __m512i (&
       __m512i column[NR];
 #pragma GCC unroll 4
       for (int c = 0; c < NR; ++c) {
-        __builtin_prefetch(from[c] + k * 64 + kAhead, 0, 3);
+        __builtin_prefetch(from[c] + k * 64 + kAhead, 0, 2);
         column[c] = _mm512_loadu_si512(from[c] + k * 64);
       }
 #pragma GCC unroll 8
@@ -50,7 +50,7 @@ inline void multiply(const char* const* from, const int8_t* const* a, __m512i (&
       __m512i low[NR], high[NR];
 #pragma GCC unroll 4
       for (int c = 0; c < NR; ++c) {
-        __builtin_prefetch(from[c] + k * 64 + kAhead, 0, 3);
+        __builtin_prefetch(from[c] + k * 64 + kAhead, 0, 2);
         const __m512i both = _mm512_loadu_si512(from[c] + k * 64);
         low[c] = _mm512_and_si512(both, mask);
         high[c] = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);

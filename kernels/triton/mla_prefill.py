@@ -1,7 +1,7 @@
 """Latent attention of prompts: short pieces attend over the latents, long ones over keys and values projected up.
 
-Up to `absorbed_tokens_max` tokens of a row (170 for DeepSeek-V3's sizes) the latents are cheaper, however long the
-cached prefix is.
+Up to `absorbed_tokens_max` tokens of a row the latents are cheaper: for DeepSeek-V3's sizes up to 170, the more the
+longer the cached prefix is.
 """
 
 from __future__ import annotations
@@ -38,25 +38,30 @@ class _Run:
     length: int
 
 
-_last: tuple[AttentionBatch | None, int, list[_Run]] = (None, 0, [])
+_last: tuple[AttentionBatch | None, object, list[_Run]] = (None, None, [])
 
 
-def _runs(batch: AttentionBatch, absorbed_tokens: int) -> list[_Run]:
-    """How the rows are computed. All layers of a step pass the same batch: it is found once.
+def _runs(batch: AttentionBatch, sizes: tuple[int, int, int], absorbed_tokens: int | None) -> list[_Run]:
+    """How the rows are computed; `sizes`: rank, nope, value. All layers of a step pass the same batch: it is found
+    once.
 
     Without the batch's `extents` this waits for the device, once a step.
     """
     global _last
-    if _last[0] is batch and _last[1] == absorbed_tokens:
+    if _last[0] is batch and _last[1] == (sizes, absorbed_tokens):
         return _last[2]
     extents = batch.extents
     if extents is None:
         extents = tuple(zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True))
+
+    def absorbs(start: int, length: int) -> bool:
+        return length <= (absorbed_tokens_max(*sizes, start) if absorbed_tokens is None else absorbed_tokens)
+
     runs: list[_Run] = []
     row, rows, first = batch.decodes, len(extents), 0
     while row < rows:
         last, tokens = row, 0
-        while last < rows and extents[last][1] <= absorbed_tokens:
+        while last < rows and absorbs(*extents[last]):
             tokens += extents[last][1]
             last += 1
         if last == row:
@@ -75,7 +80,7 @@ def _runs(batch: AttentionBatch, absorbed_tokens: int) -> list[_Run]:
         )
         runs.append(_Run(slice(first, first + tokens), (row, last), part, 0, tokens))
         first, row = first + tokens, last
-    _last = (batch, absorbed_tokens, runs)
+    _last = (batch, (sizes, absorbed_tokens), runs)
     return runs
 
 
@@ -106,9 +111,7 @@ def mla_prefill(
         return out
     if fixed:
         return _absorbed(True, q_nope, q_rope, cache, batch, w_uk, w_uv, scale)
-    if absorbed_tokens is None:
-        absorbed_tokens = absorbed_tokens_max(rank, nope, value)
-    for run in _runs(batch, absorbed_tokens):
+    for run in _runs(batch, (rank, nope, value), absorbed_tokens):
         span = run.span
         if run.batch is not None:
             part = _absorbed(False, q_nope[span], q_rope[span], cache, run.batch, w_uk, w_uv, scale)

@@ -251,7 +251,8 @@ class Executor:
         if program is None or program.sampler is None or program.layers != len(self._caches):
             return None
         prompt_tokens = host.tokens - host.decodes
-        return program if not prompt_tokens or program.takes_chunks(prompt_tokens, host.chunk_max) else None
+        takes = not prompt_tokens or program.takes_chunks(prompt_tokens, host.chunk_max, host.start_min)
+        return program if takes else None
 
     def _compute(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Logits [s, V], and for a prediction layer what stands behind every token [t, d]."""

@@ -102,6 +102,7 @@ def test_its_tensors_are_the_batch_builders(plan: Plan) -> None:
         same(name, getattr(sampling, name), torch.from_numpy(getattr(asked, name)[slots]))
     same("position", sampling.position, torch.from_numpy(truth.sample_ends - asked.output_start[slots]))
     assert step.chunk_max == max(plan.lengths[plan.decodes :].tolist(), default=0)
+    assert step.start_min == min(plan.starts[plan.decodes :].tolist(), default=0)
 
 
 def same(name: str, found: torch.Tensor | None, truth: torch.Tensor | None) -> None:

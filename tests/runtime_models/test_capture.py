@@ -56,8 +56,8 @@ def test_bits_are_those_of_the_modules(
     runs = counted(monkeypatch)
     for found, truth in zip(logits_of(model), expected, strict=True):
         assert torch.equal(found, truth)
-    # Of the steps of latent attention, those with a long chunk are projected up, which torch does.
-    assert len(runs) == len(STEPS) - 1 if family in LATENT else len(runs) == len(STEPS) + 1
+    # Of the steps of latent attention, the one with a long chunk is projected up, which torch does.
+    assert len(runs) == len(STEPS) if family in LATENT else len(runs) == len(STEPS) + 1
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:

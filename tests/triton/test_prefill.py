@@ -131,15 +131,16 @@ def test_mla_prefill(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, way: s
 
 def test_the_hosts_extents_save_waiting_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     case = moved(mla_case([(5, 1), (7, 3), (0, 9), (2, 30), (4, 2)], MlaLayout(64, 16, 16), torch.float32))
-    by_device = mla_prefill._runs(case.batch, 16)
+    sizes = (64, 32, 32)  # are not asked where a limit is given
+    by_device = mla_prefill._runs(case.batch, sizes, 16)
     extents = tuple((s, n) for s, n in zip(case.batch.starts.tolist(), case.batch.lengths.tolist(), strict=True))
     told = dataclasses.replace(case.batch, extents=extents)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda _: pytest.fail("waited for the device"))
-    by_host = mla_prefill._runs(told, 16)
+    by_host = mla_prefill._runs(told, sizes, 16)
     shape = [(run.span, run.rows, run.start, run.length, run.batch is None) for run in by_host]
     assert shape == [(run.span, run.rows, run.start, run.length, run.batch is None) for run in by_device]
     assert [run.rows for run in by_host] == [(1, 3), (3, 4), (4, 5)]
-    assert mla_prefill._runs(told, 16) is by_host
+    assert mla_prefill._runs(told, sizes, 16) is by_host
 
 
 def test_mla_decode_and_prefill_have_the_same_bits_when_fixed() -> None:
