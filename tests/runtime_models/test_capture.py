@@ -60,6 +60,30 @@ def test_bits_are_those_of_the_modules(
     assert len(runs) == len(STEPS) if family in LATENT else len(runs) == len(STEPS) + 1
 
 
+@pytest.mark.parametrize(
+    ("family", "ops"),
+    [
+        ("qwen3", ("rms_norm", "add_rms_norm", "rotary", "gqa_decode", "gqa_prefill", "linear", "silu_mul")),
+        ("qwen3_moe", ("moe", "moe_route", "gqa_decode")),
+        ("deepseek_v3", ("mla_decode", "mla_prefill", "mla_absorb", "mla_expand", "rotary", "moe", "moe_route")),
+    ],
+)
+def test_it_runs_the_kernels_that_are_chosen(tmp_path: Path, family: str, ops: tuple[str, ...]) -> None:
+    """Another instruction set has other last bits, and the program follows each operation's choice."""
+    model = load_model(make_checkpoint(tmp_path / family, family), dtype=torch.float32, block_tokens=16)
+    usual = logits_of(model)
+    for op in ops:
+        with registry.force(op, "cpu/baseline"):
+            model._capture = None
+            expected = logits_of(model)
+            model.capture()
+            assert model.captured() is not None
+            for found, truth in zip(logits_of(model), expected, strict=True):
+                assert torch.equal(found, truth), op
+    model._capture = None
+    assert all(torch.equal(found, truth) for found, truth in zip(logits_of(model), usual, strict=True))
+
+
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tokens of each step that a program will run from now on."""
     runs: list[int] = []
