@@ -8,6 +8,7 @@ namespace tokenrelay {
 namespace {
 
 void refuse(const std::string& what) { throw std::invalid_argument(what); }
+void refuse(int64_t row, const std::string& what) { refuse("row " + std::to_string(row) + ": " + what); }
 
 // The number of rows after drafts are cut, with everything that a step's size needs. Refuses what lies outside.
 HostStep measured(const PlanRows& in, const BlockTable& table, const SlotSettings& settings) {
@@ -15,11 +16,10 @@ HostStep measured(const PlanRows& in, const BlockTable& table, const SlotSetting
   if (in.decodes < 0 || in.decodes > in.rows) refuse("decodes is not a number of the rows");
   for (int64_t row = 0; row < in.rows; ++row) {
     const int64_t slot = in.slots[row], length = in.lengths[row], end = in.starts[row] + length;
-    const std::string name = "row " + std::to_string(row);
-    if (slot < 0 || slot >= table.slots) refuse(name + ": slot " + std::to_string(slot) + " is not in block_table");
-    if (in.starts[row] < 0 || length < 1) refuse(name + ": negative start, or no tokens");
+    if (slot < 0 || slot >= table.slots) refuse(row, "slot " + std::to_string(slot) + " is not in block_table");
+    if (in.starts[row] < 0 || length < 1) refuse(row, "negative start, or no tokens");
     if (ceil_div(end, table.block_tokens) > table.blocks_max) {
-      refuse(name + ": its context is longer than block_table is wide");
+      refuse(row, "its context is longer than block_table is wide");
     }
     const bool decodes = row < in.decodes;
     const int64_t cut = decodes ? length : 1;

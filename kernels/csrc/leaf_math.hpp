@@ -73,7 +73,7 @@ void convert(DType from, const void* in, DType to, void* out, int64_t count) {
 
 DType q_type(DType dtype) { return kPairs ? dtype : DType::float32; }
 
-// One row waits for memory, and NR short streams are too many for the hardware to learn: where columns lie side by
+// Few rows wait for memory, and NR short streams are too many for the hardware to learn: where columns lie side by
 // side, as they mostly do, this is the next block's. A place beyond the array is never read.
 template <int NR, class TB>
 inline void fetch_next(const TB* at, int64_t depth) {
@@ -95,7 +95,7 @@ inline void dot_block(const TA* const* a, const TB* const* b, int64_t depth, flo
     for (int r = 0; r < MR; ++r) row[r] = load(a[r] + d);
 #pragma GCC unroll 16
     for (int c = 0; c < NR; ++c) {
-      if constexpr (MR == 1) fetch_next<NR>(b[c] + d, depth);
+      fetch_next<NR>(b[c] + d, depth);
       const F column = load(b[c] + d);
 #pragma GCC unroll 4
       for (int r = 0; r < MR; ++r) acc[r * NR + c] = fma(row[r], column, acc[r * NR + c]);
@@ -129,7 +129,7 @@ inline void dot_block(const bf16* const* a, const bf16* const* b, int64_t depth,
     for (int r = 0; r < MR; ++r) row[r] = load_pairs(a[r] + d);
 #pragma GCC unroll 16
     for (int c = 0; c < NR; ++c) {
-      if constexpr (MR == 1) fetch_next<NR>(b[c] + d, depth);
+      fetch_next<NR>(b[c] + d, depth);
       const __m512bh column = load_pairs(b[c] + d);
 #pragma GCC unroll 4
       for (int r = 0; r < MR; ++r) acc[r * NR + c] = _mm512_dpbf16_ps(acc[r * NR + c], row[r], column);

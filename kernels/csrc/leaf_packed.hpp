@@ -14,6 +14,9 @@ void dot_rows(const PackedDot& job) {
   constexpr int NR = MR <= Kind::kNarrow ? Kind::kWide : 2;
   int64_t block = 0;
   for (; block + NR <= job.blocks; block += NR) dot_block<Kind, MR, NR>(job, block);
+  if constexpr (NR > 2) {
+    for (; block + 2 <= job.blocks; block += 2) dot_block<Kind, MR, 2>(job, block);
+  }
   for (; block < job.blocks; ++block) dot_block<Kind, MR, 1>(job, block);
 }
 

@@ -9,7 +9,7 @@
 namespace tokenrelay {
 namespace {
 
-constexpr int64_t kBlocks = 2;  // of a task
+constexpr int64_t kBlocks = 4;  // of a task
 constexpr int64_t kColumns = kBlocks * kBlockColumns;
 
 enum Use { kSums };
