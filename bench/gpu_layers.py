@@ -6,6 +6,7 @@ launch replaces. So a line says whether float8 pays there, and what a launch cos
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -38,8 +39,8 @@ def linear_case(tokens: int, width: int, columns: int, device: torch.device) -> 
     def check() -> float:
         return error_of(ops.scaled_linear(x, small[0]), x.double() @ small[0].dequantize().double().T) / 4
 
-    calls: list[Call] = [lambda w=w: ops.scaled_linear(x, w) for w in small]  # type: ignore[misc]
-    peer: list[Call] = [lambda w=w: ops.linear(x, w) for w in wide]  # type: ignore[misc]
+    calls: list[Call] = [functools.partial(ops.scaled_linear, x, w) for w in small]
+    peer: list[Call] = [functools.partial(ops.linear, x, w) for w in wide]
     label = f"tokens={tokens} {width}x{columns} float8"
     moved = small[0].nbytes + 2 * tokens * (width + columns)
     return Case("scaled_linear", label, moved, 2 * tokens * size, calls, check, peers={"bf16": peer})
@@ -117,7 +118,7 @@ def cases(device: torch.device, *, quick: bool) -> Iterator[Callable[[], Case]]:
     shapes = ((7168, 2112), (7168, 36_864), (18_432, 7168))  # DeepSeek-V3's down-projections, gate and up, down
     for tokens in (1, 64) if quick else (1, 16, 64, 512, 4096):
         for width, columns in shapes:
-            yield lambda a=(tokens, width, columns): linear_case(*a, device)  # type: ignore[misc]
-        yield lambda t=tokens: gqa_write_case(t, device)  # type: ignore[misc]
+            yield functools.partial(linear_case, tokens, width, columns, device)
+        yield functools.partial(gqa_write_case, tokens, device)
         for small in (False, True):
-            yield lambda t=tokens, small=small: mla_write_case(t, device, small=small)  # type: ignore[misc]
+            yield functools.partial(mla_write_case, tokens, device, small=small)

@@ -75,6 +75,7 @@ class GqaLayout:
 
 
 FP8_GROUP = 128  # latents that share a factor
+FACTOR_BYTES = 4  # a float32
 
 
 def fp8_group(rank: int) -> int:
@@ -105,7 +106,7 @@ class MlaFp8Layout:
     @property
     def width(self) -> int:
         """Bytes of one token."""
-        return self.rank + 4 * (self.rank // fp8_group(self.rank)) + 2 * self.rope
+        return self.rank + FACTOR_BYTES * (self.rank // fp8_group(self.rank)) + 2 * self.rope
 
     def shape(self, blocks: int) -> tuple[int, ...]:
         """The shape of one layer's region of `blocks` blocks."""
@@ -114,9 +115,6 @@ class MlaFp8Layout:
     def bytes_per_block(self, dtype: torch.dtype) -> int:
         """Bytes of one block of one layer; `dtype` is torch.float8_e4m3fn."""
         return self.block_tokens * self.width * dtype.itemsize
-
-
-FACTOR_BYTES = 4  # a float32
 
 
 @dataclass(frozen=True, slots=True)

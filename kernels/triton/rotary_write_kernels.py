@@ -9,6 +9,28 @@ from tokenrelay.kernels.triton.language import jit, narrow, widen
 
 
 @jit
+def turn_heads(
+    q: tl.tensor,
+    q_head: tl.tensor,
+    out: tl.tensor,
+    token: tl.tensor,
+    part: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+) -> None:
+    """BLOCK_H of a token's query heads, the `part`-th ones, rotated into out [t, HEADS, 2 HALF]. q: of the token."""
+    head = part * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = (head < HEADS)[:, None] & (tl.arange(0, BLOCK_R) < HALF)[None, :]
+    target = out + (token * HEADS + head)[:, None] * (2 * HALF)
+    turn(q + (head * q_head)[:, None], target, inside, cos, sin, HALF, BLOCK_R, INTERLEAVED)
+
+
+@jit
 def rotate_write_gqa(
     q: tl.tensor,
     k: tl.tensor,
@@ -47,10 +69,7 @@ def rotate_write_gqa(
     i = tl.arange(0, BLOCK_R)
     cos, sin = angles(positions, cos_sin, token, table_rows, HALF, BLOCK_R)
     if part < Q_PARTS:
-        head = part * BLOCK_H + tl.arange(0, BLOCK_H)
-        inside = (head < HEADS)[:, None] & (i < HALF)[None, :]
-        target = out + (token * HEADS + head)[:, None] * (2 * HALF)
-        turn(q + token * q_token + (head * q_head)[:, None], target, inside, cos, sin, HALF, BLOCK_R, False)
+        turn_heads(q + token * q_token, q_head, out, token, part, cos, sin, HEADS, HALF, BLOCK_H, BLOCK_R, False)
     else:
         slot = tl.load(cache_slots + token)
         if (slot >= 0) & (slot < slots):
@@ -138,10 +157,7 @@ def rotate_write_mla(
     i = tl.arange(0, BLOCK_R)
     cos, sin = angles(positions, cos_sin, token, table_rows, HALF, BLOCK_R)
     if part < Q_PARTS:
-        head = part * BLOCK_H + tl.arange(0, BLOCK_H)
-        inside = (head < HEADS)[:, None] & (i < HALF)[None, :]
-        target = out + (token * HEADS + head)[:, None] * (2 * HALF)
-        turn(q + token * q_token + (head * q_head)[:, None], target, inside, cos, sin, HALF, BLOCK_R, INTERLEAVED)
+        turn_heads(q + token * q_token, q_head, out, token, part, cos, sin, HEADS, HALF, BLOCK_H, BLOCK_R, INTERLEAVED)
     else:
         slot = tl.load(cache_slots + token)
         if (slot >= 0) & (slot < slots):

@@ -85,7 +85,8 @@ class Work:
         """For the pieces of units that are cut: float32 vectors [places * block_m, width], and their running maximum
         and sum [places * block_m, 2]."""
         rows, device = self.places * block_m, self.first.device
-        return tuple(torch.empty((rows, n), dtype=torch.float32, device=device) for n in (width, 2))  # type: ignore[return-value]
+        vectors = torch.empty((rows, width), dtype=torch.float32, device=device)
+        return vectors, torch.empty((rows, 2), dtype=torch.float32, device=device)
 
 
 _Key = tuple[Tiling, bool]

@@ -6,7 +6,6 @@ check_kernels(config, architecture, device)      # before the pool is allocated
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from typing import Literal
 
@@ -19,6 +18,7 @@ from tokenrelay.kernels.layout import GqaFp8Layout, GqaLayout, KvLayout, MlaFp8L
 from tokenrelay.runtime.layers.attention import Gqa
 from tokenrelay.runtime.layers.mla import Mla
 from tokenrelay.runtime.models.config import Architecture, ModelConfig
+from tokenrelay.runtime.weights.identity import changed_identity
 
 log = get_logger("memory")
 
@@ -38,8 +38,7 @@ def in_float8(config: ModelConfig) -> ModelConfig:
     except ValueError as error:
         raise ConfigError(f"{SETTING} fp8: {error}") from error
     # Its KV holds other values than the model's in full precision: blocks must not be shared between the two.
-    identity = hashlib.blake2b(config.identity + b"fp8", digest_size=16, person=b"tokenrelay-kv").digest()
-    return replace(config, kv_layout=small, identity=identity)
+    return replace(config, kv_layout=small, identity=changed_identity(config.identity, "fp8", b"tokenrelay-kv"))
 
 
 def check_kernels(config: ModelConfig, architecture: Architecture, device: torch.device) -> None:

@@ -14,6 +14,11 @@ SAMPLES_MAX = 512  # tensors looked into
 SAMPLE_BYTES = 4096  # from the middle of each
 
 
+def changed_identity(identity: bytes, form: str, person: bytes = b"tokenrelay-quant") -> bytes:
+    """Of a model whose KV is no longer that of `identity`, as its weights (or `person`) are kept in another form."""
+    return hashlib.blake2b(identity + form.encode(), digest_size=16, person=person).digest()
+
+
 def model_identity(checkpoint: Checkpoint, name: str, architecture: Architecture, dtype: torch.dtype) -> bytes:
     """BLAKE2b-128 over the architecture, the dtype, all headers and sizes, and samples of the data.
 

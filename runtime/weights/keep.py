@@ -11,7 +11,6 @@ model's dtype as ever.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -28,6 +27,7 @@ from tokenrelay.runtime.layers.sources import Index, WeightPart, WeightSource, p
 from tokenrelay.runtime.models.decoder import Model
 from tokenrelay.runtime.weights.checkpoint import Checkpoint
 from tokenrelay.runtime.weights.fp8 import FP8, Block
+from tokenrelay.runtime.weights.identity import changed_identity
 
 log = get_logger("weights")
 
@@ -94,7 +94,7 @@ def keep_float8(
 
 def identity_of(identity: bytes) -> bytes:
     """Of a model whose matrices are kept: activations are rounded too, so its KV is another one's."""
-    return hashlib.blake2b(identity + b"fp8", digest_size=16, person=b"tokenrelay-quant").digest()
+    return changed_identity(identity, "fp8")
 
 
 def _fits(checkpoint: Checkpoint, name: str, source: WeightSource, part: WeightPart) -> bool:

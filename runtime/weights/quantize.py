@@ -9,7 +9,6 @@ per-head matrices of latent attention stay as they were loaded. Perplexity and s
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 
 from tokenrelay.base.errors import ConfigError
@@ -19,6 +18,7 @@ from tokenrelay.runtime.layers.embedding import Head
 from tokenrelay.runtime.layers.linear import Linear
 from tokenrelay.runtime.layers.moe import Experts
 from tokenrelay.runtime.models.decoder import Model
+from tokenrelay.runtime.weights.identity import changed_identity
 
 log = get_logger("weights")
 
@@ -37,10 +37,7 @@ def quantize_model(model: Model, name: str, progress: Callable[[int, int], None]
         if progress is not None:
             progress(done, len(modules))
     # Its KV is another one's: blocks must not be shared with the model as it was.
-    identity = hashlib.blake2b(
-        model.config.identity + name.encode(), digest_size=16, person=b"tokenrelay-quant"
-    ).digest()
-    model.config = dataclasses.replace(model.config, identity=identity)
+    model.config = dataclasses.replace(model.config, identity=changed_identity(model.config.identity, name))
     log.info("weights quantized", form=name, before_bytes=before, after_bytes=weight_bytes(model))
 
 

@@ -84,16 +84,16 @@ def test_it_runs_the_kernels_that_are_chosen(tmp_path: Path, family: str, ops: t
     assert all(torch.equal(found, truth) for found, truth in zip(logits_of(model), usual, strict=True))
 
 
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The tokens of each step that a program will run from now on."""
+def counted(monkeypatch: pytest.MonkeyPatch, name: str = "run") -> list[int]:
+    """The tokens of each step that a program will run from now on; `name`: of its method."""
     runs: list[int] = []
-    run = Program.run
+    run = getattr(Program, name)
 
-    def counting(program: Program, token_ids: torch.Tensor, *others: Any) -> torch.Tensor:
+    def counting(program: Program, token_ids: torch.Tensor, *others: Any) -> Any:
         runs.append(len(token_ids))
         return run(program, token_ids, *others)
 
-    monkeypatch.setattr(Program, "run", counting)
+    monkeypatch.setattr(Program, name, counting)
     return runs
 
 
@@ -170,14 +170,7 @@ def test_what_a_prediction_layer_reads_has_the_same_bits(
 
     expected = steps()
     model.capture()
-    runs: list[int] = []
-    hidden = Program.hidden
-
-    def counting(program: Program, token_ids: torch.Tensor, *others: Any) -> torch.Tensor:
-        runs.append(len(token_ids))
-        return hidden(program, token_ids, *others)
-
-    monkeypatch.setattr(Program, "hidden", counting)
+    runs = counted(monkeypatch, "hidden")
     for found, truth in zip(steps(), expected, strict=True):
         assert found.dtype == truth.dtype and torch.equal(found, truth)
     assert runs == [29, 13, 2, 1]
