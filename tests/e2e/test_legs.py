@@ -17,7 +17,7 @@ from load import send, settled_pool
 from mesh_calls import PATH, body, counted, run, workers
 from serving import Server, until
 
-TOKENS = 500
+TOKENS = 2000  # some tenths of a second, so that a worker can be killed in the midst of it
 FLAGS = ("--dtype", "float32")
 Start = Callable[..., Server]
 ALONE: dict[str, list[Any]] = {}  # what one worker says, by model
