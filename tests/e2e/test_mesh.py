@@ -16,7 +16,7 @@ from load import send, settled_pool
 from mesh_calls import PATH, body, page, run, workers
 from serving import Server, until
 
-TOKENS = 1200  # a second or more, so that a worker can be killed in the midst of it
+TOKENS = 2400  # a second or more, so that a worker can be killed in the midst of it
 
 
 @pytest.fixture(scope="module")
