@@ -1,5 +1,5 @@
 // The shapes in which packed products run: MR rows of activations against NR blocks of columns. Part of packed_*.cpp,
-// which define `dot_block<KIND, MR, NR>(job, row, block)`.
+// which define `dot_block<KIND, MR, NR>(job, block)`.
 #pragma once
 
 #include <utility>
@@ -20,26 +20,14 @@ void dot_rows(const PackedDot& job) {
   for (; block < job.blocks; ++block) dot_block<Kind, MR, 1>(job, block);
 }
 
+template <class Kind, int... ROWS>
+void dot_some(const PackedDot& job, std::integer_sequence<int, ROWS...>) {
+  (void)((job.count == ROWS + 1 && (dot_rows<Kind, ROWS + 1>(job), true)) || ...);
+}
+
 template <class Kind>
 void dot_kind(const PackedDot& job) {
-  switch (job.count) {
-    case 1:
-      return dot_rows<Kind, 1>(job);
-    case 2:
-      return dot_rows<Kind, 2>(job);
-    case 3:
-      return dot_rows<Kind, 3>(job);
-    case 4:
-      return dot_rows<Kind, 4>(job);
-    case 5:
-      return dot_rows<Kind, 5>(job);
-    case 6:
-      return dot_rows<Kind, 6>(job);
-    case 7:
-      return dot_rows<Kind, 7>(job);
-    default:
-      return dot_rows<Kind, 8>(job);
-  }
+  dot_some<Kind>(job, std::make_integer_sequence<int, Kind::kRows>());
 }
 
 }  // namespace

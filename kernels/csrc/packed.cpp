@@ -13,10 +13,13 @@
 namespace tokenrelay {
 namespace {
 
-constexpr int64_t kPanel = 4;  // blocks of a task
-constexpr int64_t kPanelColumns = kPanel * kBlockColumns;
+constexpr int64_t kPanelMax = 4;  // blocks of a task
+constexpr int64_t kPanelColumns = kPanelMax * kBlockColumns;
+constexpr int64_t kPanelBytes = int64_t{128} << 10;  // of weights that rows pass over again and again, and of the next
 constexpr int64_t kRowsBytes = int64_t{512}
                                << 10;  // of activations that pass over a panel: they stay in a core's cache
+constexpr int64_t kCopied = 64;        // rows of a task
+constexpr int64_t kPassRows = 8;       // with which products run at their best
 
 const char* at(const void* base, int64_t elements, DType dtype) {
   return static_cast<const char*>(base) + elements * size_of(dtype);
@@ -32,28 +35,35 @@ class Product {
         rows_(kernels_, job.dtype, job.x, job.rows, job.x_stride, job.weights) {}
 
   void run() const {
-    const int64_t together = max_of(64, kRowsBytes / max_of(1, rows_.bytes()) / kPackedRows * kPackedRows);
-    const int64_t panels = ceil_div(job_.weights.blocks(), kPanel);
+    const int64_t together = max_of(64, kRowsBytes / max_of(1, rows_.bytes()) / kPassRows * kPassRows);
+    // One pass reads as many streams as it can; several keep this panel and the next one in a core's cache.
+    const bool once = Passes(job_.rows, kernels_.rows).count() == 1;
+    const int64_t width = once || kPanelMax * job_.weights.block_bytes() <= kPanelBytes ? kPanelMax : kPanelMax / 2;
+    const int64_t panels = ceil_div(job_.weights.blocks(), width), tasks = panels * ceil_div(job_.rows, together);
     // Panels run faster than row blocks: a thread's activations stay in its cache from panel to panel.
-    parallel_for(panels * ceil_div(job_.rows, together), [&](int64_t task) {
-      const int64_t first = task / panels * together;
-      panel(task % panels * kPanel, first, min_of(job_.rows, first + together));
+    parallel_for(tasks, [&](int64_t task) {
+      const int64_t first = task / panels * together, next = task + threads();  // most likely this thread's
+      panel(task % panels * width, width, first, min_of(job_.rows, first + together),
+            next < tasks ? next % panels * width : -1);
     });
   }
 
  private:
-  void panel(int64_t block, int64_t first, int64_t last) const {
-    const int64_t blocks = min_of(kPanel, job_.weights.blocks() - block), column = block * kBlockColumns;
-    const int64_t columns = min_of(blocks * kBlockColumns, job_.weights.columns - column);
-    alignas(64) float product[kPackedRows * kPanelColumns], bias[kPanelColumns];
+  // `next`: the first block of the panel after this one, or -1.
+  void panel(int64_t block, int64_t width, int64_t first, int64_t last, int64_t next) const {
+    const PackedWeights& w = job_.weights;
+    const int64_t blocks = min_of(width, w.blocks() - block), column = block * kBlockColumns;
+    const int64_t columns = min_of(blocks * kBlockColumns, w.columns - column);
+    alignas(64) float product[kPackedRowsMax * kPanelColumns], bias[kPanelColumns];
     if (job_.bias != nullptr) {
       table_.convert(job_.dtype, at(job_.bias, column, job_.dtype), DType::float32, bias, columns);
     }
-    for (int64_t r = first; r < last; r += kPackedRows) {
-      const int64_t count = min_of(kPackedRows, last - r);
-      const void* a[kPackedRows];
-      for (int64_t i = 0; i < count; ++i) a[i] = rows_.row(r + i);
-      kernels_.dot({&job_.weights, block, blocks, a, count, product, kPanelColumns});
+    const Passes passes(last - first, kernels_.rows);
+    const char* after = next < 0 ? nullptr : w.data + next * w.block_bytes();
+    for (int64_t pass = 0; pass < passes.count(); ++pass) {
+      const int64_t r = first + passes.begin(pass), count = first + passes.begin(pass + 1) - r;
+      const Fetch fetch = passes.fetch(pass, after, blocks * w.block_bytes());
+      kernels_.dot({&w, block, blocks, rows_.row(r), rows_.bytes(), count, product, kPanelColumns, fetch});
       for (int64_t i = 0; i < count; ++i) {
         float* from = product + i * kPanelColumns;
         if (job_.bias != nullptr) table_.axpy(1.0f, bias, from, columns);
@@ -136,6 +146,27 @@ PackedRows::PackedRows(const PackedKernels& kernels, DType dtype, const void* x,
     }
     base_ = memory_.data();
   }
+}
+
+std::vector<char> PackedRows::gathered(const std::vector<int64_t>& numbers) const {
+  std::vector<char> copies(numbers.size() * static_cast<size_t>(step_));
+  parallel_for(ceil_div(static_cast<int64_t>(numbers.size()), kCopied), [&](int64_t task) {
+    for (int64_t i = task * kCopied; i < min_of(static_cast<int64_t>(numbers.size()), (task + 1) * kCopied); ++i) {
+      std::memcpy(copies.data() + i * step_, row(numbers[static_cast<size_t>(i)]), static_cast<size_t>(step_));
+    }
+  });
+  return copies;
+}
+
+Passes::Passes(int64_t rows, int64_t together)
+    : rows_(rows), count_(max_of(1, ceil_div(rows - (together - kPassRows), kPassRows))) {}
+
+Fetch Passes::fetch(int64_t pass, const char* next, int64_t bytes) const {
+  const int64_t every = count_ == 2   ? 1
+                        : count_ <= 4 ? 2
+                                      : 4;  // steps from line to line; 2 * every passes fetch it all
+  if (next == nullptr || count_ == 1 || pass >= 2 * every) return {};
+  return {next + bytes / 64 * pass / (2 * every) * 64, every - 1};
 }
 
 void check(const PackedWeights& w) {

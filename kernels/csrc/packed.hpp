@@ -15,7 +15,7 @@
 namespace tokenrelay {
 
 constexpr int64_t kBlockColumns = 16;
-constexpr int64_t kPackedRows = 8;  // of activations that one call of `dot` takes at most
+constexpr int64_t kPackedRowsMax = 12;  // of activations that one call of any `dot` takes
 
 struct PackedWeights {
   int bits;       // 16: bfloat16; 8 or 4: integers
@@ -39,21 +39,31 @@ struct PackedRow {
   static const float* scales(const void* row) { return static_cast<const float*>(row); }
   static int32_t* sums(void* row, int64_t chunks) { return static_cast<int32_t*>(row) + chunks; }
   static const int32_t* sums(const void* row, int64_t chunks) { return static_cast<const int32_t*>(row) + chunks; }
-  static int8_t* data(void* row, int64_t chunks) { return static_cast<int8_t*>(row) + chunks * 20; }
-  static const int8_t* data(const void* row, int64_t chunks) { return static_cast<const int8_t*>(row) + chunks * 20; }
+  static int64_t data_at(int64_t chunks) { return chunks * 20; }
+  static int8_t* data(void* row, int64_t chunks) { return static_cast<int8_t*>(row) + data_at(chunks); }
 };
 
-// out[i, c] = a[i] . column c of the blocks [first, first + blocks), i < count <= kPackedRows.
+// What a product fetches on its way. Its own blocks come some steps before they are multiplied; where rows are many it
+// computes for longer than it reads, and has time for blocks that are multiplied later.
+struct Fetch {
+  const char* next = nullptr;  // of these blocks, a cache line every `mask + 1` steps of each pair of its own
+  int64_t mask = -1;           // 0, 1, 3: all ones; -1: none
+};
+
+// out[i, c] = a[i] . column c of the blocks [first, first + blocks), i < count <= PackedKernels::rows.
 struct PackedDot {
   const PackedWeights* weights;
   int64_t first, blocks;
-  const void* const* a;  // bfloat16 [depth, rounded up to even] each, or PackedRow
+  const void* a;   // rows: bfloat16 [depth, rounded up to even], or PackedRow
+  int64_t a_step;  // bytes from one to the next
   int64_t count;
   float* out;
   int64_t out_stride;
+  Fetch fetch;
 };
 
 struct PackedKernels {
+  int64_t rows;                                                            // that `dot` takes at most
   void (*quantize)(DType dtype, const void* x, int64_t depth, void* row);  // null for bfloat16
   void (*dot)(const PackedDot& job);
 };

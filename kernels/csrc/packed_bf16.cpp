@@ -2,50 +2,53 @@
 #include <immintrin.h>
 #define TOKENRELAY_ISA packed_bf16
 
+#include "leaf_rows.hpp"
 #include "packed.hpp"
 
 namespace tokenrelay::packed_bf16 {
 namespace {
 
 struct Bf16 {
+  static constexpr int kRows = 12;              // of a product
   static constexpr int kNarrow = 4, kWide = 4;  // up to 4 rows take 4 blocks at once
 };
 
 constexpr int64_t kAhead = 4096;  // bytes of each stream that are fetched ahead
 
+// A function of its own for each shape: what its loop needs just fits the registers.
 template <class Kind, int MR, int NR>
-inline void dot_block(const PackedDot& job, int64_t block) {
+[[gnu::noinline]] void dot_block(const PackedDot& job, int64_t block) {
   const PackedWeights& w = *job.weights;
-  const int64_t steps = ceil_div(w.depth, 2);
-  const char* from = w.data + (job.first + block) * w.block_bytes();
-  const int64_t stride = w.block_bytes();
+  const int64_t steps = ceil_div(w.depth, 2), stride = w.block_bytes(), mask = job.fetch.mask;
+  const char* from = w.data + (job.first + block) * stride;
+  const char* next = mask < 0 ? from : job.fetch.next + block / 2 * (steps / (mask + 1)) * 64;
   __m512 acc[MR][NR];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
     for (int c = 0; c < NR; ++c) acc[r][c] = _mm512_setzero_ps();
   }
-  const char* a[MR];
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r) a[r] = static_cast<const char*>(job.a[r]);
+  const Rows<MR> a(job);
   for (int64_t k = 0; k < steps; ++k) {
     __m512bh column[NR];
 #pragma GCC unroll 4
     for (int c = 0; c < NR; ++c) {
-      const char* p = from + c * stride + k * 64;
-      __builtin_prefetch(p + kAhead, 0, 2);
-      column[c] = (__m512bh)_mm512_loadu_si512(p);
+      __builtin_prefetch(from + c * stride + kAhead, 0, 2);
+      column[c] = (__m512bh)_mm512_loadu_si512(from + c * stride);
     }
-#pragma GCC unroll 8
+    from += 64;
+    if ((k & mask) == 0) {
+      __builtin_prefetch(next, 0, 2);
+      next += 64;
+    }
+#pragma GCC unroll 12
     for (int r = 0; r < MR; ++r) {
-      int32_t both;
-      __builtin_memcpy(&both, a[r] + k * 4, sizeof both);
-      const __m512bh pair = (__m512bh)_mm512_set1_epi32(both);
+      const __m512bh pair = (__m512bh)_mm512_set1_epi32(a.word(r, k * 4));
 #pragma GCC unroll 4
       for (int c = 0; c < NR; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], column[c], pair);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
     for (int c = 0; c < NR; ++c)
@@ -61,7 +64,8 @@ inline void dot_block(const PackedDot& job, int64_t block) {
 namespace tokenrelay {
 
 const PackedKernels& packed_kernels_bf16() {
-  static constexpr PackedKernels kernels = {nullptr, packed_bf16::dot_kind<packed_bf16::Bf16>};
+  static constexpr PackedKernels kernels = {packed_bf16::Bf16::kRows, nullptr,
+                                            packed_bf16::dot_kind<packed_bf16::Bf16>};
   return kernels;
 }
 

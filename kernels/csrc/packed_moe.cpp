@@ -28,32 +28,51 @@ class PackedMoe {
   void run() {
     const auto rows = static_cast<int64_t>(groups_.assignments.size());
     const PackedRows inputs(kernels_, e_.dtype, e_.x, e_.tokens, e_.x_stride, e_.gate_up);
+    std::vector<int64_t> tokens;
+    for (const Assignment& assignment : groups_.assignments) tokens.push_back(assignment.token);
+    const std::vector<char> gathered = inputs.gathered(tokens);
     std::vector<char> hidden(static_cast<size_t>(rows * e_.f * size_of(hidden_type_)));
     const int64_t tasks = ceil_div(e_.f, kColumns);
-    parallel_for(groups_.count() * tasks,
-                 [&](int64_t i) { activate(inputs, i / tasks, i % tasks * kColumns, hidden.data()); });
+    parallel_for(groups_.count() * tasks, [&](int64_t i) {
+      const int64_t next = i + threads();  // most likely this thread's
+      activate(gathered.data(), inputs.bytes(), i / tasks, i % tasks * kColumns,
+               next < groups_.count() * tasks ? gate_at(next / tasks, next % tasks * kColumns) : -1, hidden.data());
+    });
     const PackedRows between(kernels_, hidden_type_, hidden.data(), rows, e_.f, e_.down);
     parallel_for(ceil_div(e_.d, kColumns), [&](int64_t i) { down(between, i * kColumns); });
   }
 
  private:
-  size_t begin(int64_t group) const { return groups_.firsts[static_cast<size_t>(group)]; }
+  int64_t begin(int64_t group) const { return static_cast<int64_t>(groups_.firsts[static_cast<size_t>(group)]); }
+  const Assignment& assignment(int64_t row) const { return groups_.assignments[static_cast<size_t>(row)]; }
 
-  // hidden[assignments of the group, columns] = silu(x . gate) * (x . up)
-  void activate(const PackedRows& inputs, int64_t group, int64_t column, char* hidden) const {
-    const size_t first = begin(group), last = begin(group + 1);
-    const int64_t columns = min_of(kColumns, e_.f - column), blocks = columns / kBlockColumns;
-    const int64_t gate_at = (groups_.assignments[first].expert * 2 * e_.f + column) / kBlockColumns;
-    const int64_t up_at = gate_at + e_.f / kBlockColumns;
-    alignas(64) float gate[kPackedRows * kColumns], up[kPackedRows * kColumns];
-    for (size_t r = first; r < last; r += kPackedRows) {
-      const int64_t some = min_of(kPackedRows, static_cast<int64_t>(last - r));
-      const void* a[kPackedRows];
-      for (int64_t i = 0; i < some; ++i) a[i] = inputs.row(groups_.assignments[r + static_cast<size_t>(i)].token);
-      kernels_.dot({&e_.gate_up, gate_at, blocks, a, some, gate, kColumns});
-      kernels_.dot({&e_.gate_up, up_at, blocks, a, some, up, kColumns});
-      for (int64_t i = 0; i < some; ++i) {
-        char* to = at(hidden, (static_cast<int64_t>(r) + i) * e_.f + column, hidden_type_);
+  // The first block of a group's gate from this column on, its up-projection's being f columns behind; and of its way
+  // down.
+  int64_t gate_at(int64_t group, int64_t column) const {
+    return (assignment(begin(group)).expert * 2 * e_.f + column) / kBlockColumns;
+  }
+  int64_t down_at(int64_t group, int64_t column) const {
+    return (assignment(begin(group)).expert * e_.d + column) / kBlockColumns;
+  }
+
+  // hidden[assignments of the group, columns] = silu(x . gate) * (x . up); `next`: the gate that is read after this
+  // one.
+  void activate(const char* inputs, int64_t step, int64_t group, int64_t column, int64_t next, char* hidden) const {
+    const int64_t first = begin(group), columns = min_of(kColumns, e_.f - column), blocks = columns / kBlockColumns;
+    const int64_t gates = gate_at(group, column), beside = e_.f / kBlockColumns, bytes = e_.gate_up.block_bytes();
+    alignas(64) float gate[kPackedRowsMax * kColumns], up[kPackedRowsMax * kColumns];
+    const Passes passes(begin(group + 1) - first, kernels_.rows);
+    const auto dot = [&](int64_t pass, int64_t shift, float* out) {
+      const int64_t r = first + passes.begin(pass), count = passes.begin(pass + 1) - passes.begin(pass);
+      const char* after = next < 0 ? nullptr : e_.gate_up.data + (next + shift) * bytes;
+      kernels_.dot({&e_.gate_up, gates + shift, blocks, inputs + r * step, step, count, out, kColumns,
+                    passes.fetch(pass, after, blocks * bytes)});
+    };
+    for (int64_t pass = 0; pass < passes.count(); ++pass) {
+      dot(pass, 0, gate);
+      dot(pass, beside, up);
+      for (int64_t r = passes.begin(pass), i = 0; r < passes.begin(pass + 1); ++r, ++i) {
+        char* to = at(hidden, (first + r) * e_.f + column, hidden_type_);
         table_.silu_mul(DType::float32, gate + i * kColumns, up + i * kColumns, hidden_type_, to, columns);
       }
     }
@@ -62,20 +81,20 @@ class PackedMoe {
   // out[all tokens, columns], summed over experts in ascending order.
   void down(const PackedRows& between, int64_t column) const {
     const int64_t columns = min_of(kColumns, e_.d - column), blocks = columns / kBlockColumns;
+    const int64_t bytes = e_.down.block_bytes();
     float* out = static_cast<float*>(scratch(kSums, e_.tokens * kColumns * 4));
-    alignas(64) float product[kPackedRows * kColumns];
+    alignas(64) float product[kPackedRowsMax * kColumns];
     std::fill(out, out + e_.tokens * kColumns, 0.0f);
     for (int64_t group = 0; group < groups_.count(); ++group) {
-      const size_t first = begin(group), last = begin(group + 1);
-      const int64_t block = (groups_.assignments[first].expert * e_.d + column) / kBlockColumns;
-      for (size_t r = first; r < last; r += kPackedRows) {
-        const int64_t some = min_of(kPackedRows, static_cast<int64_t>(last - r));
-        const void* a[kPackedRows];
-        for (int64_t i = 0; i < some; ++i) a[i] = between.row(static_cast<int64_t>(r) + i);
-        kernels_.dot({&e_.down, block, blocks, a, some, product, kColumns});
-        for (int64_t i = 0; i < some; ++i) {
-          const Assignment& assignment = groups_.assignments[r + static_cast<size_t>(i)];
-          table_.axpy(assignment.weight, product + i * kColumns, out + assignment.token * kColumns, columns);
+      const char* next = group + 1 < groups_.count() ? e_.down.data + down_at(group + 1, column) * bytes : nullptr;
+      const Passes passes(begin(group + 1) - begin(group), kernels_.rows);
+      for (int64_t pass = 0; pass < passes.count(); ++pass) {
+        const int64_t r = begin(group) + passes.begin(pass), count = begin(group) + passes.begin(pass + 1) - r;
+        kernels_.dot({&e_.down, down_at(group, column), blocks, between.row(r), between.bytes(), count, product,
+                      kColumns, passes.fetch(pass, next, blocks * bytes)});
+        for (int64_t i = 0; i < count; ++i) {
+          const Assignment& one = assignment(r + i);
+          table_.axpy(one.weight, product + i * kColumns, out + one.token * kColumns, columns);
         }
       }
     }

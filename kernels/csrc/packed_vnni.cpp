@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "leaf_rows.hpp"
 #include "packed.hpp"
 
 namespace tokenrelay::packed_vnni {
@@ -14,23 +15,26 @@ struct Integers {
   static constexpr int kBits = BITS;
   static constexpr int kGroup = GROUP == 0 ? static_cast<int>(kChunk) : GROUP;  // elements between two scalings
   static constexpr bool kScaled = GROUP != 0;                                   // by a column's group; else at the end
-  static constexpr int kNarrow = 2, kWide = 4;
+  static constexpr int kStep = BITS == 8 ? 4 : 8;                               // elements of a cache line of a block
+  static constexpr int kRows = 8, kNarrow = 2, kWide = 4;
 };
 
 constexpr int64_t kAhead = 4096;
 
-inline __m512i word(const int8_t* a) {
-  int32_t four;
-  __builtin_memcpy(&four, a, sizeof four);
-  return _mm512_set1_epi32(four);
-}
-
-// One group of the depth: whole[r][c] += activations . weights
+// One group of the depth, from its element `at` on: whole[r][c] += activations . weights
 template <class Kind, int MR, int NR>
-inline void multiply(const char* const* from, const int8_t* const* a, __m512i (&whole)[MR][NR]) {
+inline void multiply(const char* const* from, const Rows<MR>& a, int64_t at, __m512i (&whole)[MR][NR],
+                     const char*& next, int64_t mask) {
+  const auto fetch = [&](int k) {
+    if ((k & mask) != 0) return;
+    __builtin_prefetch(next, 0, 2);
+    next += 64;
+  };
+  const auto word = [&](int r, int64_t element) { return _mm512_set1_epi32(a.word(r, at + element)); };
   if constexpr (Kind::kBits == 8) {
 #pragma GCC unroll 2
     for (int k = 0; k < Kind::kGroup / 4; ++k) {
+      fetch(k);
       __m512i column[NR];
 #pragma GCC unroll 4
       for (int c = 0; c < NR; ++c) {
@@ -39,7 +43,7 @@ inline void multiply(const char* const* from, const int8_t* const* a, __m512i (&
       }
 #pragma GCC unroll 8
       for (int r = 0; r < MR; ++r) {
-        const __m512i four = word(a[r] + k * 4);
+        const __m512i four = word(r, k * 4);
 #pragma GCC unroll 4
         for (int c = 0; c < NR; ++c) whole[r][c] = _mm512_dpbusd_epi32(whole[r][c], column[c], four);
       }
@@ -47,6 +51,7 @@ inline void multiply(const char* const* from, const int8_t* const* a, __m512i (&
   } else {
     const __m512i mask = _mm512_set1_epi8(15);
     for (int k = 0; k < Kind::kGroup / 8; ++k) {
+      fetch(k);
       __m512i low[NR], high[NR];
 #pragma GCC unroll 4
       for (int c = 0; c < NR; ++c) {
@@ -57,7 +62,7 @@ inline void multiply(const char* const* from, const int8_t* const* a, __m512i (&
       }
 #pragma GCC unroll 8
       for (int r = 0; r < MR; ++r) {
-        const __m512i first = word(a[r] + k * 8), second = word(a[r] + k * 8 + 4);
+        const __m512i first = word(r, k * 8), second = word(r, k * 8 + 4);
 #pragma GCC unroll 4
         for (int c = 0; c < NR; ++c) {
           whole[r][c] = _mm512_dpbusd_epi32(whole[r][c], low[c], first);
@@ -69,16 +74,18 @@ inline void multiply(const char* const* from, const int8_t* const* a, __m512i (&
 }
 
 template <class Kind, int MR, int NR>
-inline void dot_block(const PackedDot& job, int64_t block) {
+[[gnu::noinline]] void dot_block(const PackedDot& job, int64_t block) {
   constexpr int64_t kGroups = kChunk / Kind::kGroup;  // of a chunk
   const PackedWeights& w = *job.weights;
   const int64_t chunks = w.chunks();
   const float* scales = w.scales + (job.first + block) * w.block_scales();
+  const int64_t steps = chunks * kChunk / Kind::kStep, mask = job.fetch.mask;
+  const char* next = mask < 0 ? w.data : job.fetch.next + block / 2 * (steps / (mask + 1)) * 64;
+  const auto packed_row = [&](int r) { return static_cast<const char*>(job.a) + r * job.a_step; };
   __m512 acc[MR][NR];
   const char* from[NR];
-  const int8_t* a[MR];
+  const Rows<MR> a(job, PackedRow::data_at(chunks));
   for (int c = 0; c < NR; ++c) from[c] = w.data + (job.first + block + c) * w.block_bytes();
-  for (int r = 0; r < MR; ++r) a[r] = PackedRow::data(job.a[r], chunks);
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
@@ -88,16 +95,15 @@ inline void dot_block(const PackedDot& job, int64_t block) {
     __m512i whole[MR][NR];
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
-      const int32_t* sums = PackedRow::sums(job.a[r], chunks) + g * (Kind::kGroup / 32);
+      const int32_t* sums = PackedRow::sums(packed_row(r), chunks) + g * (Kind::kGroup / 32);
       int32_t sum = 0;
       for (int i = 0; i < Kind::kGroup / 32; ++i) sum += sums[i];
       const __m512i zero = _mm512_set1_epi32(-(1 << (Kind::kBits - 1)) * sum);
 #pragma GCC unroll 4
       for (int c = 0; c < NR; ++c) whole[r][c] = zero;
     }
-    multiply<Kind, MR, NR>(from, a, whole);
+    multiply<Kind, MR, NR>(from, a, g * Kind::kGroup, whole, next, mask);
     for (int c = 0; c < NR; ++c) from[c] += Kind::kGroup * kBlockColumns * Kind::kBits / 8;
-    for (int r = 0; r < MR; ++r) a[r] += Kind::kGroup;
     __m512 column[NR];
 #pragma GCC unroll 4
     for (int c = 0; c < NR; ++c) {
@@ -105,7 +111,7 @@ inline void dot_block(const PackedDot& job, int64_t block) {
     }
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
-      const __m512 row = _mm512_set1_ps(PackedRow::scales(job.a[r])[g / kGroups]);
+      const __m512 row = _mm512_set1_ps(PackedRow::scales(packed_row(r))[g / kGroups]);
 #pragma GCC unroll 4
       for (int c = 0; c < NR; ++c) {
         __m512 scale = row;
@@ -187,7 +193,8 @@ void dot(const PackedDot& job) {
 }  // namespace packed_vnni
 
 const PackedKernels& packed_kernels_vnni() {
-  static constexpr PackedKernels kernels = {packed_vnni::quantize, packed_vnni::dot};
+  static constexpr PackedKernels kernels = {packed_vnni::Integers<8, 0>::kRows, packed_vnni::quantize,
+                                            packed_vnni::dot};
   return kernels;
 }
 
