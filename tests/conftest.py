@@ -18,5 +18,7 @@ from tokenrelay.kernels.triton.config import device_there
 if not device_there():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-for folder in ("tidy", "support"):
-    sys.path.insert(0, str(Path(__file__).parent / folder))
+# Every folder here, whichever are run: they use each other's helpers; behind them bench/. Helpers' names differ
+# from one another and from those of bench/ (tests/tidy/test_helpers.py).
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [*(str(folder) for folder in sorted(HERE.iterdir()) if folder.is_dir()), str(HERE.parent / "bench")]

@@ -9,14 +9,9 @@ The engine is the one that `docker` reaches. deploy/.env.example's variables are
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from compose_stack import Stack
 
 collect_ignore = [] if os.environ.get("TOKENRELAY_TEST_COMPOSE") else ["test_stack.py"]

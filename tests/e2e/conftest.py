@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,13 +15,9 @@ from typing import Any
 
 import pytest
 from checkpoints import make_checkpoint
+from serving import Server
 
 from tokenrelay.cli.own import OwnServer
-
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1] / "bench")]  # serving.py, and load.py: requests with whole replies
-
-from serving import Server  # noqa: E402
 
 
 @pytest.fixture(scope="session")

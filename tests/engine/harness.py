@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Sequence
@@ -19,6 +20,12 @@ from tokenrelay.runtime.requests import EngineOutput, EngineRequest, EngineStats
 
 BLOCK_TOKENS = 16
 WAIT_S = 60.0
+VOCAB = 384
+
+
+def prompt_of(seed: int, length: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, VOCAB) for _ in range(length)]
 
 
 @dataclass

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import numpy as np
 import pytest
-from harness import BLOCK_TOKENS, Harness, plain_greedy
+from harness import BLOCK_TOKENS, VOCAB, Harness, plain_greedy, prompt_of
 
 from tokenrelay.base.errors import InvalidRequest
 from tokenrelay.runtime.requests import EngineRequest, Finish, Reject, SamplingParams
-
-VOCAB = 384
-
-
-def prompt_of(seed: int, length: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(3, VOCAB) for _ in range(length)]
 
 
 def test_greedy_text_is_the_plain_loops(model: Any) -> None:

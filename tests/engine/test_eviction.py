@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import Harness
-from test_engine import prompt_of
-from test_failures import Flaky
+from flaky import Flaky
+from harness import Harness, prompt_of
 
 from tokenrelay.base.deadlines import Deadline
 from tokenrelay.proto import worker_pb2

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from harness import Harness
-from test_engine import prompt_of
-from test_failures import Flaky
+from flaky import Flaky
+from harness import Harness, prompt_of
 
 from tokenrelay.base.errors import Overloaded, TokenRelayError, Unavailable
 from tokenrelay.runtime import explain as explain_module

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import EOS, VOCAB, write_tokenizer
-from harness import Harness
-from test_drafts import guessing
-from test_engine import prompt_of
+from guesses import guessing
+from harness import Harness, prompt_of
 from tokenizers import Tokenizer
 
 from tokenrelay.base.errors import InvalidRequest

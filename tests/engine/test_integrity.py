@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import Harness
-from test_engine import prompt_of
+from harness import Harness, prompt_of
 
 from tokenrelay.base.errors import TokenRelayError
 from tokenrelay.runtime import integrity

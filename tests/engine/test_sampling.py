@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Harness, plain_greedy, plain_logits
-from test_engine import VOCAB, prompt_of
+from harness import VOCAB, Harness, plain_greedy, plain_logits, prompt_of
 
 from tokenrelay.kernels import ops
 from tokenrelay.kernels.batch import SamplingBatch

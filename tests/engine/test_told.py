@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from harness import Harness
-from test_engine import prompt_of
-from test_failures import Flaky
+from flaky import Flaky
+from harness import Harness, prompt_of
 
 
 def test_blocks_are_told_by_state(qwen: Any) -> None:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from guards import fault
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "router"))
-
-from test_legs import Scripted, Sequence
+from scripted_legs import Scripted, Sequence
 
 from tokenrelay.base.errors import Unavailable
 from tokenrelay.proto import worker_pb2

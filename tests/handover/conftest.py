@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import torch
-
-for neighbour in ("worker", "kvstore"):
-    sys.path.insert(0, str(Path(__file__).parent.parent / neighbour))
-sys.path.insert(0, str(Path(__file__).parent))
-
-from checkpoints import make_checkpoint  # noqa: E402  (from the folders above)
-from fleet import Fleet  # noqa: E402
+from checkpoints import make_checkpoint
+from fleet import Fleet
 
 
 @pytest.fixture(scope="session")

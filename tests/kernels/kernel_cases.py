@@ -151,3 +151,12 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float) -
             weights = (scores - scores.max()).exp()
             out[i, h] = weights @ v[h, : start + i + 1] / weights.sum()
     return out
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Activations as the integer kernels round them, in float64: signed bytes, scaled by the largest of each 128."""
+    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 128)).unflatten(-1, (-1, 128))
+    largest = padded.abs().amax(dim=-1, keepdim=True)
+    inverse = torch.full_like(largest, 127) / largest  # torch takes 127 / largest for 127 * (1 / largest)
+    whole = (padded * torch.where(largest > 0, inverse, 0)).round()  # ties to even, as the kernels do
+    return (whole.double() * (largest / 127).double()).flatten(-2)[:, : x.shape[1]]

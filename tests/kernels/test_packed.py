@@ -6,9 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import close, paths
-from test_moe import moe_inputs, moe_oracle
-from test_quantized import rounded
+from kernel_cases import close, paths, rounded
+from moe_oracles import moe_inputs, moe_oracle
 from torch import Tensor
 
 from tokenrelay.kernels import cpu, ops, registry

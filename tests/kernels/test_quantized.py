@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import close, each_path, paths
+from kernel_cases import close, each_path, paths, rounded
 from torch import Tensor
 
 from tokenrelay.kernels import ops, registry
 from tokenrelay.kernels.quantized import quantize, reference_fit
 
 SHAPES = [(1, 1, 1), (1, 40, 7), (2, 33, 64), (5, 100, 96), (64, 31, 130), (70, 65, 257), (3, 8, 2048)]  # rows, out, in
-
-
-def rounded(x: Tensor) -> Tensor:
-    """Activations as the integer kernels round them, in float64: signed bytes, scaled by the largest of each 128."""
-    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 128)).unflatten(-1, (-1, 128))
-    largest = padded.abs().amax(dim=-1, keepdim=True)
-    inverse = torch.full_like(largest, 127) / largest  # torch takes 127 / largest for 127 * (1 / largest)
-    whole = (padded * torch.where(largest > 0, inverse, 0)).round()  # ties to even, as the kernels do
-    return (whole.double() * (largest / 127).double()).flatten(-2)[:, : x.shape[1]]
 
 
 FORMATS = [(8, 0), (4, 32), (4, 64), (4, 128)]

@@ -16,7 +16,7 @@ import pytest
 from etcd_server import EtcdServer
 from kv_fleet import FAST, Fleet, Watcher, member, named
 from kv_process import KvProcess
-from test_session import RawSession, join_call, reserve_call
+from raw_session import RawSession, join_call, reserve_call
 
 from tokenrelay.ledger.api import (
     Code,

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-from tokenrelay.libscheduler import Config, Scheduler, block_hashes
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
 from eviction import play
 from eviction_model.oracle import hits_of_optimum
 from eviction_model.work import Agents, Request, read_trace
+
+from tokenrelay.libscheduler import Config, Scheduler, block_hashes
 
 KEYS = {"hash_key": bytes(range(16)), "model_identity": bytes(16)}
 SIZES = {"slots": 4, "context_tokens": 640, "step_tokens": 640, "chunk_tokens": 640, **KEYS}

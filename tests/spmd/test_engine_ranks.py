@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-
+from guesses import WIDTH, Guessing, oracle, repeating
 from harness import Harness
-from test_drafts import WIDTH, Guessing, oracle, repeating
 
 from tokenrelay.base.errors import ConfigError
 from tokenrelay.runtime.placement import Mesh

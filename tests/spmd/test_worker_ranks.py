@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "worker"))
 
 from spmd_processes import wait_gone
 from worker_process import Stream, WorkerProcess, connect, submit_message

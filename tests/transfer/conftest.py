@@ -2,65 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from pools import Pool, layout
-from processes import PeerProcess
+from transfer_stage import Stage
 
-from tokenrelay.base.ids import incarnation
-from tokenrelay.transfer.select import available, open_transport
-from tokenrelay.transfer.transport import Identity, Transport
+from tokenrelay.transfer.select import available
 
 
 def pytest_report_header() -> str:
     """Which transports are tested is never a secret."""
     return f"transports: {', '.join(available())}"
-
-
-class Stage:
-    """Makes transports here and peers there, and ends them with the test."""
-
-    def __init__(self, kind: str, folder: str) -> None:
-        self.kind = kind
-        self._folder = folder
-        self._sockets = 0
-        self._transports: list[Transport] = []
-        self._peers: list[PeerProcess] = []
-
-    def listen(self) -> str:
-        """A fresh socket."""
-        self._sockets += 1
-        return f"unix:{self._folder}/{self._sockets}"
-
-    async def transport(self, pool: Pool, name: str = "decode-0", **options: Any) -> Transport:
-        """Open, in this process."""
-        options.setdefault("listen", self.listen())
-        transport = open_transport(self.kind, Identity(name, incarnation()), pool.memory, **options)
-        await transport.open()
-        self._transports.append(transport)
-        return transport
-
-    async def peer(self, blocks: int = 64, name: str = "prefill-0", **given: Any) -> PeerProcess:
-        """Another process with a pool."""
-        given.setdefault("listen", self.listen())
-        peer = await PeerProcess.start(kind=self.kind, name=name, blocks=blocks, **given)
-        self._peers.append(peer)
-        return peer
-
-    async def close(self) -> None:
-        """End everything."""
-        for transport in self._transports:
-            await transport.close()
-        for peer in self._peers:
-            await peer.stop()
 
 
 @pytest.fixture(params=available())

@@ -7,9 +7,9 @@ import random
 from collections.abc import Callable
 
 import pytest
-from conftest import Stage
 from pools import Pool, layout
 from processes import PeerError
+from transfer_stage import Stage
 
 from tokenrelay.base.deadlines import Deadline
 from tokenrelay.base.errors import DeadlineExceeded, HandshakeRefused, StaleGeneration, TransferFailed

@@ -14,9 +14,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from conftest import Stage
 from pools import Pool, layout
 from processes import PeerError, PeerProcess
+from transfer_stage import Stage
 
 from tokenrelay.base.deadlines import Deadline
 from tokenrelay.base.errors import DeadlineExceeded, HandshakeRefused, TokenRelayError, TransferFailed

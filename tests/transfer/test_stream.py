@@ -11,8 +11,8 @@ import grpc
 import msgspec
 import numpy as np
 import pytest
-from conftest import Stage
 from pools import Pool, layout
+from transfer_stage import Stage
 
 from tokenrelay.base.deadlines import Deadline
 from tokenrelay.base.errors import HandshakeRefused, Overloaded, TransferFailed

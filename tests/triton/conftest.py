@@ -1,19 +1,14 @@
-"""The kernel tests' helpers are importable here too, and the interpreter prepares Triton's language once a launch."""
+"""The interpreter prepares Triton's language once a launch."""
 
 from __future__ import annotations
 
 import inspect
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
-
-for folder in (Path(__file__).parent, Path(__file__).parent.parent / "kernels"):
-    sys.path.insert(0, str(folder))
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import close
-from test_moe import ROUTES, moe_inputs, moe_oracle, route_oracle
+from moe_oracles import ROUTES, moe_inputs, moe_oracle, route_oracle
 from torch import Tensor
 from triton_cases import DEVICE, pick
 

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
+from attention_oracles import SCALE, gqa_oracle, mla_prefill_oracle, prefill_inputs
 from kernel_cases import Case, close, gqa_case, mla_case
-from test_attention import SCALE, gqa_oracle, mla_prefill_oracle, prefill_inputs
 from triton_cases import DEVICE, FULL, moved, pick
 
 from tokenrelay.kernels.layout import GqaLayout, MlaLayout

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "engine"))
-
 from checkpoints import make_checkpoint
 from harness import BLOCK_TOKENS, Harness, plain_greedy, plain_logits
 from predictions import make_steady_checkpoint
