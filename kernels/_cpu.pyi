@@ -49,6 +49,20 @@ def gqa_attention(
     scale: float,
     /,
 ) -> None: ...
+def projected_attention(
+    isa: int,
+    batch: _Batch,
+    place: tuple[int, int],
+    cache: tuple[int, int, int],
+    shape: tuple[int, int, int, int, int],
+    up: tuple[int, int, int, int, int, int],
+    q_nope: _Part,
+    q_rope: _Part,
+    out: _Part,
+    scale: float,
+    /,
+) -> None: ...
+def costs_less_absorbed(tokens: int, start: int, rank: int, nope: int, value: int, at_least: int, /) -> bool: ...
 def dense_attention(
     isa: int,
     dtype: int,
@@ -345,6 +359,7 @@ class Program:
         scale: float,
         cos_sin: int,
         layer: int,
+        side: int,
         qkv: int,
         q: int,
         out: int,
@@ -362,6 +377,8 @@ class Program:
         cos_sin: int,
         down: tuple[int, int],
         layer: int,
+        up: tuple[tuple[int, int, int, int, int, int], int],
+        side: int,
         buffers: tuple[int, ...],
         /,
     ) -> None: ...
@@ -388,7 +405,7 @@ class Program:
         /,
     ) -> None: ...
     def add(self, isa: int, dtype: int, width: int, a: int, b: int, out: int, /) -> None: ...
-    def take(self, row_bytes: int, moves: list[tuple[int, int]], /) -> None: ...
+    def take(self, moves: list[tuple[int, int, int]], /) -> None: ...
     def run(
         self,
         batch: tuple[int, int, int, int, int, int, int],

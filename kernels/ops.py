@@ -186,11 +186,13 @@ def mla_prefill(
     w_uk: Tensor,
     w_uv: Tensor,
     scale: float,
+    w_up: PackedWeight | None = None,
 ) -> Tensor:
     """Multi-head latent attention of rows [batch.decodes, n): causal, over the prefix and this step's tokens.
 
     q_nope [t, h, nope], q_rope [t, h, rope] hold only these rows' tokens (the step's tokens from `decodes` on); cache
     as in `mla_decode`, with this step's tokens written; w_uk [h, nope, rank], w_uv [h, v, rank] -> [t, h, v].
+    `w_up` [h * nope + h * v, rank]: both of them packed, the keys' of all heads first, for who can use that.
     """
     result: Tensor = pick(
         "mla_prefill",
@@ -202,7 +204,7 @@ def mla_prefill(
         cache.shape[1],
         q_nope.shape[2],
         w_uv.shape[1],
-    )(q_nope, q_rope, cache, batch, w_uk, w_uv, scale)
+    )(q_nope, q_rope, cache, batch, w_uk, w_uv, scale, w_up)
     return result
 
 

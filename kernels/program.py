@@ -11,6 +11,7 @@ and the model runs op by op. The same functions are called, so results are equal
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from tokenrelay.kernels import registry
 from tokenrelay.kernels.batch import AttentionBatch
-from tokenrelay.kernels.layout import absorbed_tokens_max
+from tokenrelay.kernels.layout import ABSORBED_TOKENS, absorbed_tokens_max
 from tokenrelay.kernels.packed import PackedWeight
 from tokenrelay.kernels.quantized import QuantizedWeight
 
@@ -32,12 +33,23 @@ AnyWeight = Tensor | QuantizedWeight | PackedWeight
 # Prompt tokens of a step beyond which the room that latent attention's absorbed queries take (heads * rank elements a
 # token, twice) is no longer worth the microseconds that a captured step saves.
 _MLA_PROMPT_TOKENS_MAX = 256
+_NOTHING = (16, 0, 0, 0, 0, 0)  # a packed weight of no columns
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
 _VARIANTS = {"cpu/baseline": 0, "cpu/avx2": 1, "cpu/avx512": 2, "cpu/avx512bf16": 3, "cpu/avx512vnni": 2}
 
 
 class NotNative(Exception):
     """An operation that no native CPU kernel is chosen for."""
+
+
+class Side(enum.IntEnum):
+    """What of a layer's attention runs. The last layer's queries come after `take`: nobody reads what the other tokens
+    would attend to.
+    """
+
+    BOTH = 0
+    KEYS = 1  # their rotation and cache write alone
+    QUERIES = 2  # of the sampled tokens, once the keys are written
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +163,7 @@ class Program:
         block_tokens: int,
         q: int,
         out: int,
+        side: Side = Side.BOTH,
     ) -> None:
         """Norms, rotation, cache write and attention of the next layer; `heads`: query heads, KV heads, head_dim."""
         count, kv_heads, head_dim = heads
@@ -176,21 +189,23 @@ class Program:
             scale,
             self._cos_sin.data_ptr(),
             self._layers,
+            side,
             qkv,
             q,
             out,
         )
-        self._layers += 1
+        self._layers += side is not Side.KEYS
 
     def mla(
         self,
         shape: MlaShape,
-        weights: tuple[Tensor, Tensor],
+        weights: tuple[Tensor, Tensor, PackedWeight | None],
         block_tokens: int,
         inputs: tuple[int, int, int],
         out: int,
+        side: Side = Side.BOTH,
     ) -> None:
-        """Rotation, cache write, absorbed attention and values of the next layer. `weights`: w_uk and w_uv.
+        """Rotation, cache write, attention and values of the next layer. `weights`: w_uk, w_uv, and both packed.
 
         `inputs`: buffers of the queries, the normed latents and the down-projection.
         """
@@ -208,10 +223,15 @@ class Program:
         self._apart("mla_rotary_write", heads=heads, rank=rank, rope=rope)
         if self._cos_sin.shape[1] != rope:
             raise NotNative("another width is rotated than the keys' part has")
+        w_uk, w_uv, w_up = weights
+        up = _NOTHING
         if prefill.endswith("/absorbed"):
             self._absorbs = lambda _: _MLA_PROMPT_TOKENS_MAX
-        else:
+        elif w_up is None or self._dtype is not torch.bfloat16:
             self._absorbs = functools.partial(absorbed_tokens_max, rank, shape.nope, shape.value)
+        else:
+            self._kept.append(w_up)
+            up = _integers(w_up, heads * (shape.nope + shape.value))
         room = tuple(
             self._once(name, heads * width, self._dtype)
             for name, width in (("q_rope", rope), ("q_latent", rank), ("attended latents", rank))
@@ -222,14 +242,16 @@ class Program:
             (heads, shape.nope, rope, rank, shape.value),
             shape.interleaved,
             shape.scale,
-            self._address(weights[0]),
-            self._address(weights[1]),
+            self._address(w_uk),
+            self._address(w_uv),
             self._cos_sin.data_ptr(),
             (shape.down_width, shape.rope_at),
             self._layers,
+            (up, ABSORBED_TOKENS),
+            side,
             (*inputs, *room, out),
         )
-        self._layers += 1
+        self._layers += side is not Side.KEYS
 
     def route(self, x: int, weight: Tensor, bias: Tensor | None, shape: RouteShape) -> tuple[int, int]:
         """As `ops.moe_route` of x's product with `weight` f32 [experts, d]; `bias` f32. Buffers: experts, weights."""
@@ -298,9 +320,9 @@ class Program:
             return True
         return tokens <= _MLA_PROMPT_TOKENS_MAX and chunk_max <= self._absorbs(start_min)
 
-    def take(self, width: int, moves: list[tuple[int, int]]) -> None:
-        """From here on only the sampled tokens: each pair says from which buffer into which they go."""
-        self.native.take(width * self._dtype.itemsize, moves)
+    def take(self, moves: list[tuple[int, int, int]]) -> None:
+        """From here on only the sampled tokens: from which buffer into which they go, and how many elements of each."""
+        self.native.take([(source, to, width * self._dtype.itemsize) for source, to, width in moves])
 
     def run(self, token_ids: Tensor, batch: AttentionBatch, caches: list[Tensor], sample_rows: Tensor) -> Tensor:
         """token_ids int64 [t], a cache per layer, sample_rows int64 [s] -> float32 logits [s, vocab]."""

@@ -12,6 +12,7 @@ import tokenrelay.kernels._cpu as _native
 from tokenrelay.kernels.batch import AttentionBatch
 from tokenrelay.kernels.cpu.variants import FLOATS, Variant, check, check_axes, check_dense, code_of, part
 from tokenrelay.kernels.layout import absorbed_tokens_max
+from tokenrelay.kernels.packed import PackedWeight
 from tokenrelay.kernels.registry import Limit, register
 
 # Tokens of a context that are projected up at once; its keys and values should stay in the last cache.
@@ -175,6 +176,7 @@ def mla_prefill(
     w_uk: Tensor,
     w_uv: Tensor,
     scale: float,
+    w_up: PackedWeight | None = None,
     *,
     absorbed_tokens: int | None = None,
 ) -> Tensor:
@@ -212,7 +214,10 @@ def mla_prefill(
             row = last
         else:
             span = slice(offsets[row] - batch.decodes, offsets[row] - batch.decodes + lengths[row])
-            _projected(isa, q_nope[span], q_rope[span], cache, batch, row, w_uk, w_uv, scale, out[span])
+            if w_up is None:
+                _projected(isa, q_nope[span], q_rope[span], cache, batch, row, w_uk, w_uv, scale, out[span])
+            else:
+                _projected_natively(isa, q_nope, q_rope, cache, (native, row, batch.decodes), w_up, scale, out)
             row += 1
     return out
 
@@ -254,9 +259,8 @@ def _projected(
     context = start + tokens
     blocks = _row_blocks(batch, row, -(-context // block_tokens), cache.shape[0])
     code = code_of("cache", cache)
-    state_m = torch.full((heads, tokens), -math.inf)
-    state_l = torch.zeros(heads, tokens)
-    state_o = torch.zeros(heads, tokens, value)
+    state_m, state_l = torch.empty(2, heads, tokens).unbind()
+    state_o = torch.empty(heads, tokens, value)
     unit = math.lcm(_native.RUN_TOKENS, block_tokens)
     stretch = unit * max(1, _STRETCH_TOKENS // unit)
     for first in range(0, context, stretch):
@@ -288,6 +292,40 @@ def _projected(
             state_o.data_ptr(),
         )
     _native.dense_finish(isa, code, heads, tokens, value, state_l.data_ptr(), state_o.data_ptr(), part(out))
+
+
+def _projected_natively(
+    isa: int,
+    q_nope: Tensor,
+    q_rope: Tensor,
+    cache: Tensor,
+    place: tuple[_Batch, int, int],
+    w_up: PackedWeight,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """As `_projected`, in one call; `place`: batch, row and the token that index 0 of q and out stands for."""
+    (tokens, heads, nope), value, (blocks, block_tokens, width) = q_nope.shape, out.shape[2], cache.shape
+    rope = q_rope.shape[2]
+    expected = (heads * (nope + value), width - rope)
+    if (w_up.bits, w_up.experts, w_up.columns, w_up.width) != (16, 0, *expected):
+        raise ValueError(
+            f"w_up is {w_up.bits} bits [{w_up.columns}, {w_up.width}], expected 16 bits [{expected[0]}, {expected[1]}]"
+        )
+    check_dense("cache", cache, torch.bfloat16, (blocks, block_tokens, width))
+    native, row, token = place
+    _native.projected_attention(
+        isa,
+        native,
+        (row, token),
+        (cache.data_ptr(), blocks, block_tokens),
+        (tokens, heads, nope, rope, value),
+        (16, 0, w_up.columns, w_up.width, w_up.data.data_ptr(), 0),
+        part(q_nope),
+        part(q_rope),
+        part(out),
+        scale,
+    )
 
 
 def _row_blocks(batch: AttentionBatch, row: int, count: int, blocks_total: int) -> Tensor:

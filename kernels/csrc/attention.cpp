@@ -34,23 +34,6 @@ struct Unit {
 
 void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
-void check_row(const StepRows& rows, const PagedCache& cache, const Queries& queries, int64_t row) {
-  const std::string name = "row " + std::to_string(row);
-  const int64_t start = rows.starts[row], length = rows.lengths[row], slot = rows.slots[row];
-  const int64_t first = rows.offsets[row] - rows.token_base;
-  if (start < 0 || length < 0) refuse(name + ": negative start or length");
-  if (first < 0 || first + length > queries.tokens) refuse(name + ": its tokens lie outside the queries");
-  if (slot < 0 || slot >= rows.slots_total) refuse(name + ": slot " + std::to_string(slot) + " is not in block_table");
-  const int64_t needed = ceil_div(start + length, cache.block_tokens);
-  if (needed > rows.blocks_max) refuse(name + ": its context is longer than block_table is wide");
-  const int32_t* blocks = rows.block_table + slot * rows.blocks_max;
-  for (int64_t i = 0; i < needed; ++i) {
-    if (blocks[i] < 0 || blocks[i] >= cache.blocks) {
-      refuse(name + ": block " + std::to_string(blocks[i]) + " is not in the cache");
-    }
-  }
-}
-
 // Tokens from `row` on that follow each other in one sequence: a draft comes as rows of one token, whose queries share
 // a pass over the cache like the tokens of a chunk.
 int64_t tokens_in_line(const StepRows& rows, int64_t row) {
@@ -274,6 +257,23 @@ class Attention {
 
 }  // namespace
 
+void check_row(const StepRows& rows, const PagedCache& cache, const Queries& queries, int64_t row) {
+  const std::string name = "row " + std::to_string(row);
+  const int64_t start = rows.starts[row], length = rows.lengths[row], slot = rows.slots[row];
+  const int64_t first = rows.offsets[row] - rows.token_base;
+  if (start < 0 || length < 0) refuse(name + ": negative start or length");
+  if (first < 0 || first + length > queries.tokens) refuse(name + ": its tokens lie outside the queries");
+  if (slot < 0 || slot >= rows.slots_total) refuse(name + ": slot " + std::to_string(slot) + " is not in block_table");
+  const int64_t needed = ceil_div(start + length, cache.block_tokens);
+  if (needed > rows.blocks_max) refuse(name + ": its context is longer than block_table is wide");
+  const int32_t* blocks = rows.block_table + slot * rows.blocks_max;
+  for (int64_t i = 0; i < needed; ++i) {
+    if (blocks[i] < 0 || blocks[i] >= cache.blocks) {
+      refuse(name + ": block " + std::to_string(blocks[i]) + " is not in the cache");
+    }
+  }
+}
+
 void paged_attention(const Table& table, const StepRows& rows, const PagedCache& cache, const Queries& queries,
                      const Output& out, float scale) {
   if (cache.kv_heads <= 0 || queries.heads % cache.kv_heads != 0) refuse("query heads must be a multiple of KV heads");
@@ -299,6 +299,8 @@ void dense_attention(const Table& table, const DenseStretch& s, const Queries& q
     for (int64_t r = 0; r < rows; ++r) visible[r] = s.q_first + token + r + 1;
     float* scores = static_cast<float*>(scratch(kScores, needs.bytes));
     const Partial next = partial_at(static_cast<float*>(scratch(kPartial, partial_floats(rows, s.dv) * 4)), rows);
+    const int64_t at_state = head * s.q_tokens + token;
+    const Partial state{m + at_state, l + at_state, o + at_state * s.dv};
     for (int64_t begin = s.first; begin < context; begin += kRunTokens) {
       const int64_t tokens = min_of(kRunTokens, context - begin);
       for (int64_t i = 0; i < tokens; ++i) {
@@ -307,10 +309,10 @@ void dense_attention(const Table& table, const DenseStretch& s, const Queries& q
         k2[i] = at(s.k2, at_token * s.k2_token, s.dtype);
         v[i] = at(s.v, at_token * s.v_token + head * s.v_head, s.dtype);
       }
-      table.attend({s.dtype, rows, s.dk, s.dk2, s.dv, 1, 0, q, k, k2, v, tokens, begin, visible, scale, next.m, next.l,
-                    next.o, scores});
-      const int64_t state = head * s.q_tokens + token;
-      table.merge(rows, s.dv, m + state, l + state, o + state * s.dv, next.m, next.l, next.o);
+      const Partial to = begin == 0 ? state : next;
+      table.attend({s.dtype, rows, s.dk, s.dk2, s.dv, 1, 0, q, k, k2, v, tokens, begin, visible, scale, to.m, to.l,
+                    to.o, scores});
+      if (begin > 0) table.merge(rows, s.dv, state.m, state.l, state.o, next.m, next.l, next.o);
     }
   });
 }

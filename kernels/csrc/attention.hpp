@@ -47,6 +47,9 @@ struct Output {
 void paged_attention(const Table& table, const StepRows& rows, const PagedCache& cache, const Queries& queries,
                      const Output& out, float scale);
 
+// Throws std::invalid_argument where a row, its slot or its blocks are out of range.
+void check_row(const StepRows& rows, const PagedCache& cache, const Queries& queries, int64_t row);
+
 // Attention over one stretch of keys and values that were projected up from latents, added to a running state.
 struct DenseStretch {
   DType dtype;
@@ -59,7 +62,7 @@ struct DenseStretch {
   int64_t k_token, k_head, v_token, v_head, k2_token;  // strides
 };
 
-// state: m [h, q_tokens], l [h, q_tokens], o [h, q_tokens, dv]; l == 0 means nothing seen yet.
+// state: m [h, q_tokens], l [h, q_tokens], o [h, q_tokens, dv]; the stretch that begins at position 0 sets it.
 void dense_attention(const Table& table, const DenseStretch& stretch, const Queries& queries, float scale, float* m,
                      float* l, float* o);
 // out[token, head] = o / l.

@@ -334,6 +334,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_moe(m);
   bind_packed(m);
   bind_program(m);
+  bind_projected(m);
   bind_sampling(m);
   bind_step(m);
 }

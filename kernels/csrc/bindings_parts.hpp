@@ -6,6 +6,7 @@
 namespace tokenrelay {
 
 void bind_packed(pybind11::module_& m);
+void bind_projected(pybind11::module_& m);
 void bind_program(pybind11::module_& m);
 void bind_step(pybind11::module_& m);
 

@@ -15,9 +15,6 @@ namespace {
 
 using namespace bound;  // NOLINT: the names of this file's arguments
 
-// (block_table, slots_total, blocks_max, slots, starts, lengths, offsets), as bindings.cpp takes it
-using BatchTuple = std::tuple<Address, int64_t, int64_t, Address, Address, Address, Address>;
-
 void add_embed(Program& program, int dtype, int64_t vocab, int64_t d, Address table, int out) {
   const int64_t row = d * size_of(dtype_of(dtype));
   program.add([=](Step& step) {
@@ -82,7 +79,7 @@ void add_silu_mul(Program& program, int isa, int dtype, int64_t f, int x, int ou
 // variants: of norm, rotation, decode and prefill
 void add_gqa(Program& program, const std::array<int, 4>& variants, int dtype, int64_t heads, int64_t kv_heads,
              int64_t head_dim, Address q_norm, Address k_norm, float eps, float scale, Address cos_sin, int64_t layer,
-             int qkv, int q, int out) {
+             int side, int qkv, int q, int out) {
   const GqaLayer kept{dtype_of(dtype),
                       &table_of(variants[0]),
                       &table_of(variants[1]),
@@ -97,13 +94,15 @@ void add_gqa(Program& program, const std::array<int, 4>& variants, int dtype, in
                       scale,
                       pointer<float>(cos_sin),
                       layer};
-  program.add([=](Step& step) { gqa_layer(kept, step.in, step.at(qkv), step.at(q), step.at(out)); });
+  const Side which = side_of(side);
+  program.add(
+      [=](Step& step) { gqa_layer(kept, which, inputs_of(step, which), step.at(qkv), step.at(q), step.at(out)); });
 }
 
-// After it, only the sampled tokens' rows are worked on.
-void add_take(Program& program, int64_t row_bytes, const std::vector<std::pair<int, int>>& moves) {
+// After it, only the sampled tokens' rows are worked on. moves: from, to, bytes of a row.
+void add_take(Program& program, const std::vector<std::tuple<int, int, int64_t>>& moves) {
   program.add([=](Step& step) {
-    for (const auto& [from, to] : moves) {
+    for (const auto& [from, to, row_bytes] : moves) {
       for (int64_t s = 0; s < step.in.sampled; ++s) {
         std::memcpy(step.at(to) + s * row_bytes, step.at(from) + step.in.sample_rows[s] * row_bytes,
                     static_cast<size_t>(row_bytes));
@@ -116,22 +115,11 @@ void add_take(Program& program, int64_t row_bytes, const std::vector<std::pair<i
 void run(Program& program, const BatchTuple& batch, int64_t tokens, int64_t rows, int64_t decodes, int64_t sampled,
          Address token_ids, Address positions, Address cache_slots, Address sample_rows,
          const std::vector<Address>& caches, int64_t blocks, int64_t block_tokens, Address logits) {
-  const auto& [table, slots_total, blocks_max, slots, starts, lengths, offsets] = batch;
   std::vector<const void*> layers;
   layers.reserve(caches.size());
   for (const Address cache : caches) layers.push_back(pointer(cache));
-  const StepRows step_rows{pointer<int32_t>(table),
-                           slots_total,
-                           blocks_max,
-                           pointer<int32_t>(slots),
-                           pointer<int32_t>(starts),
-                           pointer<int32_t>(lengths),
-                           pointer<int32_t>(offsets),
-                           0,
-                           0,
-                           0};
   program.run({tokens, rows, decodes, sampled, pointer<int64_t>(token_ids), pointer<int64_t>(positions),
-               pointer<int64_t>(cache_slots), pointer<int64_t>(sample_rows), step_rows, layers.data(), blocks,
+               pointer<int64_t>(cache_slots), pointer<int64_t>(sample_rows), rows_of(batch), layers.data(), blocks,
                block_tokens, pointer<float>(logits)});
 }
 

@@ -1,4 +1,4 @@
-// What bindings_program.cpp and bindings_program_layers.cpp share: how Python names weights and addresses.
+// What the files that bind programs and projected attention share: how Python names weights and addresses.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -25,6 +25,23 @@ inline DType dtype_of(int code) {
   return static_cast<DType>(code);
 }
 
+// (block_table, slots_total, blocks_max, slots, starts, lengths, offsets), as bindings.cpp takes it
+using BatchTuple = std::tuple<Address, int64_t, int64_t, Address, Address, Address, Address>;
+
+inline StepRows rows_of(const BatchTuple& batch) {
+  const auto& [table, slots_total, blocks_max, slots, starts, lengths, offsets] = batch;
+  return {pointer<int32_t>(table),
+          slots_total,
+          blocks_max,
+          pointer<int32_t>(slots),
+          pointer<int32_t>(starts),
+          pointer<int32_t>(lengths),
+          pointer<int32_t>(offsets),
+          0,
+          0,
+          0};
+}
+
 // (bits, group, columns, depth, data, scales); bits 0: rows as in a checkpoint, of the program's type
 using WeightTuple = std::tuple<int, int64_t, int64_t, int64_t, Address, Address>;
 // (the weight's variant, another for its surroundings, packed or not, the weight)
@@ -39,6 +56,12 @@ inline IntegerWeights integers_of(const WeightTuple& w) {
   const auto& [bits, group, columns, depth, data, scales] = w;
   return {bits, group, columns, depth, pointer<uint8_t>(data), pointer<float>(scales)};
 }
+
+inline Side side_of(int code) {
+  if (code < 0 || code > 2) throw std::invalid_argument("side must be 0 (both), 1 (keys) or 2 (queries)");
+  return static_cast<Side>(code);
+}
+inline const StepInputs& inputs_of(Step& step, Side side) { return side == Side::queries ? step.sampled() : step.in; }
 
 // Latent attention, routers, experts and sums; see program_layers.hpp.
 void bind_program_layers(pybind11::class_<Program>& program);

@@ -8,10 +8,12 @@ namespace tokenrelay::bound {
 namespace {
 
 // variants: of rotation, absorbing, decode, expanding and prefill; shape: heads, nope, rope, rank, value;
-// down: its width, and where the key's part to rotate begins; buffers: q, latent, down, q_rope, q_latent, attended, out
+// down: its width, and where the key's part to rotate begins; up: the packed up-projection, or one of no columns, and
+// the tokens that are absorbed always; buffers: q, latent, down, q_rope, q_latent, attended, out
 void add_mla(Program& program, const std::array<int, 5>& variants, int dtype, const std::array<int64_t, 5>& shape,
              bool interleaved, float scale, Address w_uk, Address w_uv, Address cos_sin,
-             const std::array<int64_t, 2>& down, int64_t layer, const std::array<int, 7>& buffers) {
+             const std::array<int64_t, 2>& down, int64_t layer, const std::pair<WeightTuple, int64_t>& up, int side,
+             const std::array<int, 7>& buffers) {
   const MlaLayer kept{dtype_of(dtype),
                       &table_of(variants[0]),
                       &table_of(variants[1]),
@@ -30,10 +32,13 @@ void add_mla(Program& program, const std::array<int, 5>& variants, int dtype, co
                       pointer<float>(cos_sin),
                       down[0],
                       down[1],
-                      layer};
+                      layer,
+                      {shape[1], shape[4], packed_of(up.first)},
+                      up.second};
+  const Side which = side_of(side);
   program.add([=](Step& step) {
     const auto at = [&](size_t i) { return step.at(buffers[i]); };
-    mla_layer(kept, step.in, {at(0), at(1), at(2), at(3), at(4), at(5), at(6)});
+    mla_layer(kept, which, inputs_of(step, which), {at(0), at(1), at(2), at(3), at(4), at(5), at(6)});
   });
 }
 

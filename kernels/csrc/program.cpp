@@ -1,5 +1,6 @@
 #include "program.hpp"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -68,7 +69,36 @@ void Program::run(const StepInputs& inputs) {
   for (const auto& operation : operations_) operation(step);
 }
 
-void gqa_layer(const GqaLayer& l, const StepInputs& in, const char* qkv, char* q, char* out) {
+const StepInputs& Step::sampled() {
+  if (sampled_ != nullptr) return *sampled_;
+  sampled_ = std::make_unique<StepInputs>(in);
+  StepInputs& to = *sampled_;
+  const auto count = static_cast<size_t>(in.sampled);
+  positions_.resize(count);
+  ints_.assign(4 * count + 1, 1);
+  int32_t *slots = ints_.data(), *starts = slots + count, *lengths = starts + count, *offsets = lengths + count;
+  to.decodes = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t token = in.sample_rows[i];
+    const int32_t* ends = in.batch.offsets + 1;
+    const auto row = std::upper_bound(ends, ends + in.rows, token) - ends;
+    positions_[i] = in.positions[token];
+    slots[i] = in.batch.slots[row];
+    starts[i] = static_cast<int32_t>(in.positions[token]);
+    offsets[i] = static_cast<int32_t>(i);
+    if (row < in.decodes && to.decodes == static_cast<int64_t>(i)) ++to.decodes;
+  }
+  offsets[count] = static_cast<int32_t>(count);
+  to.tokens = to.rows = in.sampled;
+  to.positions = positions_.data();
+  to.batch.slots = slots;
+  to.batch.starts = starts;
+  to.batch.lengths = lengths;
+  to.batch.offsets = offsets;
+  return to;
+}
+
+void gqa_layer(const GqaLayer& l, Side side, const StepInputs& in, const char* qkv, char* q, char* out) {
   const int64_t size = size_of(l.dtype), head_bytes = l.head_dim * size;
   const int64_t all = (l.heads + 2 * l.kv_heads) * head_bytes, block = 2 * l.kv_heads * in.block_tokens * head_bytes;
   char* cache = static_cast<char*>(const_cast<void*>(in.caches[l.layer]));
@@ -85,10 +115,10 @@ void gqa_layer(const GqaLayer& l, const StepInputs& in, const char* qkv, char* q
     for (int64_t t = task * step; t < min_of(in.tokens, (task + 1) * step); ++t) {
       const char* token = qkv + t * all;
       const float* cos_sin = l.cos_sin + in.positions[t] * l.head_dim;
-      for (int64_t h = 0; h < l.heads; ++h) {
+      for (int64_t h = 0; side != Side::keys && h < l.heads; ++h) {
         turn(token + h * head_bytes, l.q_norm, cos_sin, q + (t * l.heads + h) * head_bytes);
       }
-      const int64_t slot = in.cache_slots[t];
+      const int64_t slot = side == Side::queries ? -1 : in.cache_slots[t];
       if (slot < 0) continue;
       char* entry = cache + slot / in.block_tokens * block + slot % in.block_tokens * head_bytes;
       for (int64_t h = 0; h < l.kv_heads; ++h) {
@@ -99,6 +129,7 @@ void gqa_layer(const GqaLayer& l, const StepInputs& in, const char* qkv, char* q
       }
     }
   });
+  if (side == Side::keys) return;
   const int64_t head = in.block_tokens * l.head_dim;
   const PagedCache paged{l.dtype,    cache, in.blocks,         in.block_tokens, 2 * l.kv_heads * head,
                          l.head_dim, head,  l.kv_heads * head, l.kv_heads};

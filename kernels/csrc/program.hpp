@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -37,6 +38,9 @@ class Step {
   Step(const StepInputs& inputs, std::vector<char*> buffers)
       : in(inputs), rows(inputs.tokens), buffers_(std::move(buffers)) {}
 
+  // The sampled tokens as a step of their own: rows of one token each, in their order.
+  const StepInputs& sampled();
+
   char* at(int buffer) const {
     return buffer < 0 ? reinterpret_cast<char*>(in.logits) : buffers_[static_cast<size_t>(buffer)];
   }
@@ -46,7 +50,14 @@ class Step {
 
  private:
   const std::vector<char*> buffers_;
+  std::unique_ptr<StepInputs> sampled_;  // once it was asked for
+  std::vector<int64_t> positions_;
+  std::vector<int32_t> ints_;
 };
+
+// What an operation of attention does: all of it, or, of the last layer, keys and values for all tokens first, then
+// queries and attention for those that are sampled.
+enum class Side { both, keys, queries };
 
 constexpr int kLogits = -1;  // the buffer that the caller brings
 
@@ -87,6 +98,6 @@ struct GqaLayer {
   int64_t layer;
 };
 // qkv [t, (heads + 2 kv_heads) * head_dim] -> out [t, heads * head_dim]; q is room for as much.
-void gqa_layer(const GqaLayer& layer, const StepInputs& in, const char* qkv, char* q, char* out);
+void gqa_layer(const GqaLayer& layer, Side side, const StepInputs& in, const char* qkv, char* q, char* out);
 
 }  // namespace tokenrelay

@@ -3,11 +3,12 @@
 
 #include "moe.hpp"
 #include "program.hpp"
+#include "projected.hpp"
 
 namespace tokenrelay {
 
 // One layer of latent attention after its projections: rotation, the cache's new entries, queries into the space of
-// latents, attention over them, latents into values. All rows are absorbed.
+// latents, attention over them, latents into values. A prompt's long chunks are projected up where `up` says how.
 struct MlaLayer {
   DType dtype;
   const Table *rotate, *absorb, *decode, *expand, *prefill;  // each as the registry chose it; prefill absorbs as well
@@ -18,6 +19,8 @@ struct MlaLayer {
   const float* cos_sin;         // [positions, rope]
   int64_t down_width, rope_at;  // of the row whose elements from `rope_at` on are the key's part to rotate
   int64_t layer;
+  UpProjection up;         // no columns: every row is absorbed
+  int64_t absorbed_least;  // tokens of a chunk that are absorbed wherever it begins
 };
 struct MlaBuffers {
   const char* q;                       // [t, heads, nope + rope]
@@ -26,7 +29,7 @@ struct MlaBuffers {
   char *q_rope, *q_latent, *attended;  // room: [t, heads, rope], [t, heads, rank], [t, heads, rank]
   char* out;                           // [t, heads, value]
 };
-void mla_layer(const MlaLayer& layer, const StepInputs& in, const MlaBuffers& buffers);
+void mla_layer(const MlaLayer& layer, Side side, const StepInputs& in, const MlaBuffers& buffers);
 
 // A router: float32 scores of x [rows, d], the chosen experts. `route` lacks its rows' numbers and addresses.
 struct RouterLayer {

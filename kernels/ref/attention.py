@@ -45,8 +45,9 @@ def mla_prefill(
     w_uk: Tensor,
     w_uv: Tensor,
     scale: float,
+    w_up: object = None,
 ) -> Tensor:
-    """See `ops.mla_prefill`."""
+    """See `ops.mla_prefill`. Reads the plain matrices."""
     rank = w_uk.shape[-1]
     out = q_nope.new_empty(q_nope.shape[0], q_nope.shape[1], w_uv.shape[1])  # [t, h, v]
     for row in range(batch.decodes, batch.slots.shape[0]):

@@ -93,6 +93,7 @@ def mla_prefill(
     w_uk: Tensor,
     w_uv: Tensor,
     scale: float,
+    w_up: object = None,
     *,
     absorbed_tokens: int | None = None,
 ) -> Tensor:

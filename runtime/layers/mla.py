@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenrelay.kernels import ops
+from tokenrelay.kernels.packed import PackedWeight, pack, packs_well
 from tokenrelay.runtime.layers.linear import Linear, Split
 from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.norm import RmsNorm
@@ -51,6 +52,7 @@ class MlaCore(Module):
         self.split = (mla.nope, mla.rope)
         self.heads = mla.heads
         self.out_width = mla.heads * mla.v
+        self.w_up: PackedWeight | None = None  # both of these, for prompts; see `pack`
         self.w_uk = parameter(mla.heads, mla.nope, mla.kv_rank, dtype=dtype)
         self.w_uv = parameter(mla.heads, mla.v, mla.kv_rank, dtype=dtype)
         cut = {"tp": Shard(-1)}
@@ -69,6 +71,11 @@ class MlaCore(Module):
         """Keep one rank's heads; the latents are whole on each."""
         self.heads //= ranks
         self.out_width //= ranks
+
+    def pack(self) -> None:
+        """Keep the up-projections packed as well, where this machine has kernels for that."""
+        if packs_well(self.w_uk):
+            self.w_up = pack(torch.cat([self.w_uk.flatten(0, 1), self.w_uv.flatten(0, 1)]))
 
     def sources(self, prefix: str) -> Iterator[WeightSource]:
         """`kv_b_proj` [h * (nope + v), rank], cut per head into the keys' and the values' part."""
@@ -128,11 +135,11 @@ class MlaCore(Module):
         if decodes == t:
             y = self._decode(q_nope, q_rope, batch, cache)
         elif decodes == 0:
-            y = ops.mla_prefill(q_nope, q_rope, cache, batch, self.w_uk, self.w_uv, self.scale)
+            y = ops.mla_prefill(q_nope, q_rope, cache, batch, self.w_uk, self.w_uv, self.scale, self.w_up)
         else:
             decoded = self._decode(q_nope[:decodes], q_rope[:decodes], batch, cache)
             prefilled = ops.mla_prefill(
-                q_nope[decodes:], q_rope[decodes:], cache, batch, self.w_uk, self.w_uv, self.scale
+                q_nope[decodes:], q_rope[decodes:], cache, batch, self.w_uk, self.w_uv, self.scale, self.w_up
             )
             y = torch.cat([decoded, prefilled])
         return y.reshape(t, self.out_width)

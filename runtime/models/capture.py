@@ -16,7 +16,7 @@ from tokenrelay.base.logging import get_logger
 from tokenrelay.kernels import registry
 from tokenrelay.kernels.batch import AttentionBatch
 from tokenrelay.kernels.layout import MlaLayout
-from tokenrelay.kernels.program import AnyWeight, MlaShape, NotNative, Program, RouteShape
+from tokenrelay.kernels.program import AnyWeight, MlaShape, NotNative, Program, RouteShape, Side
 from tokenrelay.runtime.layers.attention import GqaAttention, GqaHeads
 from tokenrelay.runtime.layers.embedding import Head
 from tokenrelay.runtime.layers.linear import Linear
@@ -100,16 +100,13 @@ class _Emitter:
             program.norm(self._residual, norm.weight, norm.eps, self._normed)
         else:
             program.norm(self._x, norm.weight, norm.eps, self._normed, self._residual)
+        last = layer.rows is not None and not self._every
         if isinstance(layer.attention, MlaAttention):
-            self._mla(layer.attention)
+            self._mla(layer.attention, last=last)
         elif isinstance(layer.attention, GqaAttention):
-            self._gqa(layer.attention)
+            self._gqa(layer.attention, last=last)
         else:
             raise NotNative(f"no program for {type(layer.attention).__name__}")
-        if layer.rows is not None and not self._every:
-            x, residual = self._buffer("x", self._hidden), self._buffer("residual", self._hidden)
-            program.take(self._hidden, [(self._x, x), (self._residual, residual)])
-            self._x, self._residual = x, residual
         program.norm(self._x, layer.post_norm.weight, layer.post_norm.eps, self._normed, self._residual)
         if isinstance(layer.mlp, MoeMlp):
             self._moe(layer.mlp)
@@ -118,23 +115,37 @@ class _Emitter:
         else:
             raise NotNative(f"no program for {type(layer.mlp).__name__}")
 
-    def _gqa(self, attention: GqaAttention) -> None:
+    def _take(self, buffer: int, width: int) -> int:
+        """From here on only the sampled tokens, of the residual stream and of this buffer -> where that is then."""
+        taken, residual = self._buffer("taken", width), self._buffer("residual", self._hidden)
+        self._program.take([(buffer, taken, width), (self._residual, residual, self._hidden)])
+        self._residual = residual
+        return taken
+
+    def _gqa(self, attention: GqaAttention, *, last: bool) -> None:
+        """`last`: once its keys are written, a layer whose other tokens nobody reads."""
         core = attention.core
         part = core.heads
         assert isinstance(part, GqaHeads)
         heads, kv_heads, _ = part.split
         width = heads * part.head_dim
-        qkv = self._buffer("qkv", width + 2 * kv_heads * part.head_dim)
+        qkv_width = width + 2 * kv_heads * part.head_dim
+        qkv = self._buffer("qkv", qkv_width)
         q, attended = self._buffer("q", width), self._buffer("attended", width)
         self._linear(self._normed, attention.qkv, qkv)
         norms, eps = None, 0.0
         if part.q_norm is not None and part.k_norm is not None:
             norms, eps = (part.q_norm.weight, part.k_norm.weight), part.q_norm.eps
         shape = (heads, kv_heads, part.head_dim)
-        self._program.gqa(qkv, shape, norms, eps, part.head_dim**-0.5, self._block_tokens, q, attended)
+        numbers = (shape, norms, eps, part.head_dim**-0.5, self._block_tokens, q, attended)
+        if last:
+            self._program.gqa(qkv, *numbers, Side.KEYS)
+            qkv = self._take(qkv, qkv_width)
+        self._program.gqa(qkv, *numbers, Side.QUERIES if last else Side.BOTH)
         self._linear(attended, attention.out, self._x)
 
-    def _mla(self, attention: MlaAttention) -> None:
+    def _mla(self, attention: MlaAttention, *, last: bool) -> None:
+        """See `_gqa`."""
         program, core = self._program, attention.core
         mla, (q_rank, rank, rope) = core.mla, attention.split
         if not isinstance(self._model.config.kv_layout, MlaLayout):
@@ -143,14 +154,20 @@ class _Emitter:
         down, latent = self._buffer("down", width), self._buffer("latent", rank)
         q, attended = self._buffer("q", core.heads * (mla.nope + rope)), self._buffer("attended", core.out_width)
         self._linear(self._normed, attention.down, down)
-        queries = self._normed
-        if attention.q_norm is not None:
-            queries = self._buffer("q_compressed", q_rank)
-            program.norm(down, attention.q_norm.weight, attention.q_norm.eps, queries, part=(0, width))
-        self._linear(queries, attention.q_up, q)
         program.norm(down, attention.kv_norm.weight, attention.kv_norm.eps, latent, part=(q_rank, width))
         shape = MlaShape(core.heads, mla.nope, rope, rank, mla.v, width, q_rank + rank, core.interleaved, core.scale)
-        program.mla(shape, (core.w_uk, core.w_uv), self._block_tokens, (q, latent, down), attended)
+        weights = (core.w_uk, core.w_uv, core.w_up)
+        numbers = (shape, weights, self._block_tokens, (q, latent, down), attended)
+        queries = self._normed if attention.q_norm is None else down
+        if last:
+            program.mla(*numbers, Side.KEYS)
+            queries = self._take(queries, self._hidden if attention.q_norm is None else width)
+        if attention.q_norm is not None:
+            compressed = self._buffer("q_compressed", q_rank)
+            program.norm(queries, attention.q_norm.weight, attention.q_norm.eps, compressed, part=(0, width))
+            queries = compressed
+        self._linear(queries, attention.q_up, q)
+        program.mla(*numbers, Side.QUERIES if last else Side.BOTH)
         self._linear(attended, attention.out, self._x)
 
     def _moe(self, mlp: MoeMlp) -> None:

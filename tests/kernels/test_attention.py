@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tokenrelay.kernels import cpu, ops, registry
 from tokenrelay.kernels.batch import AttentionBatch
-from tokenrelay.kernels.layout import GqaLayout, MlaLayout
+from tokenrelay.kernels.layout import ABSORBED_TOKENS, GqaLayout, MlaLayout, absorbed_tokens_max
+from tokenrelay.kernels.packed import pack, packs
 
 MIXED = [(0, 1), (63, 1), (64, 1), (700, 1), (0, 5), (15, 33), (513, 17), (1030, 2)]  # decodes, then chunks
 
@@ -70,6 +71,38 @@ def test_mla_prefill_long_chunk_is_projected_up(path: str, dtype: torch.dtype, s
     with registry.force("mla_prefill", path):
         actual = run_mla_prefill(case, inputs)
     close(actual, mla_prefill_oracle(case, inputs, 64), 1.5)
+
+
+@pytest.mark.skipif(not packs(16), reason="needs AVX-512 with BF16")
+@pytest.mark.parametrize(("heads", "nope", "value", "rank", "rope"), [(2, 32, 16, 64, 16), (3, 20, 24, 67, 18)])
+@pytest.mark.parametrize("start", [0, 500, 2500])
+def test_mla_prefill_projects_with_packed_matrices(
+    heads: int, nope: int, value: int, rank: int, rope: int, start: int
+) -> None:
+    case = mla_case([(9, 1), (start, 130), (3, 4), (start // 2, 70)], MlaLayout(rank, rope, 16), torch.bfloat16)
+    inputs = prefill_inputs(case, heads, nope, value, MlaLayout(rank, rope, 16), torch.bfloat16)
+    q_nope, q_rope, w_uk, w_uv = inputs
+    w_up = pack(torch.cat([w_uk.flatten(0, 1), w_uv.flatten(0, 1)]))
+    found = ops.mla_prefill(q_nope, q_rope, case.cache, case.batch, w_uk, w_uv, SCALE, w_up)
+    close(found, mla_prefill_oracle(case, inputs, rank), 1.5)
+    assert torch.equal(ops.mla_prefill(q_nope, q_rope, case.cache, case.batch, w_uk, w_uv, SCALE, w_up), found)
+    with pytest.raises(ValueError, match=r"w_up is 16 bits .*expected 16 bits"):
+        ops.mla_prefill(q_nope, q_rope, case.cache, case.batch, w_uk, w_uv, SCALE, pack(w_uk.flatten(0, 1)))
+    case.batch.block_table[case.batch.slots[1], 0] = -1
+    with pytest.raises(ValueError, match="row 1: block -1 is not in the cache"):
+        ops.mla_prefill(q_nope, q_rope, case.cache, case.batch, w_uk, w_uv, SCALE, w_up)
+
+
+@given(
+    tokens=st.integers(1, 5000),
+    start=st.integers(0, 200_000),
+    widths=st.sampled_from([(512, 128, 128), (64, 32, 16), (40, 128, 128), (67, 20, 24)]),
+)
+def test_both_sides_choose_the_same_algorithm(tokens: int, start: int, widths: tuple[int, int, int]) -> None:
+    native = pytest.importorskip("tokenrelay.kernels._cpu")
+    most = absorbed_tokens_max(*widths, start)
+    for some in (tokens, min(most, 1 << 40), min(most, 1 << 40) + 1):
+        assert native.costs_less_absorbed(some, start, *widths, ABSORBED_TOKENS) == (some <= most)
 
 
 @each_path("gqa_decode")

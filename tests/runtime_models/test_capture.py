@@ -54,10 +54,17 @@ def test_bits_are_those_of_the_modules(
     model.capture()
     assert model._capture is not None and model._capture.program() is not None
     runs = counted(monkeypatch)
-    for found, truth in zip(logits_of(model), expected, strict=True):
-        assert torch.equal(found, truth)
-    # Of the steps of latent attention, the one with a long chunk is projected up, which torch does.
-    assert len(runs) == len(STEPS) if family in LATENT else len(runs) == len(STEPS) + 1
+    # The long chunk of latent attention is projected up, which torch does for plain matrices. Of the last layer, a
+    # program computes the sampled tokens alone, and attends over latents for so few: other last bits, after which a
+    # router may choose another expert for a token or two.
+    projected = family in LATENT and model.layers[0].attention.core.w_up is not None
+    for step, (found, truth) in enumerate(zip(logits_of(model), expected, strict=True)):
+        if step == 0 and projected:
+            apart = (found - truth).abs().amax(1) / truth.abs().amax(1)
+            assert float((apart < (0.04 if form.startswith("int") else 0.02)).float().mean()) > 0.9  # rounded inputs
+        else:
+            assert torch.equal(found, truth)
+    assert len(runs) == len(STEPS) + (1 if projected or family not in LATENT else 0)
 
 
 @pytest.mark.parametrize(
