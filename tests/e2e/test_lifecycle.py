@@ -22,7 +22,7 @@ from checkpoints import make_checkpoint
 from load import metrics, send, settled_pool
 from serving import Server, alive, until
 
-LONG = {"max_tokens": 2000, "ignore_eos": True, "temperature": 1.0, "stream": True}
+LONG = {"max_tokens": 3900, "ignore_eos": True, "temperature": 1.0, "stream": True}  # a second or more
 
 
 def body(server: Server, text: str = "x", **parameters: Any) -> dict[str, Any]:
@@ -114,14 +114,14 @@ async def test_drafts_change_no_answer_and_are_counted(start: Callable[..., Serv
 
 async def until_running(session: aiohttp.ClientSession, server: Server, count: int) -> None:
     """Until so many sequences hold blocks."""
-    for _ in range(400):
+    for _ in range(2000):
         found = await metrics(session, server.url)
         if (
             sum(v for name, v in found.items() if name.startswith("tokenrelay_sequences") and "running" in name)
             >= count
         ):
             return
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.01)
     raise AssertionError(f"never {count} running: {found}")
 
 
@@ -152,8 +152,7 @@ async def test_modules_in_the_folder_where_it_starts_are_none_of_ours(
 async def test_the_first_signal_drains(start: Callable[..., Server], random_model: Path) -> None:
     server = start(random_model, "--dtype", "float32")
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        request = body(server, max_tokens=300, ignore_eos=True, stream=True)
-        running = asyncio.ensure_future(send(session, server.url, "/v1/chat/completions", request))
+        running = asyncio.ensure_future(send(session, server.url, "/v1/chat/completions", body(server, **LONG)))
         await until_running(session, server, 1)
         server.signal(signal.SIGTERM)
         outcome = await running
@@ -164,10 +163,10 @@ async def test_the_first_signal_drains(start: Callable[..., Server], random_mode
     assert not alive(int(server.facts["router_pid"]))
 
 
-async def test_a_second_signal_stops_at_once(start: Callable[..., Server], random_model: Path) -> None:
-    server = start(random_model, "--dtype", "float32")
+async def test_a_second_signal_stops_at_once(start: Callable[..., Server], long_model: Path) -> None:
+    server = start(long_model, "--dtype", "float32")
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        request = send(session, server.url, "/v1/chat/completions", body(server, **{**LONG, "max_tokens": 3900}))
+        request = send(session, server.url, "/v1/chat/completions", body(server, **{**LONG, "max_tokens": 30_000}))
         running = asyncio.ensure_future(request)
         await until_running(session, server, 1)
         server.signal(signal.SIGTERM)

@@ -6,13 +6,32 @@ import asyncio
 import random
 import signal
 import time
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
+from checkpoints import make_checkpoint
 from fleet import Fleet
 
 from tokenrelay.proto import worker_pb2
 
-LONG = [random.Random(i).randrange(3, 380) for i in range(1500)]  # some 47 chunks
+LONG = [random.Random(i).randrange(3, 380) for i in range(3900)]  # some 240 chunks: a few tenths of a second
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers enough that a prompt takes its time."""
+    return make_checkpoint(tmp_path_factory.mktemp("fleet") / "deep", "deepseek_v3", num_hidden_layers=6)
+
+
+@pytest.fixture
+async def fleet(deep: Path) -> AsyncIterator[Fleet]:
+    fleet = Fleet(deep, chunk_tokens=16, prefill_blocks=300, decode_blocks=300)
+    try:
+        await fleet.start()
+        yield fleet
+    finally:
+        await fleet.close()
 
 
 @pytest.mark.parametrize("victim", ["prefill", "decode"])
@@ -70,6 +89,8 @@ async def test_an_abort_during_the_transfer(fleet: Fleet, leg: str) -> None:
     stream = relayed.source if leg == "prefill" else relayed.destination
     fleet.clients[leg].abort(stream.id)  # type: ignore[attr-defined]
     assert (await stream.ended()).finish == worker_pb2.FINISH_ABORT
+    if leg == "decode":
+        fleet.clients["prefill"].withdraw(relayed.source.id)  # type: ignore[attr-defined]  # as a router does
     await relayed.source.ended()
     await relayed.destination.ended()
     await fleet.settles("prefill", "decode")
