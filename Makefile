@@ -46,10 +46,11 @@ test-compose: build  ## deploy/docker-compose.yml on the Docker engine that `doc
 	TOKENRELAY_TEST_COMPOSE=1 $(BIN)/python -m pytest tests/compose -x --durations=0 $(ARGS)
 test-tools:      # programs that only tests need
 	@sh tools/prerequisites.sh "$(PYTHON)" tests
+# Not the Python modules: `build` has them, of the same flags.
 test-native: setup   ## the C++ tests (CTest), must-not-compile ones included
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake -S . -B $(NATIVE) -G Ninja -DTOKENRELAY_TESTS=ON -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python > $(VENV)/cmake.log || (cat $(VENV)/cmake.log; false)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake --build $(NATIVE) && $(BIN)/ctest --test-dir $(NATIVE) --output-on-failure --no-tests=error
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake --build $(NATIVE) --target test_programs && $(BIN)/ctest --test-dir $(NATIVE) -j 2 --output-on-failure --no-tests=error
 
 check: setup check-native  ## formatters, ruff, mypy --strict, clang-format, clang-tidy, sanitizers, stale generated code, tidy tests
 	$(BIN)/ruff format --check .

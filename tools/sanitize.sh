@@ -15,7 +15,7 @@ run() {
     { cat "$build.$1.log"; exit 1; }
   # shellcheck disable=SC2086
   cmake --build "$build/$1" --target $3
-  ctest --test-dir "$build/$1" -R "$4" --no-tests=error --output-on-failure
+  ctest --test-dir "$build/$1" -j 2 -R "$4" --no-tests=error --output-on-failure
 }
 
 mkdir -p "$build"
