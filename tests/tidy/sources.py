@@ -63,6 +63,12 @@ def tracked(*suffixes: str) -> tuple[Path, ...]:
 
 
 @functools.cache
+def script_sources() -> tuple[Source, ...]:
+    """The Python files of tests/, bench/ and tools/, which are no part of the package; `part` is the folder."""
+    return tuple(Source(path, path.parts[0]) for path in tracked(".py") if path.parts[0] in {"tests", "bench", "tools"})
+
+
+@functools.cache
 def package_sources() -> tuple[Source, ...]:
     """The Python files of the package, generated ones left out."""
     found = []

@@ -8,10 +8,10 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from sources import Source, tracked
+from sources import Source, script_sources, tracked
 
 CONTAINER = Path("tests/compose/inside")  # scripts that run elsewhere
-SOURCES = [Source(path, "tests") for path in tracked(".py") if path.parts[0] == "tests"]
+SOURCES = [source for source in script_sources() if source.part == "tests"]
 ON_THE_PATH = ("tests", "bench")
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from sources import ROOT, Source, import_table, package_sources, part_of, tracked
+from sources import ROOT, Source, import_table, package_sources, part_of, script_sources
 
 # part -> the parts it may import. Changing an arrow needs an ADR.
 ARROWS: dict[str, set[str]] = {
@@ -71,10 +71,7 @@ def test_no_bare_import_of_our_folders() -> None:
     folders = {target.split("/")[1] for target in import_table()}
     wrong = [
         f"{source.path}:{line}: import {dotted}; say tokenrelay.{dotted}"
-        for source in [
-            *package_sources(),
-            *(Source(p, "tests") for p in tracked(".py") if p.parts[0] in {"tests", "bench", "tools"}),
-        ]
+        for source in (*package_sources(), *script_sources())
         for line, dotted in source.imports()
         if dotted.split(".")[0] in folders
     ]
