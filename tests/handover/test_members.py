@@ -139,8 +139,8 @@ async def test_two_that_differ_do_not_pair(scene: Scene, checkpoints: dict[str, 
         "dtype": (("--dtype", "bfloat16"), None),
         "layout": (("--kv-dtype", "fp8"), None),
     }
-    for field, (flags, model) in differing.items():
-        settled = await scene.worker(f"second-{field}", *flags, model=model)
+    seconds = (scene.worker(f"second-{field}", *flags, model=model) for field, (flags, model) in differing.items())
+    for field, settled in zip(differing, await asyncio.gather(*seconds), strict=True):
         assert settled["event"] == "failed"
         for word in ("first", f"second-{field}", field):
             assert word in str(settled), settled

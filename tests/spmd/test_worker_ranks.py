@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -71,9 +72,12 @@ async def test_workers_whose_ranks_have_sequences_tokens_and_layers_of_their_own
     second = [prefix + [9] * 30, prefix[:130] + [8] * 9, [*prefix[:64], 7]]
     flags = ("--slots", "8", "--blocks", "100")
     expected, whole = None, 0
-    for mesh in ((), ("--dp", "2", "--experts", "send,spare:2", "--replace-steps", "7"), ("--pp", "2", "--cp", "2")):
-        worker = WorkerProcess(*flags, *mesh, model=folder)
-        try:
+    meshes = ((), ("--dp", "2", "--experts", "send,spare:2", "--replace-steps", "7"), ("--pp", "2", "--cp", "2"))
+    with contextlib.ExitStack() as stack:
+        workers = [WorkerProcess(*flags, *mesh, model=folder) for mesh in meshes]
+        for worker in workers:
+            stack.callback(worker.close)
+        for mesh, worker in zip(meshes, workers, strict=True):
             ready = worker.wait_settled()
             assert ready["event"] == "ready", worker.log.read_text()
             whole = whole or ready["kv_bytes"]
@@ -83,5 +87,3 @@ async def test_workers_whose_ranks_have_sequences_tokens_and_layers_of_their_own
             expected = expected or found
             assert found == expected, mesh
             assert ("experts re-placed" in worker.log.read_text()) == ("--replace-steps" in mesh)
-        finally:
-            worker.close()
