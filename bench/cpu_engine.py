@@ -7,9 +7,10 @@
 Each engine is a process of its own (bench/engines/); they take turns, case by case, so that a busy machine hurts all
 alike. `decode` is tokens per second of all sequences while all run; `prefill` those of one prompt; `again_ms` the time
 to the first token when the same prompt comes again; `ready_s` from the start of the process to its first answer. Decode
-stands beside a floor: the bytes that a step of one sequence reads, at the bandwidth that all processors read with in
-this run. llama.cpp takes GGUF files made from the same checkpoint (int8: Q8_0, int4: Q4_0, beside our groups of 32); it
-samples nothing, and has no DeepSeek file here. vLLM takes bfloat16.
+of one sequence stands beside a floor, `of_floor`: the bytes that a step reads, at the bandwidth that all processors
+read with just before and after it, for a machine's memory may be twice as fast in one minute as in the next. llama.cpp
+takes GGUF files made from the same checkpoint (int8: Q8_0, int4: Q4_0, beside our groups of 32); it samples nothing,
+and has no DeepSeek file here. vLLM takes bfloat16.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from scheduler import setup as setup_vllm  # noqa: E402
 ENGINES = ROOT / "bench/engines"
 MODELS_AT = ROOT / ".cache/bench/models"
 ANSWER_MAX_S = 600.0
+READING_S = 0.3
 MARK = "@@ "
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": (  # Qwen3-0.6B with a vocabulary of 32,768: 473 M parameters
@@ -187,15 +189,21 @@ def gguf_of(model: str, form: str, python: Path) -> Path:
     return target
 
 
-def bandwidth_gb_s() -> float:
-    """What all processors read: the best of several sums over 512 MiB, each on a slice of its own."""
-    data = torch.ones(128 << 20)
-    times = []
-    for _ in range(7):
-        began_s = time.perf_counter()
-        data.sum()
-        times.append(time.perf_counter() - began_s)
-    return data.numel() * 4 / min(times) / 1e9
+class Reading:
+    """What all processors read from memory, each on a slice of its own."""
+
+    def __init__(self) -> None:
+        self._data = torch.ones(128 << 20)
+        self.seen: list[float] = []
+
+    def gb_s(self) -> float:
+        """The mean of sums over 512 MiB for about as long as a short case takes."""
+        began_s, sums = time.perf_counter(), 0
+        while time.perf_counter() - began_s < READING_S:
+            self._data.sum()
+            sums += 1
+        self.seen.append(sums * self._data.numel() * 4 / (time.perf_counter() - began_s) / 1e9)
+        return self.seen[-1]
 
 
 def read_bytes(model: str, form: str) -> int:
@@ -235,7 +243,20 @@ def label(case: dict[str, Any]) -> str:
     return f"{case['case']}_{case.get('batch', case['tokens'])}"
 
 
-def measure(subjects: list[Subject], model: str, form: str, rounds: int, quick: bool) -> list[dict[str, Any]]:
+def ask(subject: Subject, case: dict[str, Any], read_gb: float, reading: Reading) -> dict[str, Any]:
+    """The case's figures; decode of one sequence with its part of the floor."""
+    if case.get("batch") != 1:
+        return subject.ask(case)
+    before = reading.gb_s()
+    figures = subject.ask(case)
+    if "tokens_per_s" in figures:
+        figures["of_floor"] = figures["tokens_per_s"] * read_gb / statistics.mean((before, reading.gb_s()))
+    return figures
+
+
+def measure(
+    subjects: list[Subject], model: str, form: str, rounds: int, quick: bool, reading: Reading
+) -> list[dict[str, Any]]:
     """All cases of a model in one form; a figure is the median of the rounds."""
     checkpoint(model)
     taking = [subject for subject in subjects if form in subject.takes.get(model, ())]
@@ -252,7 +273,7 @@ def measure(subjects: list[Subject], model: str, form: str, rounds: int, quick: 
     for _ in range(rounds):
         for case in cases(quick):
             for subject in alive:
-                for figure, value in subject.ask(dict(case)).items():
+                for figure, value in ask(subject, dict(case), read_bytes(model, form) / 1e9, reading).items():
                     if figure == "error":
                         subject.missing = f"{label(case)}: {value}"
                     else:
@@ -267,13 +288,20 @@ def measure(subjects: list[Subject], model: str, form: str, rounds: int, quick: 
     return rows
 
 
-def show(rows: list[dict[str, Any]], subjects: list[Subject], gb_s: float, out: Console) -> None:
+def show(rows: list[dict[str, Any]], subjects: list[Subject], out: Console) -> None:
     """A table: each engine, and ours beside the better peer and beside the floor."""
     table = Table(
         "model", "weights", "case", *(f"{s.name} {s.version}" for s in subjects), "ours / best peer", "of floor"
     )
     keys = dict.fromkeys((r["model"], r["form"], r["case"], r["figure"]) for r in rows)
+    floors = {
+        (r["model"], r["form"], r["case"]): r["value"]
+        for r in rows
+        if (r["figure"], r["subject"]) == ("of_floor", "tokenrelay")
+    }
     for model, form, case, figure in keys:
+        if figure == "of_floor":
+            continue
         of = {
             r["subject"]: r["value"]
             for r in rows
@@ -282,7 +310,7 @@ def show(rows: list[dict[str, Any]], subjects: list[Subject], gb_s: float, out: 
         ours, peers = of.get("tokenrelay"), [value for name, value in of.items() if name != "tokenrelay"]
         faster = figure == "tokens_per_s"
         ratio = ours / (max(peers) if faster else min(peers)) if ours and peers else None
-        floor = ours * read_bytes(model, form) / gb_s / 1e9 if ours and case == "decode_1" else None
+        floor = floors.get((model, form, case))
         cells = [f"{of[s.name]:,.1f}" if s.name in of else "-" for s in subjects]
         table.add_row(
             model, form, f"{case} {figure}", *cells, f"{ratio:.2f}" if ratio else "-", f"{floor:.0%}" if floor else "-"
@@ -313,15 +341,16 @@ def main() -> int:
     if options.quick:
         subjects, models, forms = [s for s in subjects if s.name != "vllm"], ["qwen3"], ["bf16"]
     rows: list[dict[str, Any]] = []
-    gb_s = bandwidth_gb_s()
+    reading = Reading()
     for model in models:
         for form in forms:
             rows += measure(
-                subjects, model, form, 1 if options.quick else options.rounds, options.quick or options.short
+                subjects, model, form, 1 if options.quick else options.rounds, options.quick or options.short, reading
             )
-    gb_s = max(gb_s, bandwidth_gb_s())
-    show(rows, subjects, gb_s, Console(width=150))
-    head = {"bench": "cpu_engine", **about(), "bandwidth_gb_s": round(gb_s, 1)}
+    show(rows, subjects, Console(width=150))
+    gb_s = statistics.median(reading.seen)
+    spread = [round(value, 1) for value in (min(reading.seen), gb_s, max(reading.seen))]
+    head = {"bench": "cpu_engine", **about(), "bandwidth_gb_s_min_median_max": spread}
     head["versions"] = {s.name: s.version or f"missing: {s.missing}" for s in subjects}
     head["floor_tokens_per_s"] = {
         f"{model} {form}": round(gb_s * 1e9 / read_bytes(model, form), 1) for model in models for form in forms

@@ -62,6 +62,15 @@ def projected_attention(
     scale: float,
     /,
 ) -> None: ...
+def packed_heads(
+    isa: int,
+    shape: tuple[int, int, int, int],
+    x: _Part,
+    weights: tuple[int, int, int, int, int, int],
+    first: int,
+    out: _Part,
+    /,
+) -> None: ...
 def costs_less_absorbed(tokens: int, start: int, rank: int, nope: int, value: int, at_least: int, /) -> bool: ...
 def dense_attention(
     isa: int,
@@ -377,7 +386,7 @@ class Program:
         cos_sin: int,
         down: tuple[int, int],
         layer: int,
-        up: tuple[tuple[int, int, int, int, int, int], int],
+        packed: tuple[tuple[int, int, int, int, int, int], tuple[int, int, int, int, int, int], int],
         side: int,
         buffers: tuple[int, ...],
         /,

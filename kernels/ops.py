@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from tokenrelay.kernels.batch import AttentionBatch, PenaltyBatch, SamplingBatch
-from tokenrelay.kernels.packed import PackedWeight
+from tokenrelay.kernels.packed import PackedHeads, PackedWeight
 from tokenrelay.kernels.quantized import QuantizedWeight
 from tokenrelay.kernels.registry import pick
 from tokenrelay.kernels.scaled import BlockScaledWeight
@@ -145,17 +145,23 @@ def mla_rotary_write(
     return result
 
 
-def mla_absorb(q_nope: Tensor, w_uk: Tensor) -> Tensor:
-    """Queries in the space of latents: q_nope [t, h, nope], w_uk [h, nope, rank] of one type -> [t, h, rank]."""
+def mla_absorb(q_nope: Tensor, w_uk: Tensor, packed: PackedHeads | None = None) -> Tensor:
+    """Queries in the space of latents: q_nope [t, h, nope], w_uk [h, nope, rank] of one type -> [t, h, rank].
+
+    `packed`: the same matrix again, for kernels that read it so.
+    """
     heads, nope, rank = w_uk.shape
-    result: Tensor = pick("mla_absorb", q_nope.device.type, q_nope.dtype, heads, nope, rank)(q_nope, w_uk)
+    result: Tensor = pick("mla_absorb", q_nope.device.type, q_nope.dtype, heads, nope, rank)(q_nope, w_uk, packed)
     return result
 
 
-def mla_expand(latent: Tensor, w_uv: Tensor) -> Tensor:
-    """Attended latents as values: latent [t, h, rank], w_uv [h, v, rank] of one type -> [t, h, v]."""
+def mla_expand(latent: Tensor, w_uv: Tensor, packed: PackedHeads | None = None) -> Tensor:
+    """Attended latents as values: latent [t, h, rank], w_uv [h, v, rank] of one type -> [t, h, v].
+
+    `packed`: as for `mla_absorb`.
+    """
     heads, value, rank = w_uv.shape
-    result: Tensor = pick("mla_expand", latent.device.type, latent.dtype, heads, value, rank)(latent, w_uv)
+    result: Tensor = pick("mla_expand", latent.device.type, latent.dtype, heads, value, rank)(latent, w_uv, packed)
     return result
 
 
@@ -186,13 +192,13 @@ def mla_prefill(
     w_uk: Tensor,
     w_uv: Tensor,
     scale: float,
-    w_up: PackedWeight | None = None,
+    packed: PackedHeads | None = None,
 ) -> Tensor:
     """Multi-head latent attention of rows [batch.decodes, n): causal, over the prefix and this step's tokens.
 
     q_nope [t, h, nope], q_rope [t, h, rope] hold only these rows' tokens (the step's tokens from `decodes` on); cache
     as in `mla_decode`, with this step's tokens written; w_uk [h, nope, rank], w_uv [h, v, rank] -> [t, h, v].
-    `w_up` [h * nope + h * v, rank]: both of them packed, the keys' of all heads first, for who can use that.
+    `packed`: both of them again, for kernels that read them so.
     """
     result: Tensor = pick(
         "mla_prefill",
@@ -204,7 +210,7 @@ def mla_prefill(
         cache.shape[1],
         q_nope.shape[2],
         w_uv.shape[1],
-    )(q_nope, q_rope, cache, batch, w_uk, w_uv, scale, w_up)
+    )(q_nope, q_rope, cache, batch, w_uk, w_uv, scale, packed)
     return result
 
 

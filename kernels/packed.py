@@ -55,6 +55,23 @@ class PackedWeight:
         return rows.reshape(self.experts, self.columns, self.width) if self.experts else rows
 
 
+@dataclass(frozen=True, slots=True)
+class PackedHeads:
+    """Latent attention's w_uk [h, nope, rank] and w_uv [h, v, rank], as its kernels multiply by them."""
+
+    up: PackedWeight  # [h * nope + h * v, rank]: latents into the keys of all heads, then into their values
+    absorb: PackedWeight  # [h * rank, nope]: queries into the space of latents
+
+
+def pack_heads(w_uk: Tensor, w_uv: Tensor) -> PackedHeads | None:
+    """None where this machine has no kernels for them, or none for these widths."""
+    (heads, nope, rank), value = w_uk.shape, w_uv.shape[1]
+    if not packs_well(w_uk) or nope % 2 or rank % COLUMNS or value % COLUMNS or heads * nope % COLUMNS:
+        return None
+    up = torch.cat([w_uk.flatten(0, 1), w_uv.flatten(0, 1)])
+    return PackedHeads(pack(up), pack(w_uk.transpose(1, 2).reshape(heads * rank, nope)))
+
+
 def packs(bits: int) -> bool:
     """Whether this machine has kernels for packed weights of so many bits."""
     try:

@@ -23,7 +23,7 @@ from torch import Tensor
 from tokenrelay.kernels import registry
 from tokenrelay.kernels.batch import AttentionBatch
 from tokenrelay.kernels.layout import ABSORBED_TOKENS, absorbed_tokens_max
-from tokenrelay.kernels.packed import PackedWeight
+from tokenrelay.kernels.packed import PackedHeads, PackedWeight
 from tokenrelay.kernels.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -199,13 +199,13 @@ class Program:
     def mla(
         self,
         shape: MlaShape,
-        weights: tuple[Tensor, Tensor, PackedWeight | None],
+        weights: tuple[Tensor, Tensor, PackedHeads | None],
         block_tokens: int,
         inputs: tuple[int, int, int],
         out: int,
         side: Side = Side.BOTH,
     ) -> None:
-        """Rotation, cache write, attention and values of the next layer. `weights`: w_uk, w_uv, and both packed.
+        """Rotation, cache write, attention and values of the next layer. `weights`: w_uk, w_uv, both packed.
 
         `inputs`: buffers of the queries, the normed latents and the down-projection.
         """
@@ -223,15 +223,17 @@ class Program:
         self._apart("mla_rotary_write", heads=heads, rank=rank, rope=rope)
         if self._cos_sin.shape[1] != rope:
             raise NotNative("another width is rotated than the keys' part has")
-        w_uk, w_uv, w_up = weights
-        up = _NOTHING
+        w_uk, w_uv, packed = weights
+        up, absorb, least = _NOTHING, _NOTHING, ABSORBED_TOKENS
         if prefill.endswith("/absorbed"):
-            self._absorbs = lambda _: _MLA_PROMPT_TOKENS_MAX
-        elif w_up is None or self._dtype is not torch.bfloat16:
+            self._absorbs, least = lambda _: _MLA_PROMPT_TOKENS_MAX, 1 << 40
+        elif packed is None:
             self._absorbs = functools.partial(absorbed_tokens_max, rank, shape.nope, shape.value)
-        else:
-            self._kept.append(w_up)
-            up = _integers(w_up, heads * (shape.nope + shape.value))
+        if packed is not None:
+            if {variants[1], variants[3], variants[4]} != {_VARIANTS["cpu/avx512bf16"]}:
+                raise NotNative("packed matrices beside kernels that read plain ones")
+            self._kept.append(packed)
+            up, absorb = (_integers(matrix, matrix.columns) for matrix in (packed.up, packed.absorb))
         room = tuple(
             self._once(name, heads * width, self._dtype)
             for name, width in (("q_rope", rope), ("q_latent", rank), ("attended latents", rank))
@@ -247,7 +249,7 @@ class Program:
             self._cos_sin.data_ptr(),
             (shape.down_width, shape.rope_at),
             self._layers,
-            (up, ABSORBED_TOKENS),
+            (up, absorb, least),
             side,
             (*inputs, *room, out),
         )

@@ -10,9 +10,10 @@ from torch import Tensor
 
 import tokenrelay.kernels._cpu as _native
 from tokenrelay.kernels.batch import AttentionBatch
-from tokenrelay.kernels.cpu.variants import FLOATS, Variant, check, check_axes, check_dense, code_of, part
+from tokenrelay.kernels.cpu.packed import native_weight
+from tokenrelay.kernels.cpu.variants import FLOATS, PAIRS, Variant, check, check_axes, check_dense, code_of, part
 from tokenrelay.kernels.layout import absorbed_tokens_max
-from tokenrelay.kernels.packed import PackedWeight
+from tokenrelay.kernels.packed import PackedHeads, PackedWeight
 from tokenrelay.kernels.registry import Limit, register
 
 # Tokens of a context that are projected up at once; its keys and values should stay in the last cache.
@@ -139,23 +140,25 @@ def _mla_attend(
     )
 
 
-def mla_absorb(isa: int, q_nope: Tensor, w_uk: Tensor) -> Tensor:
+def mla_absorb(isa: int, q_nope: Tensor, w_uk: Tensor, packed: PackedHeads | None = None) -> Tensor:
     """See `ops.mla_absorb`."""
     check_axes("q_nope", q_nope, 3)
     check_axes("w_uk", w_uk, 3)
     out = torch.empty(*q_nope.shape[:2], w_uk.shape[2], dtype=q_nope.dtype)
-    return _head_product(isa, q_nope, w_uk, out, absorbs=True)
+    return _head_product(isa, q_nope, w_uk, packed, out, absorbs=True)
 
 
-def mla_expand(isa: int, latent: Tensor, w_uv: Tensor) -> Tensor:
+def mla_expand(isa: int, latent: Tensor, w_uv: Tensor, packed: PackedHeads | None = None) -> Tensor:
     """See `ops.mla_expand`."""
     check_axes("latent", latent, 3)
     check_axes("w_uv", w_uv, 3)
     out = torch.empty(*latent.shape[:2], w_uv.shape[1], dtype=latent.dtype)
-    return _head_product(isa, latent, w_uv, out, absorbs=False)
+    return _head_product(isa, latent, w_uv, packed, out, absorbs=False)
 
 
-def _head_product(isa: int, x: Tensor, weight: Tensor, out: Tensor, *, absorbs: bool) -> Tensor:
+def _head_product(
+    isa: int, x: Tensor, weight: Tensor, packed: PackedHeads | None, out: Tensor, *, absorbs: bool
+) -> Tensor:
     """x [t, h, depth] -> out [t, h, width], any strides but the last; weight [h, depth, width] or [h, width, depth]."""
     code = code_of("x", x)
     tokens, heads, depth = x.shape
@@ -163,6 +166,11 @@ def _head_product(isa: int, x: Tensor, weight: Tensor, out: Tensor, *, absorbs: 
     check("x", x, x.dtype, (tokens, heads, depth))
     shape = (heads, depth, width) if absorbs else (heads, width, depth)
     check_dense("w_uk" if absorbs else "w_uv", weight, x.dtype, shape)
+    if packed is not None and isa == PAIRS:
+        matrix = packed.absorb if absorbs else packed.up
+        first = matrix.columns - heads * width  # behind the keys of all heads
+        _native.packed_heads(isa, (tokens, heads, depth, width), part(x), native_weight(matrix), first, part(out))
+        return out
     _native.head_product(isa, code, absorbs, tokens, heads, depth, width, part(x), weight.data_ptr(), part(out))
     return out
 
@@ -176,7 +184,7 @@ def mla_prefill(
     w_uk: Tensor,
     w_uv: Tensor,
     scale: float,
-    w_up: PackedWeight | None = None,
+    packed: PackedHeads | None = None,
     *,
     absorbed_tokens: int | None = None,
 ) -> Tensor:
@@ -210,14 +218,15 @@ def mla_prefill(
         if last > row:  # some short rows side by side
             first = offsets[row]
             span = slice(first - batch.decodes, offsets[last] - batch.decodes)
-            _absorbed(isa, q_nope[span], q_rope[span], cache, native, (row, last, first), w_uk, w_uv, scale, out[span])
+            weights = (w_uk, w_uv, packed)
+            _absorbed(isa, q_nope[span], q_rope[span], cache, native, (row, last, first), weights, scale, out[span])
             row = last
         else:
             span = slice(offsets[row] - batch.decodes, offsets[row] - batch.decodes + lengths[row])
-            if w_up is None:
+            if packed is None or isa != PAIRS:
                 _projected(isa, q_nope[span], q_rope[span], cache, batch, row, w_uk, w_uv, scale, out[span])
             else:
-                _projected_natively(isa, q_nope, q_rope, cache, (native, row, batch.decodes), w_up, scale, out)
+                _projected_natively(isa, q_nope, q_rope, cache, (native, row, batch.decodes), packed.up, scale, out)
             row += 1
     return out
 
@@ -229,15 +238,15 @@ def _absorbed(
     cache: Tensor,
     native: _Batch,
     rows: tuple[int, int, int],
-    w_uk: Tensor,
-    w_uv: Tensor,
+    weights: tuple[Tensor, Tensor, PackedHeads | None],
     scale: float,
     out: Tensor,
 ) -> None:
-    q_latent = mla_absorb(isa, q_nope, w_uk)
+    w_uk, w_uv, packed = weights
+    q_latent = mla_absorb(isa, q_nope, w_uk, packed)
     latent = torch.empty_like(q_latent)
     _mla_attend(isa, q_latent, q_rope, cache, native, rows, latent, scale)
-    _head_product(isa, latent, w_uv, out, absorbs=False)
+    _head_product(isa, latent, w_uv, packed, out, absorbs=False)
 
 
 def _projected(
@@ -300,7 +309,7 @@ def _projected_natively(
     q_rope: Tensor,
     cache: Tensor,
     place: tuple[_Batch, int, int],
-    w_up: PackedWeight,
+    up: PackedWeight,
     scale: float,
     out: Tensor,
 ) -> None:
@@ -308,9 +317,9 @@ def _projected_natively(
     (tokens, heads, nope), value, (blocks, block_tokens, width) = q_nope.shape, out.shape[2], cache.shape
     rope = q_rope.shape[2]
     expected = (heads * (nope + value), width - rope)
-    if (w_up.bits, w_up.experts, w_up.columns, w_up.width) != (16, 0, *expected):
+    if (up.bits, up.experts, up.columns, up.width) != (16, 0, *expected):
         raise ValueError(
-            f"w_up is {w_up.bits} bits [{w_up.columns}, {w_up.width}], expected 16 bits [{expected[0]}, {expected[1]}]"
+            f"packed.up is {up.bits} bits [{up.columns}, {up.width}], expected 16 bits [{expected[0]}, {expected[1]}]"
         )
     check_dense("cache", cache, torch.bfloat16, (blocks, block_tokens, width))
     native, row, token = place
@@ -320,7 +329,7 @@ def _projected_natively(
         (row, token),
         (cache.data_ptr(), blocks, block_tokens),
         (tokens, heads, nope, rope, value),
-        (16, 0, w_up.columns, w_up.width, w_up.data.data_ptr(), 0),
+        native_weight(up),
         part(q_nope),
         part(q_rope),
         part(out),

@@ -40,6 +40,8 @@ VARIANTS = (
     Variant(3, "avx512bf16", _AVX512 | {"avx512_bf16"}, 40, pairs=True),
 )
 
+PAIRS = VARIANTS[3].code  # the variant beside which packed bfloat16 runs
+
 
 def code_of(name: str, tensor: Tensor) -> int:
     """The extension's code of a tensor's type; ValueError for one it has no kernels for."""

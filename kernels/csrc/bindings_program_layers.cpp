@@ -8,12 +8,13 @@ namespace tokenrelay::bound {
 namespace {
 
 // variants: of rotation, absorbing, decode, expanding and prefill; shape: heads, nope, rope, rank, value;
-// down: its width, and where the key's part to rotate begins; up: the packed up-projection, or one of no columns, and
-// the tokens that are absorbed always; buffers: q, latent, down, q_rope, q_latent, attended, out
+// down: its width, and where the key's part to rotate begins; packed: the up-projection (or one of no columns) and the
+// matrix that absorbs, and the tokens that are absorbed always; buffers: q, latent, down, q_rope, q_latent, attended,
+// out
 void add_mla(Program& program, const std::array<int, 5>& variants, int dtype, const std::array<int64_t, 5>& shape,
              bool interleaved, float scale, Address w_uk, Address w_uv, Address cos_sin,
-             const std::array<int64_t, 2>& down, int64_t layer, const std::pair<WeightTuple, int64_t>& up, int side,
-             const std::array<int, 7>& buffers) {
+             const std::array<int64_t, 2>& down, int64_t layer,
+             const std::tuple<WeightTuple, WeightTuple, int64_t>& packed, int side, const std::array<int, 7>& buffers) {
   const MlaLayer kept{dtype_of(dtype),
                       &table_of(variants[0]),
                       &table_of(variants[1]),
@@ -33,8 +34,9 @@ void add_mla(Program& program, const std::array<int, 5>& variants, int dtype, co
                       down[0],
                       down[1],
                       layer,
-                      {shape[1], shape[4], packed_of(up.first)},
-                      up.second};
+                      {shape[1], shape[4], packed_of(std::get<0>(packed))},
+                      packed_of(std::get<1>(packed)),
+                      std::get<2>(packed)};
   const Side which = side_of(side);
   program.add([=](Step& step) {
     const auto at = [&](size_t i) { return step.at(buffers[i]); };

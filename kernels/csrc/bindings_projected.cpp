@@ -1,6 +1,7 @@
-// Latent attention of long chunks for Python; see projected.hpp. kernels/cpu/attention.py checks what it passes.
+// Latent attention over packed matrices for Python; see projected.hpp. kernels/cpu/attention.py checks what it passes.
 #include "bindings_parts.hpp"
 #include "bindings_program.hpp"
+#include "heads.hpp"
 #include "projected.hpp"
 
 namespace py = pybind11;
@@ -33,10 +34,23 @@ void attend(int isa, const BatchTuple& batch, const std::array<int64_t, 2>& plac
                       {nope, value, weights}, {pointer(to), value, out_token, out_head}, scale);
 }
 
+// shape: tokens, heads, depth, width; first: the column of head 0
+void heads(int isa, const std::array<int64_t, 4>& shape, const Part& x, const WeightTuple& weights, int64_t first,
+           const Part& out) {
+  const auto [tokens, heads, depth, width] = shape;
+  const auto& [from, x_token, x_head] = x;
+  const auto& [to, out_token, out_head] = out;
+  packed_heads(table_of(isa),
+               {DType::bfloat16, tokens, heads, depth, width, pointer(from), x_token, x_head, nullptr, pointer(to),
+                out_token, out_head},
+               packed_of(weights), first);
+}
+
 }  // namespace
 
 void bind_projected(py::module_& m) {
   m.def("projected_attention", &attend, py::call_guard<py::gil_scoped_release>());
+  m.def("packed_heads", &heads, py::call_guard<py::gil_scoped_release>());
   m.def("costs_less_absorbed", &costs_less_absorbed);
 }
 

@@ -1,7 +1,9 @@
 #include "heads.hpp"
 
 #include <algorithm>
+#include <stdexcept>
 
+#include "packed_rows.hpp"
 #include "pool.hpp"
 
 namespace tokenrelay {
@@ -82,6 +84,33 @@ void expand(const Table& table, const HeadProduct& job) {
       }
       table.dot({job.dtype, rows, columns, job.depth, a, w, out, kColumns});
       for (int64_t r = 0; r < rows; ++r) store(table, job, out + r * kColumns, token + r, head, column, columns);
+    }
+  });
+}
+
+void packed_heads(const Table& table, const HeadProduct& job, const PackedWeights& w, int64_t first) {
+  check(w);
+  if (w.bits != 16 || job.dtype != DType::bfloat16 || w.depth != job.depth || w.depth % 2 != 0 ||
+      job.width % kBlockColumns != 0 || first % kBlockColumns != 0 || first + job.heads * job.width > w.columns) {
+    throw std::invalid_argument("packed heads are bfloat16, of an even depth and widths that are multiples of 16");
+  }
+  const PackedKernels& kernels = packed_kernels(w.bits);
+  const int64_t panels = ceil_div(job.width, kColumns), tasks = job.heads * panels, size = size_of(job.dtype);
+  const auto block_of = [&](int64_t task) {
+    return (first + task / panels * job.width + task % panels * kColumns) / kBlockColumns;
+  };
+  parallel_for(tasks, [&](int64_t task) {
+    const int64_t head = task / panels, column = task % panels * kColumns;
+    const int64_t columns = min_of(kColumns, job.width - column), blocks = columns / kBlockColumns;
+    const int64_t next = task + threads();  // most likely this thread's
+    const char* after = next < tasks ? w.data + block_of(next) * w.block_bytes() : nullptr;
+    alignas(64) float product[kPackedRowsMax * kColumns];
+    const Passes passes(job.tokens, kernels.rows);
+    for (int64_t pass = 0; pass < passes.count(); ++pass) {
+      const int64_t token = passes.begin(pass), count = passes.begin(pass + 1) - token;
+      kernels.dot({&w, block_of(task), blocks, input(job, token, head), job.x_token * size, count, product, kColumns,
+                   passes.fetch(pass, after, blocks * w.block_bytes())});
+      for (int64_t i = 0; i < count; ++i) store(table, job, product + i * kColumns, token + i, head, column, columns);
     }
   });
 }

@@ -45,13 +45,15 @@ void mla_layer(const MlaLayer& l, Side side, const StepInputs& in, const MlaBuff
   const int64_t size = size_of(l.dtype), width = l.rank + l.rope, head = l.nope + l.rope;
   const PagedCache paged{l.dtype, in.caches[l.layer], in.blocks, in.block_tokens, in.block_tokens * width, width, 0, 0,
                          1};
+  const bool packed = l.up.weights.columns > 0;
   const auto attend = [&](const Table& absorbs, const Table& table, const Table& expands, int64_t first, int64_t last,
                           int64_t token, int64_t tokens) {
     if (first == last) return;
     const int64_t shift = token * l.heads * size;
     char *q_latent = b.q_latent + shift * l.rank, *attended = b.attended + shift * l.rank;
-    absorb(absorbs, {l.dtype, tokens, l.heads, l.nope, l.rank, b.q + shift * head, l.heads * head, head, l.w_uk,
-                     q_latent, l.heads * l.rank, l.rank});
+    const HeadProduct in_latents{l.dtype,        tokens, l.heads, l.nope,   l.rank,           b.q + shift * head,
+                                 l.heads * head, head,   l.w_uk,  q_latent, l.heads * l.rank, l.rank};
+    packed ? packed_heads(absorbs, in_latents, l.absorbing, 0) : absorb(absorbs, in_latents);
     StepRows rows = in.batch;
     rows.first = first;
     rows.last = last;
@@ -59,8 +61,10 @@ void mla_layer(const MlaLayer& l, Side side, const StepInputs& in, const MlaBuff
     const Queries queries{tokens, l.heads,          q_latent, b.q_rope + shift * l.rope, l.rank,
                           l.rope, l.heads * l.rank, l.rank,   l.heads * l.rope,          l.rope};
     paged_attention(table, rows, paged, queries, {attended, l.rank, l.heads * l.rank, l.rank}, l.scale);
-    expand(expands, {l.dtype, tokens, l.heads, l.rank, l.value, attended, l.heads * l.rank, l.rank, l.w_uv,
-                     b.out + shift * l.value, l.heads * l.value, l.value});
+    const HeadProduct values{l.dtype,           tokens,           l.heads, l.rank, l.value,
+                             attended,          l.heads * l.rank, l.rank,  l.w_uv, b.out + shift * l.value,
+                             l.heads * l.value, l.value};
+    packed ? packed_heads(expands, values, l.up.weights, l.heads * l.nope) : expand(expands, values);
   };
   attend(*l.absorb, *l.decode, *l.expand, 0, in.decodes, 0, in.decodes);
   const auto absorbs = [&](int64_t row) {

@@ -19,8 +19,9 @@ struct MlaLayer {
   const float* cos_sin;         // [positions, rope]
   int64_t down_width, rope_at;  // of the row whose elements from `rope_at` on are the key's part to rotate
   int64_t layer;
-  UpProjection up;         // no columns: every row is absorbed
-  int64_t absorbed_least;  // tokens of a chunk that are absorbed wherever it begins
+  UpProjection up;          // no columns: nothing is packed, every row is absorbed
+  PackedWeights absorbing;  // [heads * rank, nope], where `up` is there
+  int64_t absorbed_least;   // tokens of a chunk that are absorbed wherever it begins
 };
 struct MlaBuffers {
   const char* q;                       // [t, heads, nope + rope]

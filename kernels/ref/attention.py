@@ -12,14 +12,14 @@ from tokenrelay.kernels.registry import register
 
 
 @register(op="mla_absorb", path="ref/torch", device="any", priority=0, invariant=False)
-def mla_absorb(q_nope: Tensor, w_uk: Tensor) -> Tensor:
-    """See `ops.mla_absorb`."""
+def mla_absorb(q_nope: Tensor, w_uk: Tensor, packed: object = None) -> Tensor:
+    """See `ops.mla_absorb`. Reads the plain matrix."""
     return torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
 
 
 @register(op="mla_expand", path="ref/torch", device="any", priority=0, invariant=False)
-def mla_expand(latent: Tensor, w_uv: Tensor) -> Tensor:
-    """See `ops.mla_expand`."""
+def mla_expand(latent: Tensor, w_uv: Tensor, packed: object = None) -> Tensor:
+    """See `ops.mla_expand`. Reads the plain matrix."""
     return torch.bmm(latent.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
 
 
@@ -45,7 +45,7 @@ def mla_prefill(
     w_uk: Tensor,
     w_uv: Tensor,
     scale: float,
-    w_up: object = None,
+    packed: object = None,
 ) -> Tensor:
     """See `ops.mla_prefill`. Reads the plain matrices."""
     rank = w_uk.shape[-1]

@@ -33,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, wide: bool) -> Ten
     return out
 
 
-def mla_absorb(q_nope: Tensor, w_uk: Tensor) -> Tensor:
+def mla_absorb(q_nope: Tensor, w_uk: Tensor, packed: object = None) -> Tensor:
     """See `ops.mla_absorb`."""
     check_axes("w_uk", w_uk, 3)
     heads, nope, rank = w_uk.shape
@@ -43,7 +43,7 @@ def mla_absorb(q_nope: Tensor, w_uk: Tensor) -> Tensor:
     return out
 
 
-def mla_expand(latent: Tensor, w_uv: Tensor) -> Tensor:
+def mla_expand(latent: Tensor, w_uv: Tensor, packed: object = None) -> Tensor:
     """See `ops.mla_expand`."""
     check_axes("w_uv", w_uv, 3)
     heads, value, rank = w_uv.shape

@@ -93,7 +93,7 @@ def mla_prefill(
     w_uk: Tensor,
     w_uv: Tensor,
     scale: float,
-    w_up: object = None,
+    packed: object = None,
     *,
     absorbed_tokens: int | None = None,
 ) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenrelay.kernels import ops
-from tokenrelay.kernels.packed import PackedWeight, pack, packs_well
+from tokenrelay.kernels.packed import PackedHeads, pack_heads
 from tokenrelay.runtime.layers.linear import Linear, Split
 from tokenrelay.runtime.layers.module import Module
 from tokenrelay.runtime.layers.norm import RmsNorm
@@ -52,7 +52,7 @@ class MlaCore(Module):
         self.split = (mla.nope, mla.rope)
         self.heads = mla.heads
         self.out_width = mla.heads * mla.v
-        self.w_up: PackedWeight | None = None  # both of these, for prompts; see `pack`
+        self.packed: PackedHeads | None = None  # both of these again; see `pack`
         self.w_uk = parameter(mla.heads, mla.nope, mla.kv_rank, dtype=dtype)
         self.w_uv = parameter(mla.heads, mla.v, mla.kv_rank, dtype=dtype)
         cut = {"tp": Shard(-1)}
@@ -74,8 +74,7 @@ class MlaCore(Module):
 
     def pack(self) -> None:
         """Keep the up-projections packed as well, where this machine has kernels for that."""
-        if packs_well(self.w_uk):
-            self.w_up = pack(torch.cat([self.w_uk.flatten(0, 1), self.w_uv.flatten(0, 1)]))
+        self.packed = pack_heads(self.w_uk, self.w_uv)
 
     def sources(self, prefix: str) -> Iterator[WeightSource]:
         """`kv_b_proj` [h * (nope + v), rank], cut per head into the keys' and the values' part."""
@@ -135,20 +134,20 @@ class MlaCore(Module):
         if decodes == t:
             y = self._decode(q_nope, q_rope, batch, cache)
         elif decodes == 0:
-            y = ops.mla_prefill(q_nope, q_rope, cache, batch, self.w_uk, self.w_uv, self.scale, self.w_up)
+            y = ops.mla_prefill(q_nope, q_rope, cache, batch, self.w_uk, self.w_uv, self.scale, self.packed)
         else:
             decoded = self._decode(q_nope[:decodes], q_rope[:decodes], batch, cache)
             prefilled = ops.mla_prefill(
-                q_nope[decodes:], q_rope[decodes:], cache, batch, self.w_uk, self.w_uv, self.scale, self.w_up
+                q_nope[decodes:], q_rope[decodes:], cache, batch, self.w_uk, self.w_uv, self.scale, self.packed
             )
             y = torch.cat([decoded, prefilled])
         return y.reshape(t, self.out_width)
 
     def _decode(self, q_nope: Tensor, q_rope: Tensor, batch: ops.AttentionBatch, cache: Tensor) -> Tensor:
         """Absorbed: [n, h, nope], [n, h, rope] -> [n, h, v]."""
-        q_latent = ops.mla_absorb(q_nope, self.w_uk)  # [n, h, rank]
+        q_latent = ops.mla_absorb(q_nope, self.w_uk, self.packed)  # [n, h, rank]
         attended = ops.mla_decode(q_latent, q_rope, cache, batch, self.scale)  # [n, h, rank]
-        return ops.mla_expand(attended, self.w_uv)
+        return ops.mla_expand(attended, self.w_uv, self.packed)
 
 
 class MlaAttention(Module):

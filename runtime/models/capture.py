@@ -156,7 +156,7 @@ class _Emitter:
         self._linear(self._normed, attention.down, down)
         program.norm(down, attention.kv_norm.weight, attention.kv_norm.eps, latent, part=(q_rank, width))
         shape = MlaShape(core.heads, mla.nope, rope, rank, mla.v, width, q_rank + rank, core.interleaved, core.scale)
-        weights = (core.w_uk, core.w_uv, core.w_up)
+        weights = (core.w_uk, core.w_uv, core.packed)
         numbers = (shape, weights, self._block_tokens, (q, latent, down), attended)
         queries = self._normed if attention.q_norm is None else down
         if last:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenrelay.kernels import cpu, ops, registry
 from tokenrelay.kernels.batch import AttentionBatch
 from tokenrelay.kernels.layout import ABSORBED_TOKENS, GqaLayout, MlaLayout, absorbed_tokens_max
-from tokenrelay.kernels.packed import pack, packs
+from tokenrelay.kernels.packed import pack_heads, packs
 
 MIXED = [(0, 1), (63, 1), (64, 1), (700, 1), (0, 5), (15, 33), (513, 17), (1030, 2)]  # decodes, then chunks
 
@@ -74,7 +74,7 @@ def test_mla_prefill_long_chunk_is_projected_up(path: str, dtype: torch.dtype, s
 
 
 @pytest.mark.skipif(not packs(16), reason="needs AVX-512 with BF16")
-@pytest.mark.parametrize(("heads", "nope", "value", "rank", "rope"), [(2, 32, 16, 64, 16), (3, 20, 24, 67, 18)])
+@pytest.mark.parametrize(("heads", "nope", "value", "rank", "rope"), [(2, 32, 16, 64, 16), (4, 20, 48, 80, 18)])
 @pytest.mark.parametrize("start", [0, 500, 2500])
 def test_mla_prefill_projects_with_packed_matrices(
     heads: int, nope: int, value: int, rank: int, rope: int, start: int
@@ -82,15 +82,26 @@ def test_mla_prefill_projects_with_packed_matrices(
     case = mla_case([(9, 1), (start, 130), (3, 4), (start // 2, 70)], MlaLayout(rank, rope, 16), torch.bfloat16)
     inputs = prefill_inputs(case, heads, nope, value, MlaLayout(rank, rope, 16), torch.bfloat16)
     q_nope, q_rope, w_uk, w_uv = inputs
-    w_up = pack(torch.cat([w_uk.flatten(0, 1), w_uv.flatten(0, 1)]))
-    found = ops.mla_prefill(q_nope, q_rope, case.cache, case.batch, w_uk, w_uv, SCALE, w_up)
+    packed = pack_heads(w_uk, w_uv)
+    assert packed is not None
+    found = ops.mla_prefill(q_nope, q_rope, case.cache, case.batch, w_uk, w_uv, SCALE, packed)
     close(found, mla_prefill_oracle(case, inputs, rank), 1.5)
-    assert torch.equal(ops.mla_prefill(q_nope, q_rope, case.cache, case.batch, w_uk, w_uv, SCALE, w_up), found)
-    with pytest.raises(ValueError, match=r"w_up is 16 bits .*expected 16 bits"):
-        ops.mla_prefill(q_nope, q_rope, case.cache, case.batch, w_uk, w_uv, SCALE, pack(w_uk.flatten(0, 1)))
+    assert torch.equal(ops.mla_prefill(q_nope, q_rope, case.cache, case.batch, w_uk, w_uv, SCALE, packed), found)
+    if start == 0:
+        with pytest.raises(ValueError, match=r"packed.up is 16 bits .*expected 16 bits"):
+            ops.mla_prefill(
+                q_nope,
+                q_rope,
+                case.cache,
+                case.batch,
+                w_uk,
+                w_uv,
+                SCALE,
+                dataclasses.replace(packed, up=packed.absorb),
+            )
     case.batch.block_table[case.batch.slots[1], 0] = -1
     with pytest.raises(ValueError, match="row 1: block -1 is not in the cache"):
-        ops.mla_prefill(q_nope, q_rope, case.cache, case.batch, w_uk, w_uv, SCALE, w_up)
+        ops.mla_prefill(q_nope, q_rope, case.cache, case.batch, w_uk, w_uv, SCALE, packed)
 
 
 @given(

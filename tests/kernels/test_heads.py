@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from kernel_cases import close, each_path, paths
 
 from tokenrelay.base.errors import KernelUnavailable
 from tokenrelay.kernels import ops, registry
+from tokenrelay.kernels.packed import pack_heads, packs
 
 SHAPES = [
     (1, 1, 1, 1),
@@ -45,6 +48,33 @@ def test_a_token_does_not_depend_on_those_beside_it(path: str, dtype: torch.dtyp
                 some = q[first : first + tokens]
                 assert torch.equal(ops.mla_absorb(some, w_uk), absorbed[first : first + tokens])
                 assert torch.equal(ops.mla_expand(some, w_uv), expanded[first : first + tokens])
+
+
+@pytest.mark.skipif(not packs(16), reason="needs AVX-512 with BF16")
+@pytest.mark.parametrize(
+    ("heads", "nope", "value", "rank"), [(2, 16, 32, 32), (16, 128, 128, 512), (8, 6, 80, 16), (3, 32, 48, 144)]
+)
+def test_packed_heads(heads: int, nope: int, value: int, rank: int) -> None:
+    w_uk, w_uv = torch.randn(heads, nope, rank).bfloat16(), torch.randn(heads, value, rank).bfloat16()
+    packed = pack_heads(w_uk, w_uv)
+    assert packed is not None
+    q = torch.randn(45, heads, nope + 4).bfloat16()[..., 2:-2]
+    x = torch.randn(heads, 45, rank).bfloat16().transpose(0, 1)
+    absorbed, expanded = ops.mla_absorb(q, w_uk, packed), ops.mla_expand(x, w_uv, packed)
+    close(absorbed, torch.einsum("thn,hnr->thr", q.double(), w_uk.double()))
+    close(expanded, torch.einsum("thr,hvr->thv", x.double(), w_uv.double()))
+    for tokens in (0, 1, 7, 9, 13, 20, 44):
+        assert torch.equal(ops.mla_absorb(q[:tokens], w_uk, packed), absorbed[:tokens])
+        assert torch.equal(ops.mla_expand(x[45 - tokens :], w_uv, packed), expanded[45 - tokens :])
+    wrong = pytest.raises(ValueError, match="packed heads are bfloat16, of an even depth")
+    with wrong:
+        ops.mla_absorb(q, w_uk, dataclasses.replace(packed, absorb=packed.up))
+
+
+def test_widths_that_do_not_pack_stay_plain() -> None:
+    assert pack_heads(torch.randn(2, 15, 32).bfloat16(), torch.randn(2, 16, 32).bfloat16()) is None
+    assert pack_heads(torch.randn(2, 16, 24).bfloat16(), torch.randn(2, 16, 24).bfloat16()) is None
+    assert pack_heads(torch.randn(2, 16, 32), torch.randn(2, 16, 32)) is None
 
 
 def test_wrong_head_products_are_named() -> None:

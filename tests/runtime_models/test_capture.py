@@ -57,7 +57,7 @@ def test_bits_are_those_of_the_modules(
     # The long chunk of latent attention is projected up, which torch does for plain matrices. Of the last layer, a
     # program computes the sampled tokens alone, and attends over latents for so few: other last bits, after which a
     # router may choose another expert for a token or two.
-    projected = family in LATENT and model.layers[0].attention.core.w_up is not None
+    projected = family in LATENT and model.layers[0].attention.core.packed is not None
     for step, (found, truth) in enumerate(zip(logits_of(model), expected, strict=True)):
         if step == 0 and projected:
             apart = (found - truth).abs().amax(1) / truth.abs().amax(1)
