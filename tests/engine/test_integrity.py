@@ -46,7 +46,7 @@ def watch(harness: Harness) -> Watched:
 
 
 def test_it_runs_once_when_the_engine_became_idle(qwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integrity, "INTERVAL_S", 0.4)
+    monkeypatch.setattr(integrity, "INTERVAL_S", 1.0)  # time enough for three runs on a busy machine
     harness = Harness(qwen)
     watched = watch(harness)
     with harness:
@@ -59,8 +59,8 @@ def test_it_runs_once_when_the_engine_became_idle(qwen: Any, monkeypatch: pytest
             harness.run(prompt_of(n, 20), tokens_max=2)
             time.sleep(0.02)
         _until(lambda: len(watched.checks) == 2)
-        assert watched.checks[1] - first >= 0.39
-        time.sleep(1.0)
+        assert watched.checks[1] - first >= 0.99
+        time.sleep(1.5)
         assert len(watched.checks) == 2, "idle for ever: nothing changed, nothing is checked"
         stats = harness.engine.stats
         assert stats.integrity_failures == 0 and stats.integrity_check_us > 0
@@ -89,7 +89,7 @@ def test_others_go_on_while_it_looks(qwen: Any, monkeypatch: pytest.MonkeyPatch)
         _until(lambda: bool(watched.checks))
         began = time.monotonic()
         sequence = harness.submit(prompt_of(2, 10), 3)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 10
         watched.gate.set()
         harness.wait(sequence)
         harness.assert_quiet()
