@@ -225,13 +225,12 @@ class Program:
             raise NotNative("another width is rotated than the keys' part has")
         w_uk, w_uv, packed = weights
         up, absorb, least = _NOTHING, _NOTHING, ABSORBED_TOKENS
+        reads_packed = {variants[1], variants[3], variants[4]} == {_VARIANTS["cpu/avx512bf16"]}  # as chosen or tuned
         if prefill.endswith("/absorbed"):
             self._absorbs, least = lambda _: _MLA_PROMPT_TOKENS_MAX, 1 << 40
-        elif packed is None:
+        elif packed is None or not reads_packed:
             self._absorbs = functools.partial(absorbed_tokens_max, rank, shape.nope, shape.value)
-        if packed is not None:
-            if {variants[1], variants[3], variants[4]} != {_VARIANTS["cpu/avx512bf16"]}:
-                raise NotNative("packed matrices beside kernels that read plain ones")
+        if packed is not None and reads_packed:
             self._kept.append(packed)
             up, absorb = (_integers(matrix, matrix.columns) for matrix in (packed.up, packed.absorb))
         room = tuple(

@@ -122,10 +122,10 @@ void pack_block(const PackedWeights& w, int64_t block, const char* rows, char* d
 
 PackedRows::PackedRows(const PackedKernels& kernels, DType dtype, const void* x, int64_t rows, int64_t stride,
                        const PackedWeights& beside)
-    : base_(static_cast<const char*>(x)), step_(stride * size_of(dtype)) {
+    : base_(static_cast<const char*>(x)), step_(stride * size_of(dtype)), length_(beside.depth * size_of(dtype)) {
   const int64_t depth = beside.depth;
   if (kernels.quantize != nullptr) {
-    step_ = PackedRow::bytes(beside.chunks());
+    step_ = length_ = PackedRow::bytes(beside.chunks());
     memory_.resize(static_cast<size_t>(rows * step_));
     const auto quantize = [&](int64_t r) {
       kernels.quantize(dtype, at(x, r * stride, dtype), depth, memory_.data() + r * step_);
@@ -139,7 +139,7 @@ PackedRows::PackedRows(const PackedKernels& kernels, DType dtype, const void* x,
   } else if (dtype != DType::bfloat16) {
     throw std::invalid_argument("packed bfloat16 weights take bfloat16 activations");
   } else if (depth % 2 != 0) {  // the last pair needs a zero
-    step_ = (depth + 1) * 2;
+    step_ = length_ = (depth + 1) * 2;
     memory_.assign(static_cast<size_t>(rows * step_), 0);
     for (int64_t r = 0; r < rows; ++r) {
       std::memcpy(memory_.data() + r * step_, at(x, r * stride, dtype), static_cast<size_t>(depth * 2));
@@ -149,10 +149,10 @@ PackedRows::PackedRows(const PackedKernels& kernels, DType dtype, const void* x,
 }
 
 std::vector<char> PackedRows::gathered(const std::vector<int64_t>& numbers) const {
-  std::vector<char> copies(numbers.size() * static_cast<size_t>(step_));
+  std::vector<char> copies(numbers.size() * static_cast<size_t>(length_));
   parallel_for(ceil_div(static_cast<int64_t>(numbers.size()), kCopied), [&](int64_t task) {
     for (int64_t i = task * kCopied; i < min_of(static_cast<int64_t>(numbers.size()), (task + 1) * kCopied); ++i) {
-      std::memcpy(copies.data() + i * step_, row(numbers[static_cast<size_t>(i)]), static_cast<size_t>(step_));
+      std::memcpy(copies.data() + i * length_, row(numbers[static_cast<size_t>(i)]), static_cast<size_t>(length_));
     }
   });
   return copies;
@@ -162,10 +162,9 @@ Passes::Passes(int64_t rows, int64_t together)
     : rows_(rows), count_(max_of(1, ceil_div(rows - (together - kPassRows), kPassRows))) {}
 
 Fetch Passes::fetch(int64_t pass, const char* next, int64_t bytes) const {
-  const int64_t every = count_ == 2   ? 1
-                        : count_ <= 4 ? 2
-                                      : 4;  // steps from line to line; 2 * every passes fetch it all
-  if (next == nullptr || count_ == 1 || pass >= 2 * every) return {};
+  if (next == nullptr || count_ == 1) return {};
+  const int64_t every = count_ == 2 ? 1 : (count_ <= 4 ? 2 : 4);  // steps from line to line: 2 * every passes fetch all
+  if (pass >= 2 * every) return {};
   return {next + bytes / 64 * pass / (2 * every) * 64, every - 1};
 }
 

@@ -35,7 +35,7 @@ class PackedMoe {
     const int64_t tasks = ceil_div(e_.f, kColumns);
     parallel_for(groups_.count() * tasks, [&](int64_t i) {
       const int64_t next = i + threads();  // most likely this thread's
-      activate(gathered.data(), inputs.bytes(), i / tasks, i % tasks * kColumns,
+      activate(gathered.data(), inputs.length(), i / tasks, i % tasks * kColumns,
                next < groups_.count() * tasks ? gate_at(next / tasks, next % tasks * kColumns) : -1, hidden.data());
     });
     const PackedRows between(kernels_, hidden_type_, hidden.data(), rows, e_.f, e_.down);

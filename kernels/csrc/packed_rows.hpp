@@ -16,13 +16,14 @@ class PackedRows {
   PackedRows& operator=(const PackedRows&) = delete;
 
   const void* row(int64_t r) const { return base_ + r * step_; }
-  int64_t bytes() const { return step_; }
-  // Copies of the rows `numbers`, in this order.
+  int64_t bytes() const { return step_; }     // from one to the next
+  int64_t length() const { return length_; }  // of one, in bytes
+  // Copies of the rows `numbers`, in this order, `length()` bytes from one to the next.
   std::vector<char> gathered(const std::vector<int64_t>& numbers) const;
 
  private:
   const char* base_;
-  int64_t step_;
+  int64_t step_, length_;
   std::vector<char> memory_;
 };
 
