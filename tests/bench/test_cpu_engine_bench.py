@@ -41,6 +41,16 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     return module
 
 
+class Still:
+    """A memory that reads at 40 GB/s."""
+
+    asked = 0
+
+    def gb_s(self) -> float:
+        self.asked += 1
+        return 40.0
+
+
 def test_engines_are_asked_and_failures_are_told(bench: ModuleType, tmp_path: Path) -> None:
     here, takes = Path(sys.executable), {"qwen3": ("bf16",)}
     subjects = [
@@ -49,9 +59,11 @@ def test_engines_are_asked_and_failures_are_told(bench: ModuleType, tmp_path: Pa
         bench.Subject("absent", "engine.py", tmp_path / "no-python", takes),
         bench.Subject("other forms", "engine.py", here, {"qwen3": ("int4",)}),
     ]
-    rows = bench.measure(subjects, "qwen3", "bf16", rounds=2, quick=True)
+    reading = Still()
+    rows = bench.measure(subjects, "qwen3", "bf16", 2, True, reading)
     assert {(row["case"], row["figure"]): row["value"] for row in rows if row["case"] != "ready"} == {
         ("decode_1", "tokens_per_s"): 40.0,
+        ("decode_1", "of_floor"): 0.95,
         ("prefill_128", "tokens_per_s"): 100.0,
         ("prefill_128", "again_ms"): 5.0,
     }
@@ -60,7 +72,8 @@ def test_engines_are_asked_and_failures_are_told(bench: ModuleType, tmp_path: Pa
     assert ours.missing == "decode_8: RuntimeError: no room" and ours.version == "9.9" and ours.process is None
     assert "it does not start" in vllm.missing and "not installed" in absent.missing and not other.missing
     text = io.StringIO()
-    bench.show(rows, subjects, 40.0, Console(file=text, width=160))
+    bench.show(rows, subjects, Console(file=text, width=160))
+    assert reading.asked == 4  # before and after it, in both rounds
     # 40 tokens a second of a model whose 948 MB are read at 40 GB/s: 42.2 would be the floor.
     assert "95%" in text.getvalue() and "no room" in text.getvalue()
 
