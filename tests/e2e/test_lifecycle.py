@@ -72,7 +72,7 @@ async def test_the_tps_floor_is_served_and_measured(start: Callable[..., Server]
 
 async def test_a_requests_own_floor_and_length_are_the_schedulers(start: Callable[..., Server]) -> None:
     server = start("--tps-floor", "33")
-    wanted = body(server, max_tokens=400, ignore_eos=True, stream=True, tps_floor=12)
+    wanted = body(server, max_tokens=3600, ignore_eos=True, stream=True, tps_floor=12)
     headers = {"X-Request-Id": "hinted", "X-Expected-Output-Tokens": "300"}
     async with (
         aiohttp.ClientSession() as session,
